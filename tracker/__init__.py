@@ -1,0 +1,1 @@
+"""Neuron tracking, analysis and surgery for any `torch.nn.Module`."""
