@@ -1,1 +1,34 @@
-"""Neuron tracking, analysis and surgery for any `torch.nn.Module`."""
+"""See every neuron of a PyTorch model, judge it, and rewrite the network while it trains.
+
+`NeuronEngine` is the one facade; `NeuronTracker` is the same class under its other public name.
+"""
+
+from tracker.engine import NeuronEngine
+from tracker.errors import (
+    CheckpointError,
+    NotTrackedError,
+    StatisticsError,
+    StructureError,
+    SurgeryError,
+    TrackerError,
+    UnknownNeuronError,
+    VerificationError,
+)
+
+NeuronTracker = NeuronEngine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "NeuronEngine",
+    "NeuronTracker",
+    "NotTrackedError",
+    "StatisticsError",
+    "StructureError",
+    "SurgeryError",
+    "TrackerError",
+    "UnknownNeuronError",
+    "VerificationError",
+    "__version__",
+]

@@ -1,0 +1,77 @@
+# `make demo` and `make test` need nothing but Python 3.10+ and make: they set up the rest.
+
+PYTHON ?= python3
+# Further options for pip, such as --index-url.
+PIP_OPTIONS ?=
+
+MAIN_JOB := demos/training_tracker_demo.py
+BENCHMARK := benchmarks/tracking_overhead.py
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
+
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo    train on Fashion-MNIST while every neuron is watched"
+	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
+	@echo "make check   format, lint, types, pytest: before each commit"
+	@echo "make bench   what tracking costs"
+	@echo "make clean   remove $(VENV) and the caches; data/ and outputs/ stay"
+	@echo "With another Python: make demo PYTHON=python3.12"
+
+# Each stamp is written last: what was interrupted is done again.
+$(VENV)/made:
+	@command -v $(PYTHON) >/dev/null || { echo "Cannot set up: there is no '$(PYTHON)'.\
+	 Install Python 3.10 or newer, or name yours: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Cannot set up:\
+	 '$(PYTHON)' is $$($(PYTHON) --version 2>&1), and 3.10 or newer is needed.\
+	 Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Cannot set up: '$(PYTHON)' comes\
+	 without venv. On Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Set-up: a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/installed: requirements.txt $(VENV)/made
+	@echo "Set-up: installing PyTorch and the rest of requirements.txt (once; takes a while)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml $(VENV)/installed
+	@echo "Set-up: installing this library and what its tests need (once)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	@echo "Demo: $(MAIN_JOB)"
+	@$(RUN) $(MAIN_JOB)
+
+test: $(VENV)/installed-dev
+	@echo "Test: pytest"
+	@$(RUN) -m pytest -q || { echo "make test: pytest failed" >&2; exit 1; }
+	@for script in test_tracker.py demos/*_validation.py; do \
+	  echo "Test: $$script"; \
+	  $(RUN) $$script || { echo "make test: $$script failed" >&2; exit 1; }; \
+	done
+	@echo "make test: all passed"
+
+check: $(VENV)/installed-dev
+	@echo "Check: format"
+	@$(RUN) -m ruff format --check .
+	@echo "Check: lint"
+	@$(RUN) -m ruff check .
+	@echo "Check: types"
+	@$(RUN) -m mypy
+	@echo "Check: pytest"
+	@$(RUN) -m pytest -q
+
+bench: $(VENV)/installed
+	@echo "Benchmark: $(BENCHMARK)"
+	@$(RUN) $(BENCHMARK)
+
+clean:
+	@echo "Removing $(VENV) and the caches"
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

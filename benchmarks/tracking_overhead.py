@@ -1,0 +1,260 @@
+"""What tracking costs: time of a training step with tracking over the bare step's, side by side in one run.
+
+All leaf modules are hooked and all statistics taken, by this library and by a straightforward hook
+(`var_mean`, `aminmax`, sums of bools). The variants take turns on the same model and the same data, a
+few steps each, so that a drift of the machine's speed hits them alike; the figure is the median of the
+ratios of neighbouring groups of steps.
+
+    python benchmarks/tracking_overhead.py --threads 1 2 --correlation
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tracker.hooks import Observer, Site, attach
+from tracker.layers import Layer
+
+THRESHOLD = 0.01
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block of width `d`."""
+
+    def __init__(self, d: int, heads: int = 12) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.norm2, self.up, self.act, self.down = (
+            nn.LayerNorm(d),
+            nn.Linear(d, 4 * d),
+            nn.GELU(),
+            nn.Linear(4 * d, d),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, positions, d)."""
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(self.act(self.up(self.norm2(x))))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, and the shape of its input."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    rounds: int
+    group: int  # steps in a row: some of the work is done every few steps only, and must be in
+    target: float  # of the first release: one thread, without compiled code
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+
+
+def resnet() -> nn.Module:
+    import torchvision
+
+    return torchvision.models.resnet18()
+
+
+WORKLOADS = {
+    "A64": Workload("MLP 784-512-256-10, batch 64", mlp, (64, 784), 30, 32, 1.30),
+    "A512": Workload("MLP 784-512-256-10, batch 512", mlp, (512, 784), 16, 16, 1.20),
+    "B": Workload("ResNet-18 at 64×64, batch 32", resnet, (32, 3, 64, 64), 10, 2, 1.16),
+    "C": Workload(
+        "4 transformer blocks, d=768, sequence 256, batch 4",
+        lambda: nn.Sequential(*(Block(768) for _ in range(4))),
+        (4, 256, 768),
+        6,
+        2,
+        1.07,
+    ),
+}
+
+
+def leaf_layers(model: nn.Module, x: Tensor) -> list[Layer]:
+    """All leaf modules, activations too, as layers: channels of maps, else the last axis."""
+    found: list[Layer] = []
+    names = {m: n for n, m in model.named_modules() if not list(m.children())}
+
+    def note(module: nn.Module, args: object, out: Tensor) -> None:
+        axis = 1 if out.ndim == 4 else -1
+        found.append(Layer(names[module], module, type(module).__name__, out.shape[axis], axis))
+
+    handles = [m.register_forward_hook(note) for m in names]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    # A module that is called twice is one layer.
+    return list({layer.name: layer for layer in found}.values())
+
+
+Variant = Callable[[nn.Module, list[Layer]], AbstractContextManager[None]]
+
+
+class Tracked:
+    """This library's hooks; the statistics go on from step to step."""
+
+    def __init__(self, correlate: bool = False) -> None:
+        self.correlate = correlate
+        self.observer: Observer | None = None
+
+    @contextmanager
+    def __call__(self, model: nn.Module, layers: list[Layer]) -> Iterator[None]:
+        if self.observer is None:
+            sites = [Site(layer) for layer in layers]
+            self.observer = Observer(weakref.ref(model), sites, THRESHOLD)
+            self.observer.recording, self.observer.correlate = True, self.correlate
+        handles = attach(self.observer, model)
+        yield
+        for handle in handles:
+            handle.remove()
+
+
+class PlainStatistics:
+    """What anyone would write first: torch's own reductions over one output, merged in float64."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis, self.n = axis, 0
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: object, out: Tensor) -> None:
+        x = out.movedim(self.axis, -1).flatten(0, -2)
+        n = x.shape[0]
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        low, high = torch.aminmax(x, dim=0)
+        fired, zeros = (x.abs() > THRESHOLD).sum(0), (x == 0).sum(0)
+        mean, m2 = mean.double(), variance.double() * n
+        if self.n:
+            delta, total = mean - self.mean, self.n + n
+            m2 = self.m2 + m2 + delta.square() * (self.n * n / total)
+            mean = self.mean + delta * (n / total)
+            low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
+            fired, zeros = fired + self.fired, zeros + self.zeros
+        self.n, self.mean, self.m2 = self.n + n, mean, m2
+        self.low, self.high, self.fired, self.zeros = low, high, fired, zeros
+
+
+class Straightforward:
+    """The plain statistics, hooked to the same modules."""
+
+    def __init__(self) -> None:
+        self.hooks: dict[str, PlainStatistics] = {}
+
+    @contextmanager
+    def __call__(self, model: nn.Module, layers: list[Layer]) -> Iterator[None]:
+        handles = []
+        for layer in layers:
+            hook = self.hooks.setdefault(layer.name, PlainStatistics(layer.axis))
+            handles.append(layer.module.register_forward_hook(hook))
+        yield
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def bare(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
+    """No hook at all."""
+    yield
+
+
+def fresh_variants(correlation: bool) -> dict[str, Variant]:
+    """The variants, nothing observed yet."""
+    variants: dict[str, Variant] = {
+        "bare": bare,
+        "tracked": Tracked(),
+        "straightforward": Straightforward(),
+    }
+    return variants | ({"correlation": Tracked(correlate=True)} if correlation else {})
+
+
+def compare(work: Workload, variants: dict[str, Variant], scale: float) -> dict[str, list[float]]:
+    """Seconds of groups of steps, the variants in turn."""
+    torch.manual_seed(0)
+    model = work.build()
+    x = torch.randn(work.inputs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    layers = leaf_layers(model, x)
+    # CPU time counts what a busy machine takes away less than wall time; with threads only the wall tells.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def group() -> float:
+        start = clock()
+        for _ in range(work.group):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return clock() - start
+
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    rounds = max(3, round(work.rounds * scale))
+    for round_ in tqdm(range(rounds + 1), desc=work.title, leave=False, disable=None):
+        for name, variant in variants.items():
+            with variant(model, layers):
+                spent = group()
+            if round_:  # the first round warms up
+                seconds[name].append(spent)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], name: str) -> tuple[float, float, float]:
+    """Median and quartiles of the time over the bare one, round by round."""
+    values = [a / b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle, low, high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--correlation", action="store_true", help="also with correlation of all")
+    parser.add_argument("--scale", type=float, default=1.0, help="more or fewer rounds")
+    options = parser.parse_args()
+
+    others = ["tracked", "straightforward"] + ["correlation"] * options.correlation
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    print("step time over the bare step's: median [quartiles]; all leaf modules, all statistics\n")
+    print("| workload | threads | bare step | " + " | ".join(others) + " | target, 1 thread |")
+    print("|---|---|---|" + "---|" * (len(others) + 1))
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for key in options.workloads:
+            work = WORKLOADS[key]
+            seconds = compare(work, fresh_variants(options.correlation), options.scale)
+            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*ratios(seconds, name)) for name in others]
+            step = f"{1000 * statistics.median(seconds['bare']) / work.group:.1f} ms"
+            print(
+                f"| {key}: {work.title} | {threads} | {step} | {' | '.join(cells)} | {work.target:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

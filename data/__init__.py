@@ -1,0 +1,1 @@
+"""Fashion-MNIST: the reader, the embedded sample, and the place for the full set."""

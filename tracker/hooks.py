@@ -1,0 +1,327 @@
+"""Where an activation is taken: forward hooks that reduce a layer's output at once and keep no reference to it.
+
+For now a neuron is observed at its own layer's output; the one place that says so is `_observed_tensor`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from tracker.layers import Layer, width_of
+from tracker.statistics import ActivityStream, CovarianceStream, Scratch, split_at
+
+# Private in torch, so looked up with care: -1 outside of a backward pass.
+_graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_functorch = getattr(torch._C, "_functorch", None)
+_functorch_level: Callable[[], Any] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+
+
+# Wider layers are not correlated: neurons² numbers of 12 bytes are 3 GB here.
+MAX_CORRELATED = 16384
+
+
+@dataclass(slots=True)
+class Window:
+    """What one layer showed since tracking began, in one mode."""
+
+    activity: ActivityStream
+    covariance: CovarianceStream | None
+
+
+class Site:
+    """One layer's place of observation, and what was seen there."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.name, self.kind = layer.name, layer.kind
+        self.neurons, self.axis, self.flattened = layer.neurons, layer.axis, layer.flattened
+        self.windows: dict[bool, Window] = {}  # by the model's training flag
+        self.problem = ""  # why nothing, or no more, is observed
+        self.stopped = False
+        self.output: weakref.ref[Tensor] | None = (
+            None  # of the pass under way, to see what the model returns
+        )
+        self.is_output = False
+
+
+@dataclass(eq=False)
+class Observer:
+    """All the places of observation of one model, and the switch."""
+
+    model: weakref.ref[nn.Module]
+    sites: list[Site]
+    threshold: float
+    batch_dim: int = 0
+    # Told when a custom layer's first output shows its width.
+    resolved: Callable[[Site], None] = lambda site: None
+    recording: bool = False
+    correlate: bool = False
+    padding: Tensor | None = None  # (batch, positions), True where a token is real
+    samples: dict[bool, int] = field(default_factory=dict)
+    version: int = 0  # grows with every change of the statistics
+    training: bool | None = None  # mode of the pass under way
+    scratch: Scratch = field(default_factory=Scratch)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def clear(self) -> None:
+        """Begin a fresh window."""
+        self.samples = {}
+        self.version += 1
+        self.training = None
+        for site in self.sites:
+            site.windows = {}
+            site.problem, site.stopped = "", False
+
+    def take(self, site: Site, output: Tensor, training: bool) -> None:
+        """Fold one layer output into the statistics. Never raises: a user's training goes on without us."""
+        if site.stopped:
+            return
+        try:
+            with self.lock:
+                self._take(site, output, training if self.training is None else self.training)
+        except Exception as error:
+            site.stopped = True
+            site.problem = f"observation stopped: {type(error).__name__}: {error}"
+            warnings.warn(f"Layer {site.name!r}: {site.problem}", RuntimeWarning, stacklevel=2)
+
+    def _take(self, site: Site, output: Tensor, training: bool) -> None:
+        if not output.is_floating_point() or output.device.type == "meta":
+            site.problem = f"its output is {output.dtype} on {output.device.type}"
+            return
+        if site.neurons is None and not self._resolve(site, output):
+            return
+        placed = self._placed(site, output)
+        if placed is None:
+            site.problem = (
+                f"its output {tuple(output.shape)} has no axis of {site.neurons} at {site.axis}"
+            )
+            return
+        self.version += 1
+        window = site.windows.get(training) or self._open_window(site, training, output.device)
+        batch = window.activity.add(*placed, self.scratch)
+        if window.covariance is not None:
+            rows = split_at(placed[0].detach(), placed[1]).transpose(1, 2).flatten(0, 1)
+            window.covariance.add(rows, None if batch is None else batch.mean())
+
+    def _open_window(self, site: Site, training: bool, device: torch.device) -> Window:
+        neurons: int = site.neurons  # type: ignore[assignment]
+        correlate = self.correlate and neurons <= MAX_CORRELATED
+        covariance = CovarianceStream(neurons, device) if correlate else None
+        activity = ActivityStream(neurons, self.threshold, device)
+        window = site.windows[training] = Window(activity, covariance)
+        return window
+
+    def _resolve(self, site: Site, output: Tensor) -> bool:
+        model = self.model()
+        module = model.get_submodule(site.name) if model is not None else None
+        width = width_of(module, output, site.axis) if module is not None else None
+        if width is None:
+            site.problem = (
+                f"no axis of its output {tuple(output.shape)} is one of its parameters' sizes"
+            )
+            return False
+        site.neurons, site.axis = width
+        self.resolved(site)
+        return True
+
+    def _placed(self, site: Site, output: Tensor) -> tuple[Tensor, int] | None:
+        """The real (not padded) part of an output, and the neurons' axis in it."""
+        if site.flattened > 1:
+            output = output.flatten(-site.flattened)
+        axis: int = site.axis  # type: ignore[assignment]
+        if not -output.ndim <= axis < output.ndim or output.shape[axis] != site.neurons:
+            return None
+        axis %= output.ndim
+        mask = self.padding
+        if mask is not None and mask.ndim <= axis and output.shape[: mask.ndim] == mask.shape:
+            output, axis = output.detach()[mask.to(output.device)], axis - mask.ndim + 1
+        return output, axis
+
+    def model_is_training(self) -> bool:
+        """The model's own mode, now."""
+        model = self.model()
+        return model is not None and model.training
+
+    def end_pass(self, first: Tensor | None, output: object) -> None:
+        """The model's own forward is done; one that raised never gets here. `first`: its first input tensor."""
+        training = bool(self.training)
+        count = 1
+        if first is not None and first.ndim > max(1, self.batch_dim):
+            count = int(first.shape[self.batch_dim])
+        self.samples[training] = self.samples.get(training, 0) + count
+        self.training = None
+        self.version += 1
+        returned = {id(t) for t in tensors_in(output)}
+        for site in self.sites:
+            tensor = site.output() if site.output is not None else None
+            site.is_output = site.is_output or (tensor is not None and id(tensor) in returned)
+            site.output = None
+
+
+class InertHook:
+    """What a hook becomes when its module is copied or unpickled: nothing."""
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        """Do nothing."""
+
+
+class Hook:
+    """A hook that neither keeps an observer alive nor follows its module into a copy or a file.
+
+    Inside a compiled graph it calls the operator `tracker::observe`, which comes back to `seen` at run time: so
+    tracking neither breaks the graph nor silently vanishes from it. Always returns None: the output stays as it is.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = weakref.ref(observer)
+        self._key = next(_keys)
+        with torch.inference_mode(False):
+            self._ticket = torch.zeros(())
+        _hooks_in_graphs[self._key] = self
+
+    def __deepcopy__(self, memo: object) -> InertHook:
+        return InertHook()
+
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        return InertHook, ()
+
+    def listener(self) -> Observer | None:
+        """The observer, if it lives, records, and this pass is new data."""
+        observer = self._observer()
+        return observer if observer and observer.recording and _is_new_data() else None
+
+    def in_graph(self, tensor: Tensor | None) -> None:
+        """Leave a call of the operator in the graph that is being compiled."""
+        if tensor is not None and not _exporting():
+            torch.ops.tracker.observe(tensor, self._ticket, self._key)
+
+    def seen(self, tensor: Tensor) -> None:
+        """Called by the operator, each time that the compiled graph runs."""
+        raise NotImplementedError
+
+
+class LayerHook(Hook):
+    """Observes one layer."""
+
+    def __init__(self, observer: Observer, site: Site) -> None:
+        super().__init__(observer)
+        self._site = site
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        """Forward hook of the layer."""
+        tensor = _observed_tensor(output)
+        if torch.compiler.is_compiling():
+            self.in_graph(tensor)
+        elif tensor is not None and (observer := self.listener()) is not None:
+            if not self._site.is_output:
+                self._site.output = weakref.ref(tensor)
+            observer.take(self._site, tensor, module.training)
+
+    def seen(self, tensor: Tensor) -> None:
+        """Inside a compiled graph the mode is the model's at run time."""
+        if (observer := self.listener()) is not None:
+            observer.take(self._site, tensor, observer.model_is_training())
+
+
+class EnterHook(Hook):
+    """Stands at the model's door: tells in which mode a pass begins."""
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        """Forward pre-hook of the model."""
+        if not torch.compiler.is_compiling() and (observer := self.listener()) is not None:
+            observer.training = module.training
+
+
+class LeaveHook(Hook):
+    """Stands at the model's door: counts the samples of a pass that came to its end."""
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        """Forward hook of the model."""
+        inputs = tensors_in((args, kwargs))
+        first = inputs[0] if inputs else None
+        if torch.compiler.is_compiling():
+            self.in_graph(first)
+        elif (observer := self.listener()) is not None:
+            observer.end_pass(first, output)
+
+    def seen(self, tensor: Tensor) -> None:
+        """What the model returned is not known here."""
+        if (observer := self.listener()) is not None:
+            observer.training = observer.model_is_training()
+            observer.end_pass(tensor, ())
+
+
+def attach(observer: Observer, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    """Put the hooks on the model; the handles take them off again."""
+    handles = [model.register_forward_pre_hook(EnterHook(observer))]
+    for site in observer.sites:
+        module = model.get_submodule(site.name)
+        handles.append(module.register_forward_hook(LayerHook(observer, site)))
+    handles.append(model.register_forward_hook(LeaveHook(observer), with_kwargs=True))
+    return handles
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Tensors of a (nested) tuple, list, dict or model output, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    if isinstance(value, dict):
+        value = list(value.values())
+    # Compilers follow this far: no `tuple | list` (torch 2.9), no generator.
+    if not isinstance(value, (tuple, list)):
+        return []
+    found = []
+    for part in value:
+        found += tensors_in(part)
+    return found
+
+
+def _observed_tensor(output: object) -> Tensor | None:
+    """The tensor in which a layer's neurons are observed: its output, of several the first floating one."""
+    for tensor in tensors_in(output):
+        if tensor.is_floating_point():
+            return tensor
+    return None
+
+
+def _is_new_data() -> bool:
+    """False for recomputation under checkpointing, function transforms, and tracing."""
+    return (
+        _graph_task_id() == -1
+        and _functorch_level() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _exporting() -> bool:
+    # Not torch.compiler.is_exporting(): torch 2.9 answers True inside torch.compile, and nothing would be observed.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
+# A compiled graph can name a hook by a number only.
+_keys = itertools.count()
+_hooks_in_graphs: weakref.WeakValueDictionary[int, Hook] = weakref.WeakValueDictionary()
+
+
+# The ticket is declared as written to, so that no compiler drops the call as useless.
+@torch.library.custom_op("tracker::observe", mutates_args=("ticket",))
+def _observe_op(tensor: Tensor, ticket: Tensor, key: int) -> None:
+    hook = _hooks_in_graphs.get(key)
+    if hook is not None:
+        hook.seen(tensor)
+
+
+@_observe_op.register_fake
+def _nothing_to_shape(tensor: Tensor, ticket: Tensor, key: int) -> None:
+    return None

@@ -1,0 +1,101 @@
+"""An id for every neuron, which it keeps for life and which no other ever gets."""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tracker.errors import NotTrackedError, UnknownNeuronError
+from tracker.slotmap import SlotMap
+
+
+@dataclass(slots=True)
+class LayerIds:
+    """The ids of one layer's neurons, in the order of their slots."""
+
+    model: str
+    layer: str
+    ids: list[int]
+    index: dict[int, int] = field(default_factory=dict)  # made when first asked
+
+    def local_index(self, neuron_id: int) -> int | None:
+        """Slot of the neuron, or None when it has left the layer."""
+        if len(self.index) != len(self.ids):
+            self.index = {n: i for i, n in enumerate(self.ids)}
+        return self.index.get(neuron_id)
+
+
+class NeuronRegistry:
+    """Gives out ids, counting up, over all the models of an engine."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []  # first id of each block of ids that was given out
+        self._blocks: list[LayerIds] = []  # the layer that got the block
+        self._next = 0
+        self._gone: dict[int, str] = {}  # id → when and why it left
+
+    def register(self, model: str, layer: str, neurons: int) -> LayerIds:
+        """Ids for a new layer."""
+        entry = LayerIds(model, layer, [])
+        self._extend(entry, neurons)
+        return entry
+
+    def reslot(self, entry: LayerIds, slots: SlotMap, why: str) -> list[int]:
+        """Move the ids of a layer as its slots moved; return the new ones. `why` is told of those that leave."""
+        old = entry.ids
+        kept = set(slots.known)
+        self._gone.update({n: why for i, n in enumerate(old) if i not in kept})
+        fresh = LayerIds(entry.model, entry.layer, [])
+        self._extend(fresh, slots.size - len(slots.known), owner=entry)
+        births = iter(fresh.ids)
+        entry.ids = [next(births) if s is None else old[s] for s in slots.source]
+        entry.index = {}
+        return fresh.ids
+
+    def find(self, neuron_id: int) -> tuple[LayerIds, int]:
+        """The layer and the local index of a living neuron.
+
+        Raises:
+            UnknownNeuronError: No neuron ever had this id, or it has left (then it says when and why).
+        """
+        try:
+            neuron_id = operator.index(neuron_id)
+        except TypeError:
+            raise UnknownNeuronError(f"A neuron id is an integer, not {neuron_id!r}.") from None
+        if neuron_id in self._gone:
+            raise UnknownNeuronError(
+                f"Neuron {neuron_id} has left the network: {self._gone[neuron_id]}."
+            )
+        block = bisect_right(self._starts, neuron_id) - 1
+        if block < 0 or neuron_id >= self._next:
+            known = f"0 to {self._next - 1}" if self._next else "none yet: track_model comes first"
+            raise UnknownNeuronError(
+                f"There is no neuron {neuron_id}. Ids given out so far: {known}."
+            )
+        entry = self._blocks[block]
+        index = entry.local_index(neuron_id)
+        assert index is not None
+        return entry, index
+
+    def _extend(self, entry: LayerIds, count: int, owner: LayerIds | None = None) -> None:
+        if count:
+            self._starts.append(self._next)
+            self._blocks.append(owner or entry)
+            entry.ids += range(self._next, self._next + count)
+            self._next += count
+
+
+def layer_named(layers: Sequence[str], name: str) -> str:
+    """`name`, if it is one of `layers`.
+
+    Raises:
+        NotTrackedError: It is not; the message lists what is there.
+    """
+    if name not in layers:
+        some = ", ".join(map(repr, layers[:8])) + (" ..." if len(layers) > 8 else "")
+        raise NotTrackedError(
+            f"No tracked layer is named {name!r}. Tracked layers: {some or 'none'}."
+        )
+    return name

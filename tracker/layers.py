@@ -1,0 +1,126 @@
+"""Which modules have neurons, how many, and along which axis of the output they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+# A layer's neurons and their axis in its output; negative where that holds with and without a batch.
+Width = tuple[int, int]
+
+# Not layers: what they learn does not make features.
+_SHAPELESS = (nn.PReLU,)
+# One unit to the outside: their inner modules are never called, the functional code reads the parameters.
+_OPAQUE = (nn.MultiheadAttention, nn.RNNBase)
+_LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
+# Attributes by which modules of other libraries name their width, the last axis of their output.
+_WIDTH_ATTRIBUTES = ("out_features", "embedding_dim", "nf")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A module with neurons. `neurons` and `axis` are None until the first forward pass shows them."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    neurons: int | None
+    axis: int | None
+    flattened: int = 1  # trailing dimensions that together are the neurons' axis (LayerNorm)
+
+
+def find_layers(model: nn.Module, axes: Mapping[str, int] | None = None) -> Iterator[Layer]:
+    """Layers of `model` in module order. `axes` names the neurons' axis of layers by hand."""
+    axes = axes or {}
+    hidden: set[nn.Module] = set()  # inner modules of opaque ones
+    for name, module in model.named_modules():
+        if isinstance(module, _OPAQUE) or name.endswith("parametrizations"):
+            hidden.update(m for m in module.modules() if m is not module)
+        if module in hidden or isinstance(module, _SHAPELESS):
+            continue
+        width = known_width(module)
+        if width is None and not (name in axes or _is_custom_layer(module)):
+            continue
+        shape = module.normalized_shape if isinstance(module, _LAYER_NORMS) else ()
+        yield Layer(
+            name,
+            module,
+            type(module).__name__,
+            width[0] if width else None,
+            axes.get(name, width[1] if width else None),
+            flattened=max(1, len(shape)),
+        )
+
+
+def known_width(module: nn.Module) -> Width | None:
+    """Neurons and axis of a module whose class tells them; None for any other."""
+    for kinds, width in _WIDTHS:
+        if isinstance(module, kinds):
+            neurons, axis = width(module)
+            # Lazy modules say 0 until they have seen data.
+            return (neurons, axis) if neurons else None
+    if next(module.children(), None) is None:
+        for attribute in _WIDTH_ATTRIBUTES:
+            size = getattr(module, attribute, None)
+            if isinstance(size, int) and size > 0:
+                return size, -1
+    return None
+
+
+def width_of(module: nn.Module, output: Tensor, axis: int | None) -> Width | None:
+    """Neurons and axis of a module whose class did not tell them, from its first output.
+
+    A lazy module tells them now. A custom one shows them by the sizes of its own parameters: the last axis if a
+    parameter has its size, else axis 1 if one has (channels first). An output whose axes match no parameter has no
+    neurons that we could name.
+    """
+    if (known := known_width(module)) is not None:
+        return known
+    if axis is not None:  # named by hand
+        return (output.shape[axis], axis) if -output.ndim <= axis < output.ndim else None
+    sizes = {n for p in module.parameters(recurse=False) for n in p.shape if n > 1}
+    for candidate in (-1, 1):
+        if output.ndim > max(candidate, 0) and output.shape[candidate] in sizes:
+            return output.shape[candidate], candidate
+    return None
+
+
+def _is_custom_layer(module: nn.Module) -> bool:
+    """A leaf with parameters of its own, of a class that is not listed: its first output shows its width."""
+    has_parameters = any(True for _ in module.parameters(recurse=False))
+    return has_parameters and next(module.children(), None) is None
+
+
+def _spatial(module: Any) -> int:
+    return -1 - len(module.kernel_size)
+
+
+def _instance_axis(module: nn.Module) -> int:
+    dims = {"1": 1, "2": 2, "3": 3}
+    return -1 - next(dims[c] for c in type(module).__name__ if c in dims)
+
+
+def _recurrent(module: Any) -> Width:
+    width = module.proj_size or module.hidden_size
+    return width * (2 if module.bidirectional else 1), -1
+
+
+_WIDTHS: tuple[tuple[Any, Callable[[Any], Width]], ...] = (
+    ((nn.Linear, nn.Bilinear), lambda m: (m.out_features, -1)),
+    (_ConvNd, lambda m: (m.out_channels, _spatial(m))),
+    (_InstanceNorm, lambda m: (m.num_features, _instance_axis(m))),
+    (_NormBase, lambda m: (m.num_features, 1)),
+    (nn.GroupNorm, lambda m: (m.num_channels, 1)),
+    (_LAYER_NORMS, lambda m: (math.prod(m.normalized_shape), -1)),
+    ((nn.Embedding, nn.EmbeddingBag), lambda m: (m.embedding_dim, -1)),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, lambda m: (m.hidden_size, -1)),
+    (nn.MultiheadAttention, lambda m: (m.embed_dim, -1)),
+)

@@ -1,0 +1,61 @@
+"""One forward pass that leaves no trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.errors import StructureError
+
+# A tuple is positional arguments, a dict keyword arguments, a tensor the one argument.
+ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
+
+
+def forward_once(model: nn.Module, example_inputs: ExampleInputs) -> object:
+    """The model's output for `example_inputs`, in eval mode, without gradients.
+
+    Training flags, buffers, and the random states of the devices are as before afterwards.
+
+    Raises:
+        StructureError: The forward pass failed.
+    """
+    args, kwargs = arguments(example_inputs)
+    with _unchanged(model), torch.no_grad():
+        model.eval()
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:
+            raise StructureError(
+                f"A forward pass of {type(model).__name__} with the example inputs failed "
+                f"({type(error).__name__}: {error}). Pass example_inputs that the model accepts: a tuple of "
+                "positional arguments, a dict of keyword arguments, or one tensor."
+            ) from error
+
+
+def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as (positional, keyword) arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    flags = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

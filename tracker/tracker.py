@@ -1,0 +1,233 @@
+"""Identity and observation: which neurons a model has, and what they do while data passes."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tracker.errors import NotTrackedError, StatisticsError
+from tracker.hooks import Observer, Site, Window, attach
+from tracker.identity import LayerIds, NeuronRegistry
+from tracker.layers import find_layers
+from tracker.observation import LayerObservation, Observation
+from tracker.probe import ExampleInputs, forward_once
+from tracker.statistics import Activity
+
+MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
+
+
+@dataclass(slots=True, eq=False)
+class TrackedModel:
+    """A model that was handed to the tracker. The model itself is not kept alive."""
+
+    name: str
+    observer: Observer
+    layers: dict[str, LayerIds] = field(default_factory=dict)  # in order of ids
+    neuron_map: dict[str, list[int]] = field(default_factory=dict)  # what track_model returned
+    handles: list[RemovableHandle] = field(default_factory=list)
+    correlated: bool = False
+    mode: str | None = None  # which mode to read; None: that of the first pass
+
+    def model(self) -> nn.Module:
+        """The model, if it still exists."""
+        model = self.observer.model()
+        if model is None:
+            raise NotTrackedError(
+                f"The model {self.name!r} no longer exists; its statistics can still be read. "
+                "Keep a reference to the model, or track another one."
+            )
+        return model
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.observer.recording = False
+
+
+class ActivationTracker:
+    """Gives every neuron an id for life and streams its statistics. Several models may share one tracker."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.registry = NeuronRegistry()
+        self.models: list[TrackedModel] = []
+        self._current: TrackedModel | None = None
+
+    @property
+    def current(self) -> TrackedModel:
+        """The model that calls without a model speak of: the last one tracked or registered."""
+        if self._current is None:
+            raise NotTrackedError("No model is tracked yet. Call track_model(model) first.")
+        return self._current
+
+    def track(
+        self,
+        model: nn.Module,
+        name: str,
+        example_inputs: ExampleInputs | None,
+        axes: Mapping[str, int] | None,
+        batch_dim: int,
+    ) -> TrackedModel:
+        """Give ids to the neurons of `model` and make it the current one; again for the same model: the same ids."""
+        model = unwrap(model)
+        known = self._known(model)
+        if known is not None:
+            self._current = known
+            return known
+        sites = [Site(layer) for layer in find_layers(model, axes)]
+        if not sites:
+            raise NotTrackedError(
+                f"{type(model).__name__} has no layer with neurons: no linear, convolutional, embedding, norm or "
+                "recurrent layer, and no custom module with parameters of its own."
+            )
+        observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
+        if example_inputs is not None:
+            _resolve_widths(observer, model, example_inputs)
+        entry = TrackedModel(name, observer)
+        for site in sites:
+            if site.neurons is not None:
+                self._register(entry, site)
+        # Weak: the model's hooks lead to the observer, and must not keep the whole tracker alive.
+        this = weakref.ref(self)
+
+        def resolved(site: Site) -> None:
+            if (tracker := this()) is not None:
+                tracker._register(entry, site)
+
+        observer.resolved = resolved
+        self.models.append(entry)
+        self._current = entry
+        return entry
+
+    def hook(self, model: nn.Module | None = None) -> None:
+        """Put hooks on a tracked model (the current one), and make it the current one."""
+        entry = self.current if model is None else self._known(unwrap(model))
+        if entry is None:
+            raise NotTrackedError(
+                f"This {type(model).__name__} is not tracked. Call track_model(model) before its hooks are registered."
+            )
+        entry.detach()
+        entry.handles = attach(entry.observer, entry.model())
+        self._current = entry
+        _forget_compiled_graphs()
+
+    def start(self, correlate: bool, mode: str | None) -> None:
+        """Begin a fresh window of statistics on the current model."""
+        if mode is not None and mode not in MODES:
+            raise StatisticsError(f"mode is one of {', '.join(MODES)} or None, not {mode!r}.")
+        entry = self.current
+        if not entry.handles or entry.observer.model() is None:
+            self.hook()
+        entry.observer.clear()
+        entry.observer.correlate = entry.correlated = correlate
+        entry.mode = mode
+        entry.observer.recording = True
+
+    def stop(self) -> None:
+        """Record no more; what was seen stays readable."""
+        self.current.observer.recording = False
+
+    @contextmanager
+    def masking(self, mask: Tensor) -> Iterator[None]:
+        """Leave padding out of all that is observed inside. mask: (batch, positions), True where a token is real."""
+        observer = self.current.observer
+        before, observer.padding = observer.padding, mask.bool()
+        try:
+            yield
+        finally:
+            observer.padding = before
+
+    def observe(self, mode: str | None = None) -> Observation:
+        """What the current window shows so far, frozen. `mode`: "train", "eval", "all", or None for the window's."""
+        entry = self.current
+        observer = entry.observer
+        mode = mode or entry.mode or _first_mode(observer)
+        if mode not in MODES:
+            raise StatisticsError(f"mode is one of {', '.join(MODES)}, not {mode!r}.")
+        flags = MODES[mode]
+        sites = {site.name: site for site in observer.sites}
+        layers = tuple(_observed(ids, sites[name], flags) for name, ids in entry.layers.items())
+        samples = sum(observer.samples.get(flag, 0) for flag in flags)
+        # Without a pass through the model's own door, a layer's batch is all that is known.
+        samples = samples or max((int(la.activity.observations.max()) for la in layers), default=0)
+        others = sum(n for flag, n in observer.samples.items() if flag not in flags)
+        return Observation(entry.name, layers, samples, mode, others, self.threshold)
+
+    def _known(self, model: nn.Module) -> TrackedModel | None:
+        return next((m for m in self.models if m.observer.model() is model), None)
+
+    def _register(self, entry: TrackedModel, site: Site) -> None:
+        assert site.neurons is not None
+        ids = self.registry.register(entry.name, site.name, site.neurons)
+        entry.layers[site.name] = ids
+        entry.neuron_map[site.name] = ids.ids
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module behind `torch.compile`, DataParallel and DistributedDataParallel.
+
+    Raises:
+        NotTrackedError: Not a module, or one that runs no Python hooks.
+    """
+    inner: object = model
+    while isinstance(inner, nn.Module):  # wrappers may wrap wrappers
+        model = inner
+        is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = getattr(model, "module" if is_parallel else "_orig_mod", None)
+    if not isinstance(model, nn.Module):
+        raise NotTrackedError(f"A torch.nn.Module can be tracked, not {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotTrackedError(
+            "A scripted or traced module runs no Python hooks and cannot be tracked. Track the module it was made from."
+        )
+    return model
+
+
+def _resolve_widths(observer: Observer, model: nn.Module, example_inputs: ExampleInputs) -> None:
+    handles = attach(observer, model)
+    observer.recording = True
+    try:
+        forward_once(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        observer.recording = False
+        observer.clear()
+
+
+def _forget_compiled_graphs() -> None:
+    """Graphs compiled before the hooks were there would never call them, in silence (pytorch #117758)."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        dynamo.reset()
+
+
+def _first_mode(observer: Observer) -> str:
+    seen = next(iter(observer.samples), None)
+    if seen is None:
+        seen = next((flag for site in observer.sites for flag in site.windows), False)
+    return "train" if seen else "eval"
+
+
+def _observed(ids: LayerIds, site: Site, flags: tuple[bool, ...]) -> LayerObservation:
+    windows: list[Window] = [site.windows[flag] for flag in flags if flag in site.windows]
+    activity = Activity.empty(len(ids.ids))
+    covariance = None
+    for window in windows:
+        activity = activity.merge(Activity(window.activity.value().table.cpu()))
+        if window.covariance is not None:
+            value = window.covariance.value()
+            covariance = value if covariance is None else covariance.merge(value)
+    problem = site.problem or ("" if windows else "never called in this window")
+    return LayerObservation(
+        site.name, site.kind, tuple(ids.ids), activity.value(), covariance, site.is_output, problem
+    )
