@@ -156,7 +156,7 @@ def reports(tracker_class: type[NeuronEngine], folder: Path) -> None:
     path = folder / "comprehensive_report.txt"
     tracker.save_report_to_file(path, include_heatmap=True)
     check("save_report_to_file", "LAYER SUMMARY" in path.read_text(encoding="utf-8"))
-    check("save_report_to_file: heatmap", path.with_suffix(".png").exists())
+    check("save_report_to_file: heatmap", path.with_name(f"{path.stem}_heatmap.png").exists())
 
     recommendations = tracker.generate_optimization_recommendations(
         pruning_threshold=0.01, redundancy_threshold=0.9, saturation_threshold=0.95
