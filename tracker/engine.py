@@ -17,6 +17,7 @@ from tracker.history import TrainingHistory, write_json
 from tracker.identity import layer_named
 from tracker.observation import Observation
 from tracker.probe import ExampleInputs
+from tracker.structure import Structure
 from tracker.tracker import ActivationTracker, TrackedModel
 
 if TYPE_CHECKING:
@@ -127,6 +128,15 @@ class NeuronEngine:
             "activation_threshold": self.activation_threshold,
             "correlation_threshold": self.correlation_threshold,
         }
+
+    @property
+    def structure(self) -> Structure:
+        """What of the current model lives and dies together: traced when first asked; the model is not changed.
+
+        Raises:
+            StructureError: The model has not run yet and no example inputs were given, or it cannot be traced.
+        """
+        return self._tracker.structure()
 
     # Observation
 

@@ -9,7 +9,8 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,9 @@ class Observer:
     resolved: Callable[[Site], None] = lambda site: None
     recording: bool = False
     correlate: bool = False
+    inputs: tuple[tuple[object, ...], dict[str, object]] | None = (
+        None  # of the first pass, or as given
+    )
     padding: Tensor | None = None  # (batch, positions), True where a token is real
     samples: dict[bool, int] = field(default_factory=dict)
     version: int = 0  # grows with every change of the statistics
@@ -80,6 +84,15 @@ class Observer:
         for site in self.sites:
             site.windows = {}
             site.problem, site.stopped = "", False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What passes inside is not observed."""
+        recording, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = recording
 
     def take(self, site: Site, output: Tensor, training: bool) -> None:
         """Fold one layer output into the statistics. Never raises: a user's training goes on without us."""
@@ -233,11 +246,18 @@ class LayerHook(Hook):
 
 
 class EnterHook(Hook):
-    """Stands at the model's door: tells in which mode a pass begins."""
+    """Stands at the model's door: tells in which mode a pass begins, and keeps the first inputs as an example."""
 
-    def __call__(self, module: nn.Module, args: object) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         """Forward pre-hook of the model."""
-        if not torch.compiler.is_compiling() and (observer := self.listener()) is not None:
+        if torch.compiler.is_compiling() or not _is_new_data():
+            return
+        observer = self._observer()
+        if observer is not None and observer.inputs is None:
+            observer.inputs = (args, kwargs)
+        if observer is not None and observer.recording:
             observer.training = module.training
 
 
@@ -262,12 +282,17 @@ class LeaveHook(Hook):
 
 def attach(observer: Observer, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     """Put the hooks on the model; the handles take them off again."""
-    handles = [model.register_forward_pre_hook(EnterHook(observer))]
+    handles = [watch_inputs(observer, model)]
     for site in observer.sites:
         module = model.get_submodule(site.name)
         handles.append(module.register_forward_hook(LayerHook(observer, site)))
     handles.append(model.register_forward_hook(LeaveHook(observer), with_kwargs=True))
     return handles
+
+
+def watch_inputs(observer: Observer, model: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    """Have the first forward pass supply the example inputs that tracing needs."""
+    return model.register_forward_pre_hook(EnterHook(observer), with_kwargs=True)
 
 
 def tensors_in(value: object) -> list[Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from tracker.errors import StructureError
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
 
 
-def forward_once(model: nn.Module, example_inputs: ExampleInputs) -> object:
-    """The model's output for `example_inputs`, in eval mode, without gradients.
+def forward_once(
+    model: nn.Module,
+    example_inputs: ExampleInputs | Arguments,
+    within: AbstractContextManager[object] | None = None,
+) -> object:
+    """The model's output for `example_inputs`, in eval mode, without gradients, the call itself `within` a context.
 
     Training flags, buffers, and the random states of the devices are as before afterwards.
 
@@ -27,7 +31,8 @@ def forward_once(model: nn.Module, example_inputs: ExampleInputs) -> object:
     with _unchanged(model), torch.no_grad():
         model.eval()
         try:
-            return model(*args, **kwargs)
+            with within or nullcontext():
+                return model(*args, **kwargs)
         except Exception as error:
             raise StructureError(
                 f"A forward pass of {type(model).__name__} with the example inputs failed "
@@ -36,13 +41,22 @@ def forward_once(model: nn.Module, example_inputs: ExampleInputs) -> object:
             ) from error
 
 
-def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (positional, keyword) arguments."""
+class Arguments(NamedTuple):
+    """Positional and keyword arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def arguments(example_inputs: ExampleInputs | Arguments) -> Arguments:
+    """Example inputs as positional and keyword arguments."""
+    if isinstance(example_inputs, Arguments):
+        return example_inputs
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
+        return Arguments((), dict(example_inputs))
     if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+        return Arguments(tuple(example_inputs), {})
+    return Arguments((example_inputs,), {})
 
 
 @contextmanager

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracker.errors import NotTrackedError, StatisticsError
-from tracker.hooks import Observer, Site, Window, attach
+from tracker.errors import NotTrackedError, StatisticsError, StructureError
+from tracker.hooks import Observer, Site, Window, attach, watch_inputs
 from tracker.identity import LayerIds, NeuronRegistry
 from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
-from tracker.probe import ExampleInputs, forward_once
+from tracker.probe import Arguments, ExampleInputs, arguments, forward_once
 from tracker.statistics import Activity
+from tracker.structure import Structure, trace_structure
 
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
 
@@ -32,6 +33,8 @@ class TrackedModel:
     layers: dict[str, LayerIds] = field(default_factory=dict)  # in order of ids
     neuron_map: dict[str, list[int]] = field(default_factory=dict)  # what track_model returned
     handles: list[RemovableHandle] = field(default_factory=list)
+    hooked: bool = False  # its layers are
+    structure: Structure | None = None  # as last traced
     correlated: bool = False
     mode: str | None = None  # which mode to read; None: that of the first pass
 
@@ -49,7 +52,7 @@ class TrackedModel:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.hooked = [], False
         self.observer.recording = False
 
 
@@ -90,9 +93,12 @@ class ActivationTracker:
                 "recurrent layer, and no custom module with parameters of its own."
             )
         observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
-        if example_inputs is not None:
-            _resolve_widths(observer, model, example_inputs)
         entry = TrackedModel(name, observer)
+        if example_inputs is not None:
+            observer.inputs = arguments(example_inputs)
+            _resolve_widths(observer, model, example_inputs)
+        else:
+            entry.handles = [watch_inputs(observer, model)]
         for site in sites:
             if site.neurons is not None:
                 self._register(entry, site)
@@ -116,7 +122,7 @@ class ActivationTracker:
                 f"This {type(model).__name__} is not tracked. Call track_model(model) before its hooks are registered."
             )
         entry.detach()
-        entry.handles = attach(entry.observer, entry.model())
+        entry.handles, entry.hooked = attach(entry.observer, entry.model()), True
         self._current = entry
         _forget_compiled_graphs()
 
@@ -125,7 +131,7 @@ class ActivationTracker:
         if mode is not None and mode not in MODES:
             raise StatisticsError(f"mode is one of {', '.join(MODES)} or None, not {mode!r}.")
         entry = self.current
-        if not entry.handles or entry.observer.model() is None:
+        if not entry.hooked or entry.observer.model() is None:
             self.hook()
         entry.observer.clear()
         entry.observer.correlate = entry.correlated = correlate
@@ -135,6 +141,25 @@ class ActivationTracker:
     def stop(self) -> None:
         """Record no more; what was seen stays readable."""
         self.current.observer.recording = False
+
+    def structure(self) -> Structure:
+        """The structure of the current model, traced when first asked."""
+        entry = self.current
+        model, observer = entry.model(), entry.observer
+        if entry.structure is None:
+            if observer.inputs is None:
+                raise StructureError(
+                    f"The structure of {entry.name!r} cannot be traced without data. Run the model once, or pass "
+                    "example_inputs to track_model."
+                )
+            with observer.paused():
+                entry.structure = trace_structure(model, Arguments(*observer.inputs))
+        ids = {
+            (name, index): neuron
+            for name, layer in entry.layers.items()
+            for index, neuron in enumerate(layer.ids)
+        }
+        return entry.structure.with_ids(ids)
 
     @contextmanager
     def masking(self, mask: Tensor) -> Iterator[None]:

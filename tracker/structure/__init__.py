@@ -1,0 +1,13 @@
+"""What lives and dies together: for any module, which slices of which tensors make up each unit.
+
+One real forward pass is recorded operation by operation (`trace`), every operation relates the axes of its inputs to
+those of its result (`rules`, an open registry) in an algebra of labels (`axes`), and what dies together becomes
+units, in groups of alternatives (`units`). What the rules do not understand is frozen, with the reason.
+"""
+
+from tracker.structure import rules_math, rules_shape  # noqa: F401  (they register themselves)
+from tracker.structure.rules import rule
+from tracker.structure.structure import Structure, trace_structure
+from tracker.structure.units import Frozen, Slice, UnitGroup
+
+__all__ = ["Frozen", "Slice", "Structure", "UnitGroup", "rule", "trace_structure"]

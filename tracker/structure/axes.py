@@ -1,0 +1,197 @@
+"""The algebra of axes: which indices of which tensors live and die together.
+
+An *axis* is one dimension of one tensor. Each of its indices carries a set of *labels*: the index dies when any of
+them does. Operations of the network relate axes: an addition makes two axes die alike (`unify`), a reshape joins or
+splits them (`merge`, `split`). What cannot be expressed is frozen, with the reason.
+
+An axis is an integer matrix (n, k): row i holds the labels of index i, 0 is no label. `None` is an axis without any
+label: none of its indices can die, and nobody needs to know which they are (batch, positions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+Axis = np.ndarray | None
+Row = frozenset[int]
+
+
+class Labels:
+    """A union-find over labels in which a label may also stand for several others (it dies when any of them does)."""
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1, dtype=np.int64)
+        self._parts: dict[int, Row] = {}  # root → the labels that it stands for
+        self._composite = np.zeros(1, dtype=bool)
+        self.frozen: dict[int, str] = {}  # root → why it can never die
+        self.inexact: dict[int, str] = {}  # root → what sees that it died, other than a zero
+
+    def fresh(self, n: int) -> np.ndarray:
+        """An axis of n indices, each of which can die on its own."""
+        start = len(self._parent)
+        new = np.arange(start, start + n)
+        self._parent = np.concatenate((self._parent, new))
+        self._composite = np.concatenate((self._composite, np.zeros(n, dtype=bool)))
+        return new[:, None]
+
+    def roots(self, labels: np.ndarray) -> np.ndarray:
+        """The representative of each label."""
+        parent = self._parent
+        found = parent[labels]
+        while True:
+            above = parent[found]
+            if np.array_equal(above, found):
+                return found
+            found = above
+
+    def leaves(self, labels: Iterable[int]) -> Row:
+        """What a set of labels comes down to: roots that stand for nothing else."""
+        found: set[int] = set()
+        stack = [int(label) for label in labels if label]
+        while stack:
+            root = int(self.roots(np.array(stack.pop())))
+            if root in self._parts:
+                stack.extend(self._parts[root])
+            elif root:
+                found.add(root)
+        return frozenset(found)
+
+    def rows(self, axis: np.ndarray) -> list[Row]:
+        """The label set of each index, resolved."""
+        roots = self.roots(axis)
+        if axis.shape[1] == 1 and not self._composite[roots].any():
+            return [frozenset((r,)) if r else frozenset() for r in roots[:, 0].tolist()]
+        return [self.leaves(row) for row in roots.tolist()]
+
+    def freeze(self, axis: Axis, reason: str) -> None:
+        """No index of this axis can die from now on."""
+        if axis is not None:
+            for label in frozenset().union(*self.rows(axis)):
+                self.frozen.setdefault(label, reason)
+
+    def mark_inexact(self, axis: Axis, reason: str) -> None:
+        """Removal of an index of this axis is seen by more than consumers that read zero in its place."""
+        if axis is not None:
+            for label in frozenset().union(*self.rows(axis)):
+                self.inexact.setdefault(label, reason)
+
+    def unify(self, a: Axis, b: Axis, reason: str) -> Axis:
+        """Make two axes of equal length die alike, index by index; return the axis of both."""
+        if a is None or b is None:
+            self.freeze(a, reason)
+            self.freeze(b, reason)
+            return None
+        if a is b:
+            return a
+        pairs = [(x, y) for x, y in zip(self.rows(a), self.rows(b), strict=True) if x != y]
+        if all(len(x) == len(y) == 1 for x, y in pairs):
+            for x, y in pairs:
+                self._unite(next(iter(x)), next(iter(y)))
+        elif pairs:
+            self._unify_sets(pairs, reason)
+        return a
+
+    def _unify_sets(self, pairs: list[tuple[Row, Row]], reason: str) -> None:
+        # Two factorisations of one axis: factors that occur at the same indices are the same.
+        for same, other in _equal_supports(pairs):
+            self._unite(same, other)
+        for x, y in pairs:
+            left, right = self.leaves(x), self.leaves(y)
+            left, right = left - right, right - left
+            if not left and not right:
+                continue
+            if len(left) == 1 and len(right) == 1:
+                self._unite(*left, *right)
+            elif len(left) == 1 and right:
+                self._refine(next(iter(left)), right)
+            elif len(right) == 1 and left:
+                self._refine(next(iter(right)), left)
+            else:
+                for label in left | right:
+                    self.frozen.setdefault(label, reason)
+
+    def _unite(self, a: int, b: int) -> None:
+        a, b = (int(self.roots(np.array(x))) for x in (a, b))
+        if a in self._parts or b in self._parts:
+            left, right = self.leaves((a,)), self.leaves((b,))
+            if left != right:
+                self._unify_sets([(left, right)], "two factorisations of one axis")
+            return
+        if a != b:
+            a, b = min(a, b), max(a, b)
+            self._parent[b] = a
+            for table in (self.frozen, self.inexact):
+                if b in table:
+                    table.setdefault(a, table.pop(b))
+
+    def _refine(self, label: int, parts: Row) -> None:
+        """`label` stands for `parts` from now on."""
+        self._parts[label] = parts
+        self._composite[label] = True
+        for table in (self.frozen, self.inexact):
+            if label in table:
+                for part in parts:
+                    table.setdefault(part, table[label])
+
+    def merge(self, sizes: Sequence[int], axes: Sequence[Axis]) -> Axis:
+        """One axis over all combinations of several, the last running fastest."""
+        if all(axis is None for axis in axes):
+            return None
+        total, columns = math.prod(sizes), []
+        inner = total
+        for size, axis in zip(sizes, axes, strict=True):
+            inner //= size
+            if axis is not None:
+                block = np.repeat(axis, inner, axis=0)
+                columns.append(np.tile(block, (total // len(block), 1)))
+        return np.concatenate(columns, axis=1)
+
+    def split(self, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
+        """The axes whose `merge` is `axis`."""
+        if axis is None or len(sizes) == 1:
+            return [axis] if len(sizes) == 1 else [None] * len(sizes)
+        inner = math.prod(sizes[1:])
+        first, rest = self._split_in_two(axis, sizes[0], inner, reason)
+        return [first, *self.split(rest, sizes[1:], reason)]
+
+    def _split_in_two(self, axis: np.ndarray, a: int, b: int, reason: str) -> tuple[Axis, Axis]:
+        if a == 1 or b == 1:
+            return (None, axis) if a == 1 else (axis, None)
+        rows = self.rows(axis)
+        grid = [rows[i * b : (i + 1) * b] for i in range(a)]
+        outer = [frozenset.intersection(*line) for line in grid]
+        inner = [frozenset.intersection(*(line[j] for line in grid)) for j in range(b)]
+        rest = [grid[i][j] - outer[i] - inner[j] for i in range(a) for j in range(b)]
+        if any(rest):
+            if frozenset().union(*rest) <= self.frozen.keys():
+                return self._packed(outer), self._packed(inner)
+            r, c = self.fresh(a), self.fresh(b)
+            self.unify(self._pack(rest), self.merge((a, b), (r, c)), reason)
+            outer = [x | y for x, y in zip(outer, self.rows(r), strict=True)]
+            inner = [x | y for x, y in zip(inner, self.rows(c), strict=True)]
+        return self._packed(outer), self._packed(inner)
+
+    def _packed(self, rows: list[Row]) -> Axis:
+        return self._pack(rows) if any(rows) else None
+
+    def _pack(self, rows: list[Row]) -> np.ndarray:
+        packed = np.zeros((len(rows), max(1, *map(len, rows))), dtype=np.int64)
+        for i, row in enumerate(rows):
+            packed[i, : len(row)] = sorted(row)
+        return packed
+
+
+def _equal_supports(pairs: list[tuple[Row, Row]]) -> list[tuple[int, int]]:
+    """Labels of the left and of the right that occur at exactly the same indices."""
+    left: dict[int, list[int]] = {}
+    right: dict[int, list[int]] = {}
+    for index, (x, y) in enumerate(pairs):
+        for label in x - y:
+            left.setdefault(label, []).append(index)
+        for label in y - x:
+            right.setdefault(label, []).append(index)
+    by_support = {tuple(at): label for label, at in right.items()}
+    return [(label, by_support[tuple(at)]) for label, at in left.items() if tuple(at) in by_support]

@@ -1,0 +1,115 @@
+"""What each ATen operation says about axes: a registry of small rules, open to users.
+
+A rule reads the axes of the inputs, relates them in the algebra of labels, and says what the axes of the result are.
+An operation without a rule freezes every axis that it touches: structure is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracker.structure.axes import Axis
+from tracker.structure.trace import Op
+
+Rule = Callable[[Op], None]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operations, by names such as "aten::mm" (all overloads).
+
+    Examples:
+        >>> @rule("mylib::scale")
+        ... def scale(op):
+        ...     op.give(op.out, op.axes(op.args[0]))
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            _RULES[name] = function
+        return function
+
+    return register
+
+
+def apply_rule(op: Op) -> None:
+    """Apply the rule of an operation: its own, that of pointwise operations, or the one for what is unknown."""
+    found = _RULES.get(op.func._schema.name)
+    if found is None:
+        found = pointwise if torch.Tag.pointwise in op.func.tags else unknown
+    try:
+        found(op)
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError):
+        unknown(op)  # called in a way that its rule does not know
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Tensors among the arguments or results of an operation."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [t for part in value for t in tensors_of(part)]
+    if isinstance(value, dict):
+        return [t for part in value.values() for t in tensors_of(part)]
+    return []
+
+
+def unknown(op: Op) -> None:
+    """Freeze everything that the operation touches."""
+    for tensor in tensors_of([op.args, op.kwargs]):
+        for axis in op.axes(tensor):
+            op.labels.freeze(axis, op.why())
+
+
+def pointwise(op: Op) -> None:
+    """Broadcasting: aligned from the last dimension, axes of the full size die alike."""
+    out = op.out
+    inputs = tensors_of([op.args, op.kwargs])
+    axes: list[Axis] = []
+    for d in range(-out.ndim, 0):
+        met = [op.axes(t)[d] for t in inputs if t.ndim >= -d and t.shape[d] == out.shape[d] != 1]
+        axes.append(together(op, met))
+    for t in inputs:
+        if len(inputs) > 1:
+            op.trace.carries |= op.parameters(t)
+    op.give(out, axes)
+
+
+def together(op: Op, met: Sequence[Axis]) -> Axis:
+    """The axis of several that die alike."""
+    if not met:
+        return None
+    first = met[0]
+    for other in met[1:]:
+        first = op.labels.unify(first, other, op.why("met by values that cannot die"))
+    return first
+
+
+@rule(
+    "aten::clone", "aten::detach", "aten::alias", "aten::_to_copy", "aten::contiguous",
+    "aten::lift_fresh", "aten::native_dropout", "aten::bernoulli", "aten::tril", "aten::triu",
+    "aten::_conj", "aten::resolve_conj", "aten::nan_to_num", "aten::rand_like",
+)  # fmt: skip
+def same(op: Op) -> None:
+    """The result has the axes of the first input."""
+    op.give(op.out, op.axes(op.args[0]), op.origin(op.args[0]))
+
+
+@rule(
+    "aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::new_zeros", "aten::new_ones",
+    "aten::new_full", "aten::new_empty", "aten::zeros_like", "aten::ones_like", "aten::full_like",
+    "aten::empty_like",
+)  # fmt: skip
+def constant(op: Op) -> None:
+    """Equal at every position, so any index may die."""
+    op.give(op.out, [op.labels.fresh(n) if n > 1 else None for n in op.out.shape])
+
+
+@rule("aten::copy_")
+def copy_(op: Op) -> None:
+    """The target takes on the axes of what is written into it."""
+    pointwise(op)

@@ -1,0 +1,201 @@
+"""Rules of operations that compute: products and sums, in which units are read, and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tracker.structure.axes import Axis
+from tracker.structure.rules import pointwise, rule, tensors_of, together
+from tracker.structure.trace import Op
+
+# Contractions: here units are read
+
+
+def contract(op: Op, a: Tensor, i: int, b: Tensor, j: int) -> None:
+    """Dimension i of a and j of b are multiplied and added up."""
+    why = op.why("multiplied with values that cannot die")
+    op.trace.reads |= op.origin(a)[i] | op.origin(b)[j]
+    op.labels.unify(op.axes(a)[i], op.axes(b)[j], why)
+
+
+@rule("aten::mm", "aten::bmm")
+def mm(op: Op) -> None:
+    """(…, n, k) (…, k, m) → (…, n, m)."""
+    a, b = op.args[0], op.args[1]
+    _matmul(op, a, b)
+
+
+@rule("aten::addmm", "aten::baddbmm")
+def addmm(op: Op) -> None:
+    """A product, and a bias that is broadcast over it."""
+    bias, a, b = op.args[0], op.args[1], op.args[2]
+    _matmul(op, a, b)
+    _add_bias(op, bias, range(-op.out.ndim, 0))
+
+
+def _matmul(op: Op, a: Tensor, b: Tensor) -> None:
+    contract(op, a, -1, b, -2)
+    batch = [together(op, [op.axes(a)[d], op.axes(b)[d]]) for d in range(a.ndim - 2)]
+    op.give(op.out, [*batch, op.axes(a)[-2], op.axes(b)[-1]])
+
+
+def _add_bias(op: Op, bias: Tensor, dims: Sequence[int]) -> None:
+    for d in dims:
+        if bias.ndim >= -d and bias.shape[d] == op.out.shape[d] != 1:
+            op.labels.unify(op.axes(op.out)[d], op.axes(bias)[d], op.why("a bias"))
+
+
+@rule("aten::convolution")
+def convolution(op: Op) -> None:
+    """Input (N, C, …), weight (O, C/groups, …), or (C, O/groups, …) when transposed."""
+    x, w, bias, transposed, groups = op.args[0], op.args[1], op.args[2], op.args[6], op.args[8]
+    channels, wide = op.axes(x)[1], op.axes(w)
+    for axis in op.axes(x)[2:]:
+        op.labels.freeze(axis, op.why("a filter runs along it"))
+    for axis in wide[2:]:
+        op.labels.freeze(axis, op.why("a filter's own positions"))
+    why = op.why("grouped channels")
+    if groups == 1:
+        contract(op, x, 1, w, 0 if transposed else 1)
+        out = wide[1] if transposed else wide[0]
+    elif w.shape[1] == 1 and w.shape[0] == groups and x.shape[1] == groups and not transposed:
+        out = op.labels.unify(channels, wide[0], why)  # depthwise: a channel stays a channel
+        op.trace.carries.add(op.trace.name(w) or "")
+    else:
+        out = _grouped(op, x, w, groups, transposed, why)
+    op.give(op.out, [None, out] + [None] * (op.out.ndim - 2))
+    if bias is not None:
+        op.labels.unify(out, op.axes(bias)[0], op.why("a bias"))
+
+
+def _grouped(op: Op, x: Tensor, w: Tensor, groups: int, transposed: bool, why: str) -> Axis:
+    labels = op.labels
+    group, inside = labels.split(op.axes(x)[1], [groups, x.shape[1] // groups], why)
+    rows, columns = op.axes(w)[0], op.axes(w)[1]
+    group_w, per_group = labels.split(rows, [groups, w.shape[0] // groups], why)
+    group = labels.unify(group, group_w, why)
+    read, made = (per_group, columns) if transposed else (columns, per_group)
+    op.trace.reads |= op.origin(w)[0 if transposed else 1]
+    labels.unify(inside, read, why)
+    return labels.merge([groups, op.out.shape[1] // groups], [group, made])
+
+
+@rule("aten::_prelu_kernel")
+def prelu(op: Op) -> None:
+    """A slope for each channel."""
+    pointwise(op)
+
+
+@rule("aten::_weight_norm_interface")
+def weight_norm(op: Op) -> None:
+    """v·g/‖v‖ along one dimension: the norm sees every other dimension of v."""
+    v, g, kept = op.args[0], op.args[1], op.arg(2, "dim", 0) % op.args[0].ndim
+    axes: list[Axis] = []
+    for d, axis in enumerate(op.axes(v)):
+        if d != kept:
+            op.labels.freeze(axis, op.why("it is part of a norm"))
+        axes.append(op.labels.unify(axis, op.axes(g)[d], op.why()) if d == kept else None)
+    op.give(op.out, axes)
+
+
+# Norms, reductions
+
+
+@rule(
+    "aten::native_batch_norm",
+    "aten::_native_batch_norm_legit_no_training",
+    "aten::cudnn_batch_norm",
+)
+def batch_norm(op: Op) -> None:
+    """Weight, bias, running mean and variance for each channel."""
+    x, *each = op.args[:5]
+    axes = list(op.axes(x))
+    for tensor in each:
+        if tensor is not None:
+            axes[1] = op.labels.unify(axes[1], op.axes(tensor)[0], op.why("a batch norm"))
+            op.trace.carries.add(op.trace.name(tensor) or "")
+    op.give(op.out, axes)
+
+
+@rule("aten::native_layer_norm", "aten::_fused_rms_norm", "aten::rms_norm")
+def layer_norm(op: Op) -> None:
+    """Mean and variance run over the last dimensions: what is removed changes the others."""
+    x, shape = op.args[0], op.args[1]
+    axes = list(op.axes(x))
+    for tensor in op.args[2:4]:
+        if isinstance(tensor, Tensor):
+            for d in range(-len(shape), 0):
+                axes[d] = op.labels.unify(axes[d], op.axes(tensor)[d], op.why("a norm"))
+            op.trace.carries.add(op.trace.name(tensor) or "")
+    for d in range(-len(shape), 0):
+        op.labels.mark_inexact(axes[d], op.why("normalised over"))
+    op.give(op.out, axes)
+
+
+@rule("aten::native_group_norm")
+def group_norm(op: Op) -> None:
+    """Mean and variance of each group of channels: all groups must stay of one size."""
+    x, w, b, groups = op.args[0], op.args[1], op.args[2], op.args[6]
+    axes = list(op.axes(x))
+    for tensor in (w, b):
+        if tensor is not None:
+            axes[1] = op.labels.unify(axes[1], op.axes(tensor)[0], op.why("a group norm"))
+            op.trace.carries.add(op.trace.name(tensor) or "")
+    _, inside = op.labels.split(axes[1], [groups, x.shape[1] // groups], op.why("groups of a norm"))
+    op.labels.mark_inexact(inside, op.why("normalised over"))
+    op.give(op.out, axes)
+
+
+@rule("aten::_softmax", "aten::_log_softmax", "aten::_safe_softmax")
+def softmax(op: Op) -> None:
+    """Each index is divided by a sum over all of them."""
+    x, dim = op.args[0], op.args[1]
+    op.labels.mark_inexact(op.axes(x)[dim], op.why("a softmax over it"))
+    op.give(op.out, op.axes(x))
+
+
+@rule("aten::sum", "aten::mean", "aten::amax", "aten::amin", "aten::var", "aten::any", "aten::all")
+def reduction(op: Op) -> None:
+    """Dimensions go; only a sum does not see how many indices there were."""
+    x, out = op.args[0], op.out
+    dims = op.arg(1, "dim", None)
+    dims = (
+        list(range(x.ndim))
+        if dims is None or dims == []
+        else [dims]
+        if isinstance(dims, int)
+        else dims
+    )
+    gone = {d % x.ndim for d in dims}
+    axes = op.axes(x)
+    for d in gone:
+        if op.func._schema.name != "aten::sum":
+            op.labels.mark_inexact(axes[d], op.why("reduced over"))
+    keep = out.ndim == x.ndim
+    op.give(out, [None if d in gone else a for d, a in enumerate(axes) if keep or d not in gone])
+
+
+@rule("aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices", "aten::avg_pool1d", "aten::avg_pool2d",
+      "aten::avg_pool3d", "aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d",
+      "aten::upsample_nearest1d", "aten::upsample_nearest2d", "aten::upsample_bilinear2d")  # fmt: skip
+def pool(op: Op) -> None:
+    """Channels stay, positions are mixed."""
+    x = op.args[0]
+    spatial = 3 if "3d" in op.func._schema.name else 1 if "1d" in op.func._schema.name else 2
+    axes = op.axes(x)
+    for axis in axes[-spatial:]:
+        op.labels.freeze(axis, op.why("pooled along"))
+    for out in tensors_of(op.result):
+        op.give(out, [*axes[:-spatial], *[None] * spatial])
+
+
+@rule("aten::embedding")
+def embedding(op: Op) -> None:
+    """Rows are picked by data; each row's dimensions go on."""
+    weight, index = op.args[0], op.args[1]
+    rows, dims = op.axes(weight)
+    op.labels.freeze(rows, op.why("rows are picked by data"))
+    data: list[Axis] = [None] * index.ndim
+    op.give(op.out, [*data, dims])

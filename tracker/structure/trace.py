@@ -1,0 +1,236 @@
+"""One real forward pass, seen operation by operation, from which the axes of all tensors follow."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tracker.probe import Arguments, ExampleInputs, forward_once
+from tracker.structure.axes import Axis, Labels
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the model calls an operation."""
+
+    module: str  # dotted path of the innermost module
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        code = linecache.getline(self.file, self.line).strip()
+        return f"in {self.module or 'the model'} ({Path(self.file).name}:{self.line}: {code})"
+
+
+# Of one dimension of a tensor: the dimensions of parameters that it is a view of.
+Origin = frozenset[tuple[str, int]]
+NOWHERE: Origin = frozenset()
+
+
+@dataclass(slots=True)
+class Op:
+    """One call of an ATen operation, with all that a rule needs."""
+
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    trace: Trace
+    source: Source
+
+    @property
+    def labels(self) -> Labels:
+        """The algebra that rules work in."""
+        return self.trace.labels
+
+    @property
+    def out(self) -> Tensor:
+        """The first (mostly the only) tensor of the result."""
+        return self.result if isinstance(self.result, Tensor) else self.result[0]
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, however it was passed, or its default."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def why(self, what: str = "") -> str:
+        """A reason: what happens, in which operation, where."""
+        name = self.func._schema.name.removeprefix("aten::")
+        return f"{what or 'not understood'}: {name} {self.source}"
+
+    def axes(self, tensor: Tensor) -> list[Axis]:
+        """The axes of a tensor, one for each dimension."""
+        return self.trace.axes(tensor)
+
+    def origin(self, tensor: Tensor) -> list[Origin]:
+        """For each dimension, the dimensions of the parameter that it is a view of."""
+        name = self.trace.name(tensor)
+        if name is not None:
+            return [frozenset(((name, d),)) for d in range(tensor.ndim)]
+        return self.trace.origins.get(tensor) or [NOWHERE] * tensor.ndim
+
+    def parameters(self, tensor: Tensor) -> set[str]:
+        """Names of the parameters that a tensor is, or is a view of."""
+        return {name for origin in self.origin(tensor) for name, _ in origin}
+
+    def give(self, tensor: Tensor, axes: list[Axis], origin: list[Origin] | None = None) -> None:
+        """Say what the axes of a result are, and which dimensions of a parameter they are views of."""
+        if origin is not None and any(origin):
+            self.trace.origins[tensor] = origin
+        # Of a single index nothing can be removed.
+        self.trace.known[tensor] = [
+            None if n == 1 else a for n, a in zip(tensor.shape, axes, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class Trace:
+    """What is known of the axes of a model's tensors."""
+
+    model: nn.Module
+    labels: Labels = field(default_factory=Labels)
+    known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    parameters: dict[str, list[Axis]] = field(default_factory=dict)  # of parameters and buffers
+    reads: set[tuple[str, int]] = field(default_factory=set)  # (tensor, dim) that is contracted
+    carries: set[str] = field(default_factory=set)  # tensors applied element by element
+    order: list[str] = field(default_factory=list)  # tensors in the order of their first use
+    names: dict[int, str] = field(default_factory=dict)  # id of a parameter or buffer → its key
+    operations: int = 0
+
+    def axes(self, tensor: Tensor) -> list[Axis]:
+        """Axes of a tensor; a parameter gets fresh labels at its first use."""
+        found = self.known.get(tensor)
+        if found is None:
+            found = self._first_use(tensor)
+            self.known[tensor] = found
+        return found
+
+    def name(self, tensor: object) -> str | None:
+        """Key in the state dict, if this is a parameter or a buffer."""
+        return self.names.get(id(tensor))
+
+    def _first_use(self, tensor: Tensor) -> list[Axis]:
+        name = self.name(tensor)
+        if name is None:
+            return [None] * tensor.ndim  # data, or a constant made in Python
+        axes: list[Axis] = [self.labels.fresh(n) if n > 1 else None for n in tensor.shape]
+        self.parameters[name] = axes
+        self.order.append(name)
+        return axes
+
+
+def record(model: nn.Module, example_inputs: ExampleInputs | Arguments, rule: Any) -> Trace:
+    """Run the model once and apply `rule` to every operation.
+
+    The pass runs in eval mode without gradients, with fused kernels off, so that attention and recurrent layers are
+    seen as the products and sums that they are. Buffers, flags and random states are as before afterwards.
+    """
+    trace = Trace(model)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    for name, tensor in tensors:
+        trace.names.setdefault(id(tensor), name)
+    path: list[str] = [""]
+    with _following(model, path), _plain_kernels():
+        output = forward_once(model, example_inputs, within=_Recorder(trace, path, rule))
+    for tensor in _tensors(output):
+        for axis in trace.axes(tensor):
+            trace.labels.freeze(axis, "it is part of the model's output")
+    return trace
+
+
+@contextmanager
+def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep in `path` the names of the modules that are being called, the innermost last."""
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        path.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(module: nn.Module, args: object, name: str = name) -> None:
+            path.append(name)
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, trace: Trace, path: list[str], rule: Any) -> None:
+        super().__init__()
+        self.trace, self.path, self.rule = trace, path, rule
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.trace.operations += 1
+        frame = _user_frame(sys._getframe(1))
+        source = Source(self.path[-1], frame.f_code.co_filename, frame.f_lineno)
+        self.rule(Op(func, args, kwargs, result, self.trace, source))
+        return result
+
+
+def _user_frame(frame: FrameType | None) -> FrameType:
+    """The innermost frame that is not torch's or ours; torch's modules stay, where there is no other."""
+    innermost = frame
+    while frame is not None:
+        file = frame.f_code.co_filename
+        in_torch = file.startswith(_TORCH)
+        if not (in_torch or file.startswith(_HERE)):
+            return frame
+        if in_torch and "/nn/modules/" in file and "_call_impl" not in frame.f_code.co_name:
+            return frame
+        frame = frame.f_back
+    assert innermost is not None
+    return innermost
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore")  # the switches warn of hardware that is not here
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)

@@ -1,0 +1,288 @@
+"""Proposals on trial: units are removed from a copy of the model, and the copy must equal the masked original.
+
+What the rules cannot see (an integer in the model's code, a scale made from a width) shows here, before anyone relies
+on it. The model itself is not touched: all is done on copies in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tracker.errors import StructureError
+from tracker.probe import Arguments, ExampleInputs, arguments, forward_once
+from tracker.structure.units import Place, UnitGroup
+
+SHARE = 0.3  # of each group's units
+TOLERANCE = 1e-9  # relative, in float64: removing what is masked differs by rounding, about 1e-15
+
+# Zero in the units' place: where weights read them, their columns; where other activations do (queries and keys), what
+# makes them.
+MASKS = (("reads",), ("reads", "produces", "carries"))
+
+Choice = Sequence[tuple[UnitGroup, Sequence[int]]]
+
+
+def try_groups(
+    model: nn.Module, example_inputs: ExampleInputs | Arguments, groups: Sequence[UnitGroup]
+) -> list[UnitGroup]:
+    """The groups, those that failed their trial not prunable, with the reason."""
+    if not any(g.prunable for g in groups):
+        return list(groups)
+    bench = _vivid(copy.deepcopy(model).double())
+    inputs = _double(arguments(example_inputs))
+    failed: dict[str, str] = {}
+    for exact in (True, False):
+        for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
+            _search(bench, inputs, together, failed)
+    return [
+        replace(g, prunable=False, reason=failed[g.name]) if g.name in failed else g for g in groups
+    ]
+
+
+@contextmanager
+def removed(model: nn.Module, choice: Choice) -> Iterator[None]:
+    """Inside, `model` (a copy of the user's) is without these units; afterwards it is as before."""
+    with _kept(model):
+        tensors = _tensors(model)
+        for name, places in _by_tensor(choice).items():
+            kept = tensors[name].detach()
+            for dim, lost in places.items():
+                keep = [i for i in range(kept.shape[dim]) if i not in lost]
+                kept = kept.index_select(dim, torch.tensor(keep))
+            _put(model, tensors[name], kept)
+        for module in model.modules():
+            refit(module)
+        yield
+
+
+@contextmanager
+def masked(model: nn.Module, choice: Choice, roles: Collection[str]) -> Iterator[None]:
+    """Inside, the slices of these units with one of these roles are zero; afterwards `model` is as before."""
+    with _kept(model):
+        tensors = _tensors(model)
+        blank: dict[str, Tensor] = {}
+        for group, units in choice:
+            for part in group.slices(units):
+                if part.role in roles:
+                    value = blank.setdefault(part.tensor, tensors[part.tensor].detach().clone())
+                    value.index_fill_(part.dim, torch.tensor(part.indices), 0)
+        for name, value in blank.items():
+            _put(model, tensors[name], value)
+        yield
+
+
+def refit(module: nn.Module) -> None:
+    """Set the sizes that a module of torch keeps beside its parameters to what these are now."""
+    m: Any = module  # mypy takes every attribute of a module for a tensor or a module
+    if isinstance(m, nn.Linear):
+        m.out_features, m.in_features = m.weight.shape
+    elif isinstance(m, _ConvNd):
+        weight: Tensor = m.weight
+        rows, columns = weight.shape[:2]
+        made = m.in_channels if isinstance(m, _ConvTransposeNd) else m.out_channels
+        if m.groups > 1 and rows != made and rows * m.groups % made == 0:
+            m.groups = rows * m.groups // made  # whole groups went, or (depthwise) channels
+        if isinstance(m, _ConvTransposeNd):
+            m.in_channels, m.out_channels = rows, columns * m.groups
+        else:
+            m.in_channels, m.out_channels = columns * m.groups, rows
+    elif isinstance(m, _NormBase) and m.running_mean is not None:
+        m.num_features = len(m.running_mean)
+    elif isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
+        m.normalized_shape = tuple(m.weight.shape)
+    elif isinstance(m, nn.GroupNorm) and m.weight is not None:
+        m.num_channels = len(m.weight)
+    elif isinstance(m, nn.Embedding):
+        m.embedding_dim = m.weight.shape[1]
+    elif isinstance(m, nn.PReLU):
+        m.num_parameters = len(m.weight)
+    elif isinstance(m, nn.RNNBase):
+        weights = dict(m.named_parameters())
+        m.input_size, m.hidden_size = (weights[f"weight_{w}_l0"].shape[1] for w in ("ih", "hh"))
+        m._init_flat_weights()
+
+
+def _search(
+    model: nn.Module, inputs: Any, groups: Sequence[UnitGroup], failed: dict[str, str]
+) -> None:
+    """All at once; where that fails, by halves, down to the groups that fail alone."""
+    if not groups:
+        return
+    why = _trial(model, inputs, groups)
+    if not why:
+        return
+    if len(groups) == 1:
+        failed[groups[0].name] = why
+        return
+    half = len(groups) // 2
+    before = len(failed)
+    _search(model, inputs, groups[:half], failed)
+    _search(model, inputs, groups[half:], failed)
+    if len(failed) == before:  # each half is fine by itself: what they share cannot be told
+        for group in groups:
+            failed[group.name] = f"it cannot go together with others: {why}"
+
+
+def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> str:
+    """Why these groups cannot be removed, or ""."""
+    generator = torch.Generator().manual_seed(0)
+    choice = [(g, _some(g, generator)) for g in groups]
+    try:
+        with removed(model, choice):
+            found = forward_once(model, inputs)
+    except StructureError as error:
+        return f"the model's code does not follow a removal: {_place(error.__cause__)}"
+    except Exception as error:
+        return f"it could not be removed from a copy: {type(error).__name__}: {error}"
+    if not groups[0].exact:  # nothing to compare with: others see the removal, too
+        same = _shapes(found) == _shapes(forward_once(model, inputs))
+        return "" if same else "the output changes its shape"
+    difference = float("inf")
+    for roles in MASKS:
+        with masked(model, choice, roles):
+            difference = min(difference, relative_difference(found, forward_once(model, inputs)))
+        if difference <= TOLERANCE:
+            return ""
+    return (
+        f"without some of its units the output differs from the masked model's by {difference:.1e}: something in the "
+        "model's code depends on their number or positions"
+    )
+
+
+def relative_difference(found: object, expected: object) -> float:
+    """Largest difference of any two output tensors, relative to the largest expected value; inf if not comparable."""
+    a, b = _outputs(found), _outputs(expected)
+    if [t.shape for t in a] != [t.shape for t in b] or not b:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if not x.is_floating_point():
+            worst = max(worst, float("inf") if not torch.equal(x, y) else 0.0)
+        elif x.numel():
+            scale = y.abs().max().clamp(min=torch.finfo(y.dtype).tiny)
+            worst = max(worst, float(((x - y).abs().max() / scale).nan_to_num(torch.inf)))
+    return worst
+
+
+def _some(group: UnitGroup, generator: torch.Generator) -> list[int]:
+    count = min(max(1, round(SHARE * group.size)), group.size - 1)
+    return torch.randperm(group.size, generator=generator)[:count].sort().values.tolist()
+
+
+def _by_tensor(choice: Choice) -> Mapping[str, dict[int, set[int]]]:
+    """Tensor → dimension → indices that go."""
+    gone: dict[str, dict[int, set[int]]] = {}
+    for group, units in choice:
+        for part in group.slices(units):
+            gone.setdefault(part.tensor, {}).setdefault(part.dim, set()).update(part.indices)
+    return gone
+
+
+def _apart(groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
+    """Groups that lie in the same places (heads and head dimensions) are not tried together."""
+    rounds: list[tuple[set[Place], list[UnitGroup]]] = []
+    for group in groups:
+        places = set(group.roles)
+        for taken, members in rounds:
+            if taken.isdisjoint(places):
+                taken |= places
+                members.append(group)
+                break
+        else:
+            rounds.append((places, [group]))
+    return [members for _, members in rounds]
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Whatever is changed in the modules' own tables inside is put back."""
+    modules = list(model.modules())
+    saved = [(dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, (values, parameters, buffers) in zip(modules, saved, strict=True):
+            vars(module).clear()
+            vars(module).update(values)
+            for table, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                table.clear()
+                table.update(before)  # type: ignore[arg-type]
+
+
+def _put(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """`new` in place of `old`, for every owner: ties stay ties."""
+    parameter = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else None
+    for module in model.modules():
+        for key in [k for k, v in module._parameters.items() if v is old]:
+            module._parameters[key] = parameter
+        for key in [k for k, v in module._buffers.items() if v is old]:
+            module._buffers[key] = new
+
+
+def _shapes(value: object) -> list[torch.Size]:
+    return [t.shape for t in _outputs(value)]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def _vivid(model: nn.Module) -> nn.Module:
+    """Constant vectors (norms' ones and zeros) would hide a wrong removal: make them random."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.ndim == 1 and tensor.numel() > 1:
+                noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+                tensor.mul_(0.5 + noise).add_(0.1 * noise)
+    return model
+
+
+def _double(inputs: Arguments) -> Arguments:
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.double() if value.is_floating_point() else value
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(cast, value))
+        return {k: cast(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return Arguments(cast(inputs.args), cast(inputs.kwargs))
+
+
+def _outputs(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    parts: Iterable[Any] = value if isinstance(value, (tuple, list)) else ()
+    return [t for part in parts for t in _outputs(part)]
+
+
+def _place(error: BaseException | None) -> str:
+    """What was raised, and the line of the model's code (or of torch's, if there is no other) that raised it."""
+    if error is None:
+        return "unknown"
+    frames = traceback.extract_tb(error.__traceback__)
+    torch_root = str(Path(torch.__file__).parent)
+    own = [
+        f
+        for f in frames
+        if not f.filename.startswith(torch_root) and "tracker" not in Path(f.filename).parts
+    ]
+    frame = (own or list(frames))[-1]
+    text = str(error).splitlines()[0] if str(error) else ""
+    return (
+        f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno}: {frame.line})"
+    )

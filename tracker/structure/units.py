@@ -1,0 +1,245 @@
+"""From labels to what a user can remove: units, in groups of alternatives, and the slices of tensors they lie in."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from tracker.errors import SurgeryError
+from tracker.structure.trace import Trace
+
+Place = tuple[str, int]  # a tensor's key in the state dict, and a dimension
+Units = tuple[dict[Place, tuple[int, ...]], ...]  # for each unit, the indices of each place
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Indices of one dimension of one tensor.
+
+    Role: "produces" (rows that make the units), "carries" (values on their way, one each), or "reads" (columns that
+    consume them).
+    """
+
+    tensor: str
+    dim: int
+    indices: tuple[int, ...]
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A dimension of which nothing (or not everything) can be removed, and the operation that stands in the way."""
+
+    tensor: str
+    dim: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitGroup:
+    """Units that are alternatives to each other: the neurons of a layer, say, or the channels of a residual stream."""
+
+    name: str
+    kind: str
+    prunable: bool
+    reason: str  # why not, or ""
+    exact: bool  # removal equals the masked model
+    inexact_reason: str
+    layers: tuple[str, ...]  # that produce the units
+    members: Units = field(repr=False)
+    roles: dict[Place, str] = field(repr=False)
+    homes: dict[Place, str | None] = field(repr=False)  # the layer whose neurons the indices count
+    multiple_of: int = 1
+    ids: Mapping[tuple[str, int], int] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Units of the group."""
+        return len(self.members)
+
+    def slices(self, units: Iterable[int]) -> list[Slice]:
+        """What has to go with these units: one slice for each dimension of each tensor.
+
+        Raises:
+            SurgeryError: There is no such unit.
+        """
+        chosen = list(dict.fromkeys(units))
+        for unit in chosen:
+            if not isinstance(unit, int) or not 0 <= unit < self.size:
+                raise SurgeryError(
+                    f"Group {self.name!r} has no unit {unit!r}: its units are 0 to {self.size - 1}."
+                )
+        places = self.members[0] if self.members else {}
+        return [
+            Slice(
+                t,
+                d,
+                tuple(sorted(i for u in chosen for i in self.members[u][t, d])),
+                self.roles[t, d],
+            )
+            for t, d in places
+        ]
+
+    def neurons(self, unit: int) -> tuple[tuple[str, int], ...]:
+        """(layer, local index) of the neurons that a unit comprises: those that make it, and norms on its way."""
+        found = {
+            (home, index)
+            for place, indices in self.members[unit].items()
+            if self.roles[place] != "reads" and (home := self.homes[place]) is not None
+            for index in indices
+        }
+        return tuple(sorted(found))
+
+    def neuron_ids(self, unit: int) -> tuple[int, ...]:
+        """Ids of the neurons that a unit comprises; none where the structure was traced without an engine."""
+        return tuple(sorted(self.ids[n] for n in self.neurons(unit) if n in self.ids))
+
+
+def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
+    """Groups of units, in the order in which the forward pass meets them, and all that is frozen."""
+    labels = trace.labels
+    members: dict[int, dict[Place, list[int]]] = {}
+    frozen: dict[Place, str] = {}
+    for name in trace.order:
+        for dim, axis in enumerate(trace.parameters[name]):
+            if axis is None:
+                continue
+            for index, row in enumerate(labels.rows(axis)):
+                if row and row <= labels.frozen.keys():
+                    frozen.setdefault((name, dim), labels.frozen[min(row)])
+                for label in row:
+                    members.setdefault(label, {}).setdefault((name, dim), []).append(index)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for label, places in members.items():
+        if label not in labels.frozen:
+            shape = tuple((place, len(indices)) for place, indices in places.items())
+            alike.setdefault((shape, label in labels.inexact), []).append(label)
+    groups = []
+    for family in alike.values():
+        units = [
+            {place: tuple(indices) for place, indices in members[label].items()} for label in family
+        ]
+        inexact = labels.inexact.get(family[0], "")
+        groups += [_group(trace, alternatives, inexact) for alternatives in _disjoint(units)]
+    return _named(groups), [Frozen(t, d, why) for (t, d), why in frozen.items()]
+
+
+def coverage(model: nn.Module, groups: Iterable[UnitGroup]) -> float:
+    """Share of the model's parameters that lie in prunable groups."""
+    removable: dict[Place, set[int]] = {}
+    for group in groups:
+        for unit in group.members if group.prunable else ():
+            for place, indices in unit.items():
+                removable.setdefault(place, set()).update(indices)
+    covered = total = 0.0
+    for name, parameter in model.named_parameters():
+        sizes = enumerate(parameter.shape)
+        stays = math.prod(1 - len(removable.get((name, d), ())) / n for d, n in sizes)
+        covered += parameter.numel() * (1 - stays)
+        total += parameter.numel()
+    return covered / total if total else 0.0
+
+
+def _disjoint(units: list[dict[Place, tuple[int, ...]]]) -> list[Units]:
+    """Heads and head dimensions may lie in the same places: units of one group share no index."""
+    rooms: list[tuple[set[int], list[dict[Place, tuple[int, ...]]]]] = []
+    for unit in units:
+        indices = next(iter(unit.values()))
+        for taken, members in rooms:
+            if taken.isdisjoint(indices):
+                taken.update(indices)
+                members.append(unit)
+                break
+        else:
+            rooms.append((set(indices), [unit]))
+    return [tuple(members) for _, members in rooms]
+
+
+def _group(trace: Trace, units: Units, inexact: str) -> UnitGroup:
+    roles = {place: _role(trace, place) for place in units[0]}
+    layers = tuple(
+        dict.fromkeys(t.rpartition(".")[0] for (t, _), role in roles.items() if role == "produces")
+    )
+    lonely = len(units) < 2
+    return UnitGroup(
+        name=layers[0] if layers else units_place(units[0]),
+        kind=_kind(trace.model, units, roles, layers),
+        prunable=not lonely,
+        reason="a single unit: the last one cannot go" if lonely else "",
+        exact=not inexact,
+        inexact_reason=inexact,
+        layers=layers,
+        members=units,
+        roles=roles,
+        homes={place: _home(trace.model, place[0]) for place in units[0]},
+    )
+
+
+def units_place(unit: dict[Place, tuple[int, ...]]) -> str:
+    """A name for units that no layer makes: the first tensor that they lie in."""
+    return next(iter(unit))[0]
+
+
+def _home(model: nn.Module, tensor: str) -> str | None:
+    """The layer whose neurons a tensor's indices count; None for inner rows of attention and recurrent layers."""
+    layer = tensor.rpartition(".")[0].removesuffix(".parametrizations.weight")
+    outer = layer.rpartition(".")[0]
+    if isinstance(model.get_submodule(outer), nn.MultiheadAttention):
+        return outer
+    inner = isinstance(model.get_submodule(layer), nn.MultiheadAttention | nn.RNNBase)
+    return None if inner else layer
+
+
+def _role(trace: Trace, place: Place) -> str:
+    if place in trace.reads:
+        return "reads"
+    tensor, _ = place
+    # A bias is added element by element too, but belongs to what the layer makes.
+    return "carries" if tensor in trace.carries and not _is_made(trace, tensor) else "produces"
+
+
+def _is_made(trace: Trace, tensor: str) -> bool:
+    """Bias of a layer with a weight that is multiplied, or raw parameters that are the only maker."""
+    layer = tensor.rpartition(".")[0]
+    return any(t.rpartition(".")[0] == layer and t != tensor for t, _ in trace.reads)
+
+
+def _kind(
+    model: nn.Module,
+    units: Units,
+    roles: dict[Place, str],
+    layers: tuple[str, ...],
+) -> str:
+    made = [(p, units[0][p]) for p, role in roles.items() if role == "produces"]
+    matrices = [(p, i) for p, i in made if p[0].endswith("weight")]
+    modules = [model.get_submodule(layer) for layer in layers]
+    if any(isinstance(m, nn.RNNBase) for m in modules):
+        return "hidden"
+    if (
+        len(matrices) > 1
+        and len({p[0] for p, _ in matrices}) > 1
+        and all(len(i) == 1 for _, i in made)
+    ):
+        return "residual"
+    if any(len(i) > 1 for _, i in made):
+        block = next(i for _, i in made if len(i) > 1)
+        return "head" if block[-1] - block[0] == len(block) - 1 else "head_dim"
+    if modules and isinstance(modules[0], nn.Embedding):
+        return "embedding"
+    return "channel" if any("Conv" in type(m).__name__ for m in modules) else "neuron"
+
+
+def _named(groups: list[UnitGroup]) -> list[UnitGroup]:
+    """Unique names, stable for one architecture: the first layer that makes the units, counted where it recurs."""
+    seen: Counter[str] = Counter()
+    totals = Counter(group.name for group in groups)
+    named = []
+    for group in groups:
+        seen[group.name] += 1
+        suffix = f"#{seen[group.name]}" if totals[group.name] > 1 else ""
+        named.append(replace(group, name=(group.name or "model") + suffix))
+    return named
