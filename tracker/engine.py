@@ -1,34 +1,22 @@
-"""The facade: wires identity, observation, analysis, recommendations, history and reports. No arithmetic here."""
+"""The facade: what looks (`NeuronWatcher`), and what knows and changes structure. No arithmetic here."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from tracker import analyzer, figures, recommend, reporter
-from tracker.analyzer import LayerFindings
-from tracker.errors import StatisticsError
-from tracker.history import TrainingHistory, write_json
+from tracker import surgery
+from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
-from tracker.observation import Observation
-from tracker.probe import ExampleInputs
 from tracker.structure import Structure
-from tracker.tracker import ActivationTracker, TrackedModel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-PathLike = str | os.PathLike[str]
-Findings = Mapping[str, LayerFindings]
+from tracker.surgery import Receipt
+from tracker.watcher import NeuronWatcher
 
 
-class NeuronEngine:
-    """Watches every neuron of a model while it runs, and tells which ones matter.
+class NeuronEngine(NeuronWatcher):
+    """Watches every neuron of a model, tells which ones matter, and removes them in place.
 
     Calls speak of the current model: the last one that was tracked, or whose hooks were registered. Calls that begin
     with `print_`, and the two reports `generate_neuron_report` and `generate_pruning_recommendations`, print; all
@@ -54,80 +42,10 @@ class NeuronEngine:
     def __init__(
         self, activation_threshold: float = 0.01, correlation_threshold: float = 0.9
     ) -> None:
-        if not activation_threshold >= 0:
-            raise StatisticsError(
-                f"activation_threshold is a magnitude, 0 or larger, not {activation_threshold!r}."
-            )
-        if not 0 < correlation_threshold <= 1:
-            raise StatisticsError(
-                f"correlation_threshold is in (0, 1], not {correlation_threshold!r}."
-            )
-        self._activation_threshold = activation_threshold
-        self.correlation_threshold = correlation_threshold
-        self._tracker = ActivationTracker(activation_threshold)
-        self._histories: dict[int, TrainingHistory] = {}  # by position of the model, -1 without one
-        self._recommendations: tuple[object, dict[str, Any]] | None = None
-        self._cache: tuple[object, Observation, Findings] | None = None
-
-    @property
-    def activation_threshold(self) -> float:
-        """A neuron fires where |activation| is larger. What was counted cannot be counted anew: fixed for life."""
-        return self._activation_threshold
-
-    # Identity
-
-    def track_model(
-        self,
-        model: nn.Module,
-        name: str = "model",
-        example_inputs: ExampleInputs | None = None,
-        *,
-        axes: Mapping[str, int] | None = None,
-        batch_dim: int = 0,
-    ) -> dict[str, list[int]]:
-        """Give every neuron of `model` an id, and make it the current model.
-
-        Args:
-            model: Any module; wrappers of `torch.compile` and data parallelism are looked through.
-            name: What reports call it.
-            example_inputs: A tuple of positional arguments, a dict of keyword arguments, or one tensor. With them the
-                width of custom modules is known at once; else their neurons get ids at the first forward pass.
-            axes: Layer name → dimension of its output that counts its neurons, where the default is wrong.
-            batch_dim: Dimension of the model's first input that counts samples.
-
-        Returns:
-            {layer name: ids of its neurons}, in module order. The same model again: the same ids.
-
-        Raises:
-            NotTrackedError: There is no layer with neurons, or the module runs no hooks.
-            StructureError: The forward pass with the example inputs failed.
-        """
-        return self._tracker.track(model, name, example_inputs, axes, batch_dim).neuron_map
-
-    def get_neuron_info(self, neuron_id: int) -> tuple[str, int]:
-        """(layer name, local index) of a neuron of any tracked model.
-
-        Raises:
-            UnknownNeuronError: No such neuron; of one that was removed it says when and why.
-        """
-        entry, index = self._tracker.registry.find(neuron_id)
-        return entry.layer, index
-
-    def get_summary(self) -> dict[str, Any]:
-        """The current model in numbers: neurons, layers, their sizes and types."""
-        entry = self._tracker.current
-        kinds = {site.name: site.kind for site in entry.observer.sites}
-        sizes = {name: len(ids.ids) for name, ids in entry.layers.items()}
-        types = [kinds[name] for name in sizes]
-        return {
-            "model_name": entry.name,
-            "total_neurons": sum(sizes.values()),
-            "total_layers": len(sizes),
-            "layers": sizes,
-            "layer_types": {kind: types.count(kind) for kind in dict.fromkeys(types)},
-            "activation_threshold": self.activation_threshold,
-            "correlation_threshold": self.correlation_threshold,
-        }
+        super().__init__(activation_threshold, correlation_threshold)
+        self._optimizers: list[Any] = []
+        self._followers: list[nn.Module] = []
+        self._undo: surgery.UndoLog | None = None
 
     @property
     def structure(self) -> Structure:
@@ -138,305 +56,85 @@ class NeuronEngine:
         """
         return self._tracker.structure()
 
-    # Observation
+    def attach_optimizer(self, *optimizers: Any) -> None:
+        """Have the state of these optimizers move with every change of the model."""
+        self._optimizers += [
+            o for o in optimizers if not any(o is known for known in self._optimizers)
+        ]
 
-    def register_activation_hooks(self, model: nn.Module | None = None) -> None:
-        """Put the hooks on a tracked model and make it the current one. They do nothing until `start_tracking`.
+    def attach_follower(self, *models: nn.Module) -> None:
+        """Have these copies of the model (an EMA, say) change alike."""
+        self._followers += [m for m in models if not any(m is known for known in self._followers)]
 
-        Register before `torch.compile`: graphs that were compiled earlier are compiled anew.
-        """
-        self._tracker.hook(model)
-
-    def clear_hooks(self) -> None:
-        """Take the hooks off the current model; its statistics stay readable."""
-        self._tracker.current.detach()
-
-    def start_tracking(
-        self, enable_correlation_analysis: bool = False, mode: str | None = None
-    ) -> None:
-        """Begin a fresh window of statistics; hooks are registered if they are not yet.
-
-        Args:
-            enable_correlation_analysis: Stream the covariance of each layer as well (neurons² numbers a layer).
-            mode: Which passes the reports speak of: those of the model in "train" mode, in "eval" mode, or "all"
-                mixed. None: the mode of the first pass. What the other mode shows is kept apart.
-        """
-        self._tracker.start(enable_correlation_analysis, mode)
-
-    def stop_tracking(self) -> None:
-        """Record no more. The window stays readable until the next one begins."""
-        self._tracker.stop()
-
-    def padding_mask(self, mask: Tensor) -> AbstractContextManager[None]:
-        """`with engine.padding_mask(mask): model(x)` leaves padding out. mask: (batch, positions), True where real."""
-        return self._tracker.masking(mask)
-
-    def get_neuron_stats(self, neuron_id: int) -> dict[str, Any]:
-        """Statistics of one neuron in the current window, as plain numbers; NaN where it was not observed.
-
-        Raises:
-            UnknownNeuronError: The current model has no such neuron.
-        """
-        entry, slot = self._tracker.registry.find(neuron_id)
-        observation, findings = self._findings()
-        current = self._tracker.current
-        if current.layers.get(entry.layer) is not entry:
-            raise StatisticsError(
-                f"Neuron {neuron_id} belongs to the model {entry.model!r}; the current one is {current.name!r}. "
-                "register_activation_hooks(model) makes another model the current one."
-            )
-        return analyzer.neuron_statistics(findings[entry.layer], slot, observation.samples)
-
-    def get_dataset_statistics(self) -> dict[int, dict[str, Any]]:
-        """{neuron id: statistics} of all neurons that were observed."""
-        observation, findings = self._findings()
-        return {
-            neuron: analyzer.neuron_statistics(found, slot, observation.samples)
-            for found in findings.values()
-            for slot, neuron in enumerate(found.layer.ids)
-            if found.observed[slot] or found.unreliable[slot]
-        }
-
-    def get_layer_summary(self) -> dict[str, dict[str, Any]]:
-        """{layer name: numbers of the layer}; a layer that was not observed says so under "problem"."""
-        _, findings = self._findings()
-        return {name: analyzer.layer_statistics(found) for name, found in findings.items()}
-
-    # Findings
-
-    def get_dead_neurons(self) -> dict[str, list[int]]:
-        """{layer name: ids of its neurons that never fired}, for all layers that were observed."""
-        _, findings = self._findings()
-        return {
-            name: [found.layer.ids[slot] for slot in found.dead.nonzero().flatten().tolist()]
-            for name, found in findings.items()
-            if found.observed.any()
-        }
-
-    def find_redundant_neurons(
-        self, correlation_threshold: float | None = None
-    ) -> dict[str, list[tuple[int, int, float]]]:
-        """{layer name: [(id, id, correlation), …]}: all pairs with |correlation| ≥ threshold.
-
-        Raises:
-            StatisticsError: The window did not observe correlation.
-        """
-        threshold = self._threshold(correlation_threshold)
-        return {
-            name: [
-                (found.layer.ids[i], found.layer.ids[j], r) for i, j, r in found.pairs(threshold)
-            ]
-            for name, found in self._correlated().items()
-        }
-
-    def get_redundancy_summary(
-        self, correlation_threshold: float | None = None
-    ) -> dict[str, dict[str, Any]]:
-        """{layer name: pairs, rate (pairs / all pairs), range of correlations}."""
-        threshold = self._threshold(correlation_threshold)
-        return {
-            name: analyzer.redundancy_statistics(found, threshold)
-            for name, found in self._correlated().items()
-        }
-
-    # History
-
-    @property
-    def history(self) -> TrainingHistory:
-        """The logged epochs of the current model (or what was loaded, without one)."""
-        key = self._model_key()
-        if key not in self._histories and -1 in self._histories:
-            self._histories[key] = self._histories.pop(
-                -1
-            )  # loaded before the first model was tracked
-        return self._histories.setdefault(key, TrainingHistory(self.activation_threshold))
-
-    def log_epoch_statistics(
-        self, epoch: int, train_loss: float | None = None, train_acc: float | None = None
-    ) -> None:
-        """Remember the current window, and the epoch's loss and accuracy, in the history.
-
-        Raises:
-            StatisticsError: Nothing was observed since `start_tracking`.
-        """
-        observation, findings = self._findings()
-        if not any(found.observed.any() for found in findings.values()):
-            raise StatisticsError(
-                f"Epoch {epoch!r} cannot be logged: no activation was observed since start_tracking. Call "
-                "start_tracking() before the epoch's forward passes."
-            )
-        self.history.log(observation, epoch, train_loss, train_acc)
-
-    def save_training_history(self, path: PathLike) -> Path:
-        """Write the history as JSON."""
-        return self.history.save(path)
-
-    def load_training_history(self, path: PathLike) -> TrainingHistory:
-        """Read a history back in place of the current one; a file that is none changes nothing.
-
-        Raises:
-            StatisticsError: The file is missing, broken, or foreign.
-        """
-        loaded = TrainingHistory.load(path)
-        self._histories[self._model_key()] = loaded
-        return loaded
-
-    def get_neuron_evolution(self, neuron_id: int) -> dict[str, list[Any]]:
-        """Lists over the logged epochs: `epochs`, `mean`, `variance`, `frequency`, `loss`, `accuracy`."""
-        return self.history.evolution(neuron_id)
-
-    # Recommendations
-
-    def generate_optimization_recommendations(
+    def prune_units(
         self,
-        pruning_threshold: float = 0.01,
-        redundancy_threshold: float | None = None,
-        saturation_threshold: float = 0.95,
-    ) -> dict[str, Any]:
-        """What to prune, merge and expand, as plain data (JSON Schema: tracker/schemas).
+        units: Mapping[str, Sequence[int]],
+        compensate: bool = False,
+        *,
+        dry_run: bool = False,
+        verify: bool = True,
+    ) -> Receipt:
+        """Remove units in place: {group name: unit indices}, groups as in `structure`. See docs/surgery.md.
 
-        Args:
-            pruning_threshold: Firing frequency below which a neuron is recommended to be pruned.
-            redundancy_threshold: |correlation| from which on a pair is recommended to be merged.
-            saturation_threshold: Average firing frequency from which on a layer is recommended to be expanded.
+        Raises:
+            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+            VerificationError: The result would not have been (or was not) as promised; everything is as before.
         """
-        redundancy = self._threshold(redundancy_threshold)
-        observation, findings = self._findings()
-        self._require_observed(findings)
-        thresholds = recommend.Thresholds(pruning_threshold, redundancy, saturation_threshold)
-        recommendations = recommend.recommend(observation, findings, thresholds)
-        self._recommendations = (self._window(), recommendations)
-        return recommendations
-
-    def save_optimization_recommendations(self, path: PathLike, **thresholds: float) -> Path:
-        """Write the recommendations as JSON: the window's last ones, or new ones where `thresholds` are given."""
-        return write_json(path, self._current_recommendations(thresholds))
-
-    def print_optimization_recommendations(self, **thresholds: float) -> None:
-        """Print the recommendations for people."""
-        print(reporter.optimization_report(self._current_recommendations(thresholds)))
-
-    def generate_pruning_recommendations(self, top_n: int = 10) -> list[dict[str, Any]]:
-        """Print and return the `top_n` least useful neurons of the hidden layers."""
-        _, findings = self._findings()
-        self._require_observed(findings)
-        candidates = recommend.pruning_candidates(findings)[:top_n]
-        print(reporter.pruning_report(candidates, top_n))
-        return candidates
-
-    # Reports
-
-    def print_activation_summary(self, limit: int | None = 10) -> None:
-        """Print one line for each neuron: the first `limit` of each layer, None for all."""
-        print(reporter.activation_summary(*self._findings(), limit))
-
-    def print_dataset_summary(self) -> None:
-        """Print dead neurons and firing, layer by layer."""
-        print(reporter.dataset_summary(*self._findings()))
-
-    def print_correlation_analysis(self, correlation_threshold: float | None = None) -> None:
-        """Print the redundant pairs of every layer."""
-        threshold = self._threshold(correlation_threshold)
-        observation, _ = self._findings()
-        print(reporter.correlation_report(observation, self._correlated(), threshold))
-
-    def generate_neuron_report(
-        self, show_heatmap: bool = True, save_heatmap: PathLike | None = None, top_n: int = 10
-    ) -> str:
-        """Print and return the activity report; show the heatmap where there is a window, save it where asked."""
-        text = self._activity_report(top_n)
-        print(text)
-        if save_heatmap is not None or show_heatmap:
-            figure = self.plot_activity_heatmap(save_heatmap)
-            if show_heatmap:
-                figures.show(figure)
-        return text
-
-    def save_report_to_file(self, path: PathLike, include_heatmap: bool = True) -> Path:
-        """Write all reports into one text file, and the heatmap beside it (NAME_heatmap.png)."""
-        target = Path(path)
-        observation, findings = self._findings()
-        parts = [self._activity_report(top_n=10), reporter.dataset_summary(observation, findings)]
-        if any(f.layer.covariance is not None for f in findings.values()):
-            correlated = self._correlated()
-            parts.append(
-                reporter.correlation_report(observation, correlated, self.correlation_threshold)
+        if compensate:
+            raise SurgeryError(
+                "Compensation by the remaining units is not available yet. Pass compensate=False: the consumers then "
+                "see zero in the units' place."
             )
-        parts.append(reporter.optimization_report(self._current_recommendations({})))
-        if include_heatmap:
-            picture = target.with_name(f"{target.stem}_heatmap.png")
-            self.plot_activity_heatmap(picture)
-            parts.append(f"Activity heatmap: {picture.name}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n\n\n".join(parts) + "\n", encoding="utf-8")
-        return target
-
-    def plot_activity_heatmap(self, path: PathLike | None = None) -> Figure:
-        """Firing and mean activation of every neuron, layer by layer; saved to `path` if given."""
-        return figures.save(figures.activity_heatmap(*self._findings()), path)
-
-    def plot_correlation_matrix(self, layer_name: str, path: PathLike | None = None) -> Figure:
-        """Clustered correlation matrix of one layer; saved to `path` if given."""
-        _, findings = self._findings()
-        found = findings[layer_named(list(findings), layer_name)]
-        return figures.save(figures.correlation_matrix(found, self.correlation_threshold), path)
-
-    def plot_evolution(self, path: PathLike | None = None) -> Figure:
-        """Loss, accuracy and firing over the logged epochs; saved to `path` if given."""
-        return figures.save(figures.evolution(self.history), path)
-
-    # Wiring
-
-    def _findings(self) -> tuple[Observation, Findings]:
-        key = self._window()
-        if self._cache is None or self._cache[0] != key:
-            observation = self._tracker.observe()
-            self._cache = (key, observation, analyzer.analyse(observation))
-        return self._cache[1:]
-
-    def _window(self) -> object:
-        """A key of all that is observed now: equal keys, equal findings."""
-        current = self._tracker.current
-        return (id(current), current.observer.version, current.mode, len(current.layers))
-
-    def _correlated(self) -> Findings:
-        """Findings of the layers whose correlation was observed."""
-        _, findings = self._findings()
-        if not self._tracker.current.correlated:
-            raise StatisticsError(
-                "Correlation was not observed. Begin the window with "
-                "start_tracking(enable_correlation_analysis=True)."
-            )
-        return {n: found for n, found in findings.items() if found.layer.covariance is not None}
-
-    def _activity_report(self, top_n: int) -> str:
-        observation, findings = self._findings()
-        self._require_observed(findings)
-        candidates = recommend.pruning_candidates(findings)
-        return reporter.activity_report(
-            observation, findings, candidates, self.correlation_threshold, top_n
+        receipt, log = surgery.remove_units(
+            self._tracker, units, self._optimizers, self._followers, dry_run=dry_run, verify=verify
         )
+        if log is not None:
+            self._undo = log
+        return receipt
 
-    def _current_recommendations(self, thresholds: dict[str, float]) -> dict[str, Any]:
-        last = self._recommendations
-        if thresholds or last is None or last[0] != self._window():
-            return self.generate_optimization_recommendations(**thresholds)
-        return last[1]
+    def prune_neurons(
+        self,
+        neurons: Iterable[int] | Mapping[str, Sequence[int]],
+        compensate: bool = True,
+        *,
+        dry_run: bool = False,
+        verify: bool = True,
+    ) -> Receipt:
+        """Remove neurons in place: ids, or {layer name: local indices}.
 
-    def _require_observed(self, findings: Findings) -> None:
-        if not any(found.observed.any() for found in findings.values()):
-            raise StatisticsError(
-                "No activation was observed. Call start_tracking(), run the model, then ask again."
-            )
+        Raises:
+            UnknownNeuronError: No neuron has such an id.
+            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+        """
+        current = self._tracker.current
+        places: list[tuple[str, int]] = []
+        if isinstance(neurons, Mapping):
+            for layer, indices in neurons.items():
+                size = len(current.layers[layer_named(list(current.layers), layer)].ids)
+                wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < size]
+                if wrong:
+                    raise UnknownNeuronError(
+                        f"Layer {layer!r} has no neuron {wrong[0]!r}: its local indices are 0 to {size - 1}."
+                    )
+                places += [(layer, i) for i in indices]
+        else:
+            for neuron in neurons:
+                entry, index = self._tracker.registry.find(neuron)
+                if current.layers.get(entry.layer) is not entry:
+                    raise UnknownNeuronError(
+                        f"Neuron {neuron} belongs to the model {entry.model!r}, not to {current.name!r}."
+                    )
+                places.append((entry.layer, index))
+        units = surgery.units_of(self.structure, places)
+        return self.prune_units(units, compensate, dry_run=dry_run, verify=verify)
 
-    def _threshold(self, given: float | None) -> float:
-        threshold = self.correlation_threshold if given is None else given
-        if not 0 <= threshold <= 1:
-            raise StatisticsError(
-                f"A threshold of |correlation| is between 0 and 1, not {threshold!r}."
-            )
-        return threshold
+    def undo(self) -> None:
+        """Take the last change back, bit for bit: model, gradients, optimizer state, ids, statistics.
 
-    def _model_key(self) -> int:
-        models: list[TrackedModel] = self._tracker.models
-        return models.index(self._tracker.current) if models else -1
+        Raises:
+            SurgeryError: There is no change to take back.
+        """
+        if self._undo is None:
+            raise SurgeryError("There is no change to undo: only the last one can be taken back.")
+        self._undo.undo()
+        self._undo = None

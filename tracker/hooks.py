@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tracker.layers import Layer, width_of
+from tracker.slotmap import SlotMap
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch, split_at
 
 # Private in torch, so looked up with care: -1 outside of a backward pass.
@@ -52,6 +53,16 @@ class Site:
             None  # of the pass under way, to see what the model returns
         )
         self.is_output = False
+
+    def reslotted(self, slots: SlotMap) -> dict[bool, Window]:
+        """The windows after the layer's neurons were removed, added or reordered."""
+        return {
+            flag: Window(
+                window.activity.reslot(slots),
+                None if window.covariance is None else window.covariance.reslot(slots),
+            )
+            for flag, window in self.windows.items()
+        }
 
 
 @dataclass(eq=False)

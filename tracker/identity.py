@@ -44,15 +44,23 @@ class NeuronRegistry:
 
     def reslot(self, entry: LayerIds, slots: SlotMap, why: str) -> list[int]:
         """Move the ids of a layer as its slots moved; return the new ones. `why` is told of those that leave."""
-        old = entry.ids
+        old = list(entry.ids)
         kept = set(slots.known)
         self._gone.update({n: why for i, n in enumerate(old) if i not in kept})
         fresh = LayerIds(entry.model, entry.layer, [])
         self._extend(fresh, slots.size - len(slots.known), owner=entry)
         births = iter(fresh.ids)
-        entry.ids = [next(births) if s is None else old[s] for s in slots.source]
+        # In place: the map that track_model returned holds this list.
+        entry.ids[:] = [next(births) if s is None else old[s] for s in slots.source]
         entry.index = {}
         return fresh.ids
+
+    def restore(self, entry: LayerIds, ids: list[int]) -> None:
+        """Take a `reslot` back."""
+        for neuron in ids:
+            self._gone.pop(neuron, None)
+        entry.ids[:] = ids
+        entry.index = {}
 
     def find(self, neuron_id: int) -> tuple[LayerIds, int]:
         """The layer and the local index of a living neuron.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ def forward_once(
         StructureError: The forward pass failed.
     """
     args, kwargs = arguments(example_inputs)
-    with _unchanged(model), torch.no_grad():
+    with _unchanged(model), _plain(model), torch.no_grad():
         model.eval()
         try:
             with within or nullcontext():
@@ -57,6 +57,17 @@ def arguments(example_inputs: ExampleInputs | Arguments) -> Arguments:
     if isinstance(example_inputs, tuple | list):
         return Arguments(tuple(example_inputs), {})
     return Arguments((example_inputs,), {})
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Whatever the caller is in: no inference mode, and no autocast, whose cached casts would hide the parameters."""
+    kinds = {"cpu"} | {p.device.type for p in model.parameters() if p.device.type != "meta"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in sorted(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

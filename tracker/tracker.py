@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from tracker.identity import LayerIds, NeuronRegistry
 from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
 from tracker.probe import Arguments, ExampleInputs, arguments, forward_once
+from tracker.slotmap import SlotMap
 from tracker.statistics import Activity
 from tracker.structure import Structure, trace_structure
 
@@ -152,7 +153,7 @@ class ActivationTracker:
                     f"The structure of {entry.name!r} cannot be traced without data. Run the model once, or pass "
                     "example_inputs to track_model."
                 )
-            with observer.paused():
+            with observer.paused(), torch.inference_mode(False):
                 entry.structure = trace_structure(model, Arguments(*observer.inputs))
         ids = {
             (name, index): neuron
@@ -160,6 +161,26 @@ class ActivationTracker:
             for index, neuron in enumerate(layer.ids)
         }
         return entry.structure.with_ids(ids)
+
+    def reslot(self, layers: Mapping[str, SlotMap], why: str) -> Callable[[], None]:
+        """Move ids and statistics of the current model's layers; return how to take it back."""
+        entry = self.current
+        sites = {site.name: site for site in entry.observer.sites}
+        moved = {name: sites[name].reslotted(slots) for name, slots in layers.items()}
+        before = {name: (sites[name].neurons, sites[name].windows) for name in layers}
+        ids = {name: list(entry.layers[name].ids) for name in layers}
+
+        def back() -> None:
+            for name in layers:
+                sites[name].neurons, sites[name].windows = before[name]
+                self.registry.restore(entry.layers[name], ids[name])
+            entry.observer.version += 1
+
+        for name, slots in layers.items():
+            sites[name].neurons, sites[name].windows = slots.size, moved[name]
+            self.registry.reslot(entry.layers[name], slots, why)
+        entry.observer.version += 1
+        return back
 
     @contextmanager
     def masking(self, mask: Tensor) -> Iterator[None]:

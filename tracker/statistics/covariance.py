@@ -108,17 +108,11 @@ class CovarianceStream:
     """
 
     def __init__(self, neurons: int, device: torch.device | str = "cpu") -> None:
-        self._allocate(Covariance.empty(neurons, device))
-
-    def _allocate(self, total: Covariance) -> None:
-        neurons, device = total.count.numel(), total.count.device
         rows = PRODUCT_ROWS if neurons <= WIDE else WIDE_ROWS
         dtype = torch.float64 if neurons <= NARROW else torch.float32
         # Allocated here, outside any inference mode: tensors made inside could not be written outside.
         with torch.inference_mode(False):
-            self._total = Covariance(
-                *(t.clone() for t in (total.count, total.mean, total.comoment))
-            )
+            self._total = Covariance.empty(neurons, device)
             self._partial = torch.zeros((neurons, neurons), dtype=dtype, device=device)
             self._stage = torch.zeros((rows, neurons), dtype=dtype, device=device)
         self._staged = 0
@@ -195,12 +189,14 @@ class CovarianceStream:
         comoment = upper + upper.triu(1).T
         return Covariance(self._total.count.cpu(), self._total.mean.cpu(), comoment)
 
-    def reslot(self, slots: SlotMap) -> None:
-        """Go on with neurons removed, added or reordered."""
-        device = self._partial.device
-        moved = self.value().reslot(slots)
-        fields = (moved.count, moved.mean, moved.comoment)
-        self._allocate(Covariance(*(t.to(device) for t in fields)))
+    def reslot(self, slots: SlotMap) -> CovarianceStream:
+        """A stream that goes on from here with neurons removed, added or reordered."""
+        value, device = self.value().reslot(slots), self._partial.device
+        moved = CovarianceStream(slots.size, device)
+        moved._total = Covariance(
+            *(t.to(device) for t in (value.count, value.mean, value.comoment))
+        )
+        return moved
 
 
 @contextmanager

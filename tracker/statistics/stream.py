@@ -61,9 +61,11 @@ class ActivityStream:
         self._flush()
         return self._total
 
-    def reslot(self, slots: SlotMap) -> None:
-        """Go on with neurons removed, added or reordered."""
-        self._total = self.value().reslot(slots)
+    def reslot(self, slots: SlotMap) -> ActivityStream:
+        """A stream that goes on from here with neurons removed, added or reordered."""
+        moved = ActivityStream(slots.size, self.threshold)
+        moved._total = self.value().reslot(slots)
+        return moved
 
     def _flush(self) -> None:
         if self._pending:

@@ -39,8 +39,8 @@ def try_groups(
     """The groups, those that failed their trial not prunable, with the reason."""
     if not any(g.prunable for g in groups):
         return list(groups)
-    bench = _vivid(copy.deepcopy(model).double())
-    inputs = _double(arguments(example_inputs))
+    bench = vivid(copy.deepcopy(model).double())
+    inputs = double(arguments(example_inputs))
     failed: dict[str, str] = {}
     for exact in (True, False):
         for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
@@ -148,16 +148,26 @@ def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> str:
     if not groups[0].exact:  # nothing to compare with: others see the removal, too
         same = _shapes(found) == _shapes(forward_once(model, inputs))
         return "" if same else "the output changes its shape"
-    difference = float("inf")
-    for roles in MASKS:
-        with masked(model, choice, roles):
-            difference = min(difference, relative_difference(found, forward_once(model, inputs)))
-        if difference <= TOLERANCE:
-            return ""
+    difference = difference_from_mask(model, inputs, choice, found)
+    if difference <= TOLERANCE:
+        return ""
     return (
         f"without some of its units the output differs from the masked model's by {difference:.1e}: something in the "
         "model's code depends on their number or positions"
     )
+
+
+def difference_from_mask(
+    model: nn.Module, inputs: Arguments, choice: Choice, found: object
+) -> float:
+    """How far an output is from the masked model's, relative to the largest value."""
+    difference = float("inf")
+    for roles in MASKS:
+        if difference > TOLERANCE:
+            with masked(model, choice, roles):
+                expected = forward_once(model, inputs)
+            difference = min(difference, relative_difference(found, expected))
+    return difference
 
 
 def relative_difference(found: object, expected: object) -> float:
@@ -238,7 +248,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
-def _vivid(model: nn.Module) -> nn.Module:
+def vivid(model: nn.Module) -> nn.Module:
     """Constant vectors (norms' ones and zeros) would hide a wrong removal: make them random."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -249,7 +259,8 @@ def _vivid(model: nn.Module) -> nn.Module:
     return model
 
 
-def _double(inputs: Arguments) -> Arguments:
+def double(inputs: Arguments) -> Arguments:
+    """The same arguments, floating-point tensors in float64."""
 
     def cast(value: Any) -> Any:
         if isinstance(value, Tensor):

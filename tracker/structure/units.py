@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from tracker.errors import SurgeryError
+from tracker.layers import known_width
 from tracker.structure.trace import Trace
 
 Place = tuple[str, int]  # a tensor's key in the state dict, and a dimension
@@ -185,13 +186,17 @@ def units_place(unit: dict[Place, tuple[int, ...]]) -> str:
 
 
 def _home(model: nn.Module, tensor: str) -> str | None:
-    """The layer whose neurons a tensor's indices count; None for inner rows of attention and recurrent layers."""
+    """The layer whose neurons a tensor's indices count; None where they count something inside it."""
     layer = tensor.rpartition(".")[0].removesuffix(".parametrizations.weight")
     outer = layer.rpartition(".")[0]
     if isinstance(model.get_submodule(outer), nn.MultiheadAttention):
         return outer
-    inner = isinstance(model.get_submodule(layer), nn.MultiheadAttention | nn.RNNBase)
-    return None if inner else layer
+    module = model.get_submodule(layer)
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return None
+    # Of a custom module with matrices of its own we cannot tell which of their axes is its output's.
+    vectors = all(p.ndim == 1 for p in module.parameters(recurse=False))
+    return layer if vectors or known_width(module) is not None else None
 
 
 def _role(trace: Trace, place: Place) -> str:
