@@ -14,13 +14,13 @@ from tracker.structure.trace import NOWHERE, Op, Origin
 # Dimensions that only change places
 
 
-@rule("aten::t")
+@rule("aten::t", "aten::t_")
 def t(op: Op) -> None:
     """Two dimensions change places."""
     op.give(op.out, op.axes(op.args[0])[::-1], op.origin(op.args[0])[::-1])
 
 
-@rule("aten::transpose")
+@rule("aten::transpose", "aten::transpose_")
 def transpose(op: Op) -> None:
     """Two dimensions change places."""
     i, j = op.args[1], op.args[2]
@@ -37,7 +37,7 @@ def permute(op: Op) -> None:
     op.give(op.out, [axes[d] for d in op.args[1]], [origin[d] for d in op.args[1]])
 
 
-@rule("aten::unsqueeze")
+@rule("aten::unsqueeze", "aten::unsqueeze_")
 def unsqueeze(op: Op) -> None:
     """One dimension more."""
     at = op.args[1] % op.out.ndim
