@@ -71,7 +71,7 @@ def summarise(engine: NeuronEngine) -> None:
     print(
         "An activation is what a layer puts out, before its ReLU: there nearly all neurons fire,\n"
         "and what is silent only behind the ReLU does not count as dead yet. The network was\n"
-        "watched, not changed: pruning, merging and growth are planned.\n"
+        "watched, not changed: demos/surgery_demo.py removes neurons in mid-training.\n"
     )
 
 

@@ -41,6 +41,7 @@ WRITES = {
         "reports/reporting_demo.txt",
         "reports/reporting_demo_heatmap.png",
     ],
+    "surgery_demo": [],
     "optimization_recommendations_demo": ["logs/optimization_demo.json"],
     "dataset_success_validation": [],
     "correlation_success_validation": [],

@@ -105,6 +105,8 @@ def refit(module: nn.Module) -> None:
         m.num_channels = len(m.weight)
     elif isinstance(m, nn.Embedding):
         m.embedding_dim = m.weight.shape[1]
+    elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):  # transformers' linear layer of GPT-2
+        m.nx, m.nf = m.weight.shape
     elif isinstance(m, nn.PReLU):
         m.num_parameters = len(m.weight)
     elif isinstance(m, nn.RNNBase):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from tracker.errors import SurgeryError
 from tracker.layers import known_width
@@ -235,7 +236,7 @@ def _kind(
         return "head" if block[-1] - block[0] == len(block) - 1 else "head_dim"
     if modules and isinstance(modules[0], nn.Embedding):
         return "embedding"
-    return "channel" if any("Conv" in type(m).__name__ for m in modules) else "neuron"
+    return "channel" if any(isinstance(m, _ConvNd) for m in modules) else "neuron"
 
 
 def _named(groups: list[UnitGroup]) -> list[UnitGroup]:
