@@ -82,9 +82,9 @@ def _grouped(op: Op, x: Tensor, w: Tensor, groups: int, transposed: bool, why: s
     return labels.merge([groups, op.out.shape[1] // groups], [group, made])
 
 
-@rule("aten::_prelu_kernel")
-def prelu(op: Op) -> None:
-    """A slope for each channel."""
+@rule("aten::_prelu_kernel", "aten::hardswish", "aten::hardswish_")
+def untagged(op: Op) -> None:
+    """Pointwise, but not marked so by torch."""
     pointwise(op)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tracker.probe import Arguments, ExampleInputs, forward_once
 from tracker.structure.axes import Axis, Labels
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep  # and not torchvision
 _HERE = str(Path(__file__).parent)
 
 

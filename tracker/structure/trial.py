@@ -7,6 +7,7 @@ on it. The model itself is not touched: all is done on copies in float64.
 from __future__ import annotations
 
 import copy
+import os
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -288,7 +289,7 @@ def _place(error: BaseException | None) -> str:
     if error is None:
         return "unknown"
     frames = traceback.extract_tb(error.__traceback__)
-    torch_root = str(Path(torch.__file__).parent)
+    torch_root = str(Path(torch.__file__).parent) + os.sep
     own = [
         f
         for f in frames
