@@ -16,13 +16,8 @@ from oracle_masks import leaves, masked_copy, prune_copy, randomise, relative_di
 from torch import Tensor, nn
 
 from tests.zoo import ZOO, Entry
+from tracker.structure import trace_structure
 
-try:
-    from tracker.structure import trace_structure
-except ImportError:
-    trace_structure = None
-
-needs_structure = pytest.mark.skipif(trace_structure is None, reason="no tracker.structure")
 TOLERANCE = 1e-6
 
 
@@ -345,7 +340,6 @@ def test_every_model_of_the_zoo_runs(name: str) -> None:
 # The structure
 
 
-@needs_structure
 @models()
 def test_tracing_leaves_no_trace(name: str) -> None:
     model, inputs = fresh(name)
@@ -361,7 +355,6 @@ def test_tracing_leaves_no_trace(name: str) -> None:
     assert str(structure).strip()
 
 
-@needs_structure
 @models()
 def test_names_are_unique_and_stable(name: str) -> None:
     model, inputs, structure = traced(name)
@@ -373,7 +366,6 @@ def test_names_are_unique_and_stable(name: str) -> None:
         assert [group.name for group in trace_structure(other, inputs).groups] == names
 
 
-@needs_structure
 @models()
 def test_removal_equals_the_masked_model(name: str) -> None:
     model, inputs, structure = traced(name)
@@ -405,7 +397,6 @@ def test_removal_equals_the_masked_model(name: str) -> None:
     assert not effects or max(e for e in effects if e != float("inf")) > TOLERANCE
 
 
-@needs_structure
 @models()
 def test_slices_lie_in_the_model_and_apart(name: str) -> None:
     model, _, structure = traced(name)
@@ -426,7 +417,6 @@ def test_slices_lie_in_the_model_and_apart(name: str) -> None:
                     assert owner.setdefault(where, unit) == unit, f"{group.name}: {where}"
 
 
-@needs_structure
 @models()
 def test_slices_together_name_nothing_twice(name: str) -> None:
     _, _, structure = traced(name)
@@ -447,7 +437,6 @@ def test_slices_together_name_nothing_twice(name: str) -> None:
         assert apart == {*named}, f"{group.name}: all at once is not each by itself"
 
 
-@needs_structure
 @models(lambda entry: entry.expect_frozen)
 def test_what_must_freeze_is_frozen_with_a_reason(name: str) -> None:
     _, _, structure = traced(name)
@@ -462,7 +451,6 @@ def test_what_must_freeze_is_frozen_with_a_reason(name: str) -> None:
     assert any(word in reason.lower() for reason in reasons for word in entry.words), reasons
 
 
-@needs_structure
 @models(lambda entry: bool(entry.inexact))
 def test_what_is_not_exact_does_not_claim_to_be(name: str) -> None:
     _, _, structure = traced(name)
@@ -476,14 +464,12 @@ def test_what_is_not_exact_does_not_claim_to_be(name: str) -> None:
             assert not group.exact, f"{group.name}: {touched}"
 
 
-@needs_structure
 @models(lambda entry: entry.min_coverage is not None)
 def test_coverage(name: str) -> None:
     _, _, structure = traced(name)
     assert ZOO[name].min_coverage <= structure.coverage <= 1
 
 
-@needs_structure
 @models()
 def test_groups_that_cannot_be_pruned_say_why(name: str) -> None:
     _, _, structure = traced(name)
