@@ -71,7 +71,8 @@ def activations(tracker_class: type[NeuronEngine]) -> None:
             model(batch)
     tracker.stop_tracking()
 
-    observed = model[0](torch.cat(batches)).detach().double()  # what the engine should have seen
+    # What the engine should have seen: neurons as their consumers read them, behind the ReLU.
+    observed = model[:2](torch.cat(batches)).detach().double()
     fired = (observed.abs() > 0.01).double()
     check("print_activation_summary", "Neuron ID" in printed(tracker.print_activation_summary))
     stats = tracker.get_neuron_stats(neuron_id=42)

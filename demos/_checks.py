@@ -43,9 +43,9 @@ class Checks:
         sys.exit(0 if total and passed == total else 1)
 
 
-def observed_module(layer: str) -> str:
-    """Name of the module whose output is the layer's activation: the layer itself."""
-    return layer
+def observed_module(model: nn.Module, layer: str) -> nn.Module:
+    """The module whose output is what the layer's consumers read: its ReLU, where one follows."""
+    return getattr(model, layer.replace("fc", "relu"), None) or model.get_submodule(layer)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def stored(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[n
 
         return hook
 
-    modules = {layer: model.get_submodule(observed_module(layer)) for layer in layers}
+    modules = {layer: observed_module(model, layer) for layer in layers}
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         yield kept

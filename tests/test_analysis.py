@@ -37,7 +37,7 @@ def planted() -> nn.Sequential:
 @pytest.fixture
 def engine() -> NeuronEngine:
     model = planted()
-    engine = NeuronEngine()
+    engine = NeuronEngine(observe="output")  # a negated twin is a twin before its ReLU only
     engine.track_model(model, "planted")
     engine.start_tracking(enable_correlation_analysis=True)
     g = torch.Generator().manual_seed(1)

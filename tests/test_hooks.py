@@ -58,7 +58,9 @@ def test_inplace_activation_behind_the_layer() -> None:
     x = torch.randn(50, 6)
     minima = []
     for model in (plain, inplace):
-        engine = watched(model)
+        engine = NeuronEngine(observe="output")
+        engine.track_model(model)
+        engine.start_tracking()
         model(x)
         minima.append([engine.get_neuron_stats(i)["min_activation"] for i in range(8)])
     assert minima[0] == minima[1]
@@ -72,7 +74,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     engine = watched(model, enable_correlation_analysis=True)
     x = torch.randn(4000, 6)
     with torch.autocast("cpu", dtype=dtype), torch.no_grad():
-        y = model[0](x).double()
+        y = model[:2](x).double()
         model(x)
     assert engine.get_neuron_stats(0)["variance"] == pytest.approx(
         float(y[:, 0].var(correction=0)), rel=1e-6
@@ -270,7 +272,7 @@ x = torch.randn(5, 6)
 # Registered before: no graph break, and every call is seen.
 model = build()
 engine = NeuronEngine()
-engine.track_model(model)
+engine.track_model(model, example_inputs=x)
 engine.register_activation_hooks()
 compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 engine.start_tracking()

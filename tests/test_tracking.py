@@ -369,7 +369,7 @@ def test_windows_begin_and_end() -> None:
     engine.start_tracking()  # registers again
     model(torch.randn(3, 6))
     assert engine.get_neuron_stats(0)["observations"] == 3
-    assert len(model[0]._forward_hooks) == 1
+    assert len(model[2]._forward_pre_hooks) == 1  # where the first layer is read
 
 
 def test_padding_is_left_out() -> None:

@@ -25,6 +25,8 @@ class NeuronEngine(NeuronWatcher):
     Args:
         activation_threshold: A neuron fires where |activation| is larger.
         correlation_threshold: |Pearson correlation| from which on two neurons are redundant.
+        observe: "reads": a neuron is observed where its consumers read it, behind its nonlinearity (where structure
+            cannot tell, at its layer's output); "output": each layer's own output.
 
     Examples:
         >>> import torch
@@ -40,9 +42,13 @@ class NeuronEngine(NeuronWatcher):
     """
 
     def __init__(
-        self, activation_threshold: float = 0.01, correlation_threshold: float = 0.9
+        self,
+        activation_threshold: float = 0.01,
+        correlation_threshold: float = 0.9,
+        *,
+        observe: str = "reads",
     ) -> None:
-        super().__init__(activation_threshold, correlation_threshold)
+        super().__init__(activation_threshold, correlation_threshold, observe=observe)
         self._optimizers: list[Any] = []
         self._followers: list[nn.Module] = []
         self._undo: surgery.UndoLog | None = None

@@ -1,6 +1,7 @@
-"""Where an activation is taken: forward hooks that reduce a layer's output at once and keep no reference to it.
+"""Where an activation is taken: hooks that reduce a tensor at once and keep no reference to it.
 
-For now a neuron is observed at its own layer's output; the one place that says so is `_observed_tensor`.
+A neuron is observed where it is read: at the door of the module that consumes it, behind its nonlinearity. Where
+structure cannot tell, or when asked for, it is observed at its own layer's output.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
 
 from tracker.layers import Layer, width_of
+from tracker.probe import is_probing
 from tracker.slotmap import SlotMap
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch, split_at
+from tracker.structure import Tap
 
 # Private in torch, so looked up with care: -1 outside of a backward pass.
 _graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
@@ -46,13 +50,26 @@ class Site:
     def __init__(self, layer: Layer) -> None:
         self.name, self.kind = layer.name, layer.kind
         self.neurons, self.axis, self.flattened = layer.neurons, layer.axis, layer.flattened
-        self.windows: dict[bool, Window] = {}  # by the model's training flag
+        self.tap: Tap | None = None  # where it is observed; None: at its own output
+        self.leader: Site | None = (
+            None  # another site with the same tap: what it sees, this one sees
+        )
+        self._windows: dict[bool, Window] = {}
         self.problem = ""  # why nothing, or no more, is observed
         self.stopped = False
         self.output: weakref.ref[Tensor] | None = (
             None  # of the pass under way, to see what the model returns
         )
         self.is_output = False
+
+    @property
+    def windows(self) -> dict[bool, Window]:
+        """What was seen, by the model's training flag."""
+        return (self.leader or self)._windows
+
+    @windows.setter
+    def windows(self, windows: dict[bool, Window]) -> None:
+        (self.leader or self)._windows = windows
 
     def reslotted(self, slots: SlotMap) -> dict[bool, Window]:
         """The windows after the layer's neurons were removed, added or reordered."""
@@ -75,6 +92,9 @@ class Observer:
     batch_dim: int = 0
     # Told when a custom layer's first output shows its width.
     resolved: Callable[[Site], None] = lambda site: None
+    # Told when the first pass shows example inputs.
+    shown: Callable[[], None] = lambda: None
+    handles: list[RemovableHandle] = field(default_factory=list)  # of the sites' hooks
     recording: bool = False
     correlate: bool = False
     inputs: tuple[tuple[object, ...], dict[str, object]] | None = (
@@ -159,9 +179,14 @@ class Observer:
 
     def _placed(self, site: Site, output: Tensor) -> tuple[Tensor, int] | None:
         """The real (not padded) part of an output, and the neurons' axis in it."""
-        if site.flattened > 1:
-            output = output.flatten(-site.flattened)
         axis: int = site.axis  # type: ignore[assignment]
+        if site.tap is not None:
+            axis, positions = site.tap.axis, site.tap.positions
+            if positions > 1 and output.shape[axis] == (site.neurons or 0) * positions:
+                output = output.unflatten(axis, (-1, positions))
+                axis -= axis < 0
+        elif site.flattened > 1:
+            output = output.flatten(-site.flattened)
         if not -output.ndim <= axis < output.ndim or output.shape[axis] != site.neurons:
             return None
         axis %= output.ndim
@@ -242,7 +267,7 @@ class LayerHook(Hook):
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         """Forward hook of the layer."""
-        tensor = _observed_tensor(output)
+        tensor = _floating(output)
         if torch.compiler.is_compiling():
             self.in_graph(tensor)
         elif tensor is not None and (observer := self.listener()) is not None:
@@ -254,6 +279,18 @@ class LayerHook(Hook):
         """Inside a compiled graph the mode is the model's at run time."""
         if (observer := self.listener()) is not None:
             observer.take(self._site, tensor, observer.model_is_training())
+
+
+class ReadHook(LayerHook):
+    """Observes one layer at the door of the module that reads it."""
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        """Forward pre-hook of the reading module."""
+        tensor = _floating((args, kwargs))
+        if torch.compiler.is_compiling():
+            self.in_graph(tensor)
+        elif tensor is not None and (observer := self.listener()) is not None:
+            observer.take(self._site, tensor, module.training)
 
 
 class EnterHook(Hook):
@@ -268,6 +305,7 @@ class EnterHook(Hook):
         observer = self._observer()
         if observer is not None and observer.inputs is None:
             observer.inputs = (args, kwargs)
+            observer.shown()
         if observer is not None and observer.recording:
             observer.training = module.training
 
@@ -291,17 +329,41 @@ class LeaveHook(Hook):
             observer.end_pass(tensor, ())
 
 
-def attach(observer: Observer, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-    """Put the hooks on the model; the handles take them off again."""
-    handles = [watch_inputs(observer, model)]
+def attach(observer: Observer, model: nn.Module) -> list[RemovableHandle]:
+    """Put the hooks on the model's door and on its layers; the handles take those of the door off again."""
+    attach_sites(observer, model)
+    return [
+        watch_inputs(observer, model),
+        model.register_forward_hook(LeaveHook(observer), with_kwargs=True),
+    ]
+
+
+def attach_sites(observer: Observer, model: nn.Module) -> None:
+    """Put the hooks where the layers are observed now, and nowhere else."""
+    detach_sites(observer)
+    leaders: dict[tuple[Tap, int | None], Site] = {}
     for site in observer.sites:
-        module = model.get_submodule(site.name)
-        handles.append(module.register_forward_hook(LayerHook(observer, site)))
-    handles.append(model.register_forward_hook(LeaveHook(observer), with_kwargs=True))
-    return handles
+        site.leader = None
+        if site.tap is None:
+            module = model.get_submodule(site.name)
+            handle = module.register_forward_hook(LayerHook(observer, site))
+        else:
+            leader = leaders.setdefault((site.tap, site.neurons), site)
+            if leader is not site:
+                site.leader = leader
+                continue
+            module = model.get_submodule(site.tap.module)
+            handle = module.register_forward_pre_hook(ReadHook(observer, site), with_kwargs=True)
+        observer.handles.append(handle)
 
 
-def watch_inputs(observer: Observer, model: nn.Module) -> torch.utils.hooks.RemovableHandle:
+def detach_sites(observer: Observer) -> None:
+    """Take the layers' hooks off."""
+    while observer.handles:
+        observer.handles.pop().remove()
+
+
+def watch_inputs(observer: Observer, model: nn.Module) -> RemovableHandle:
     """Have the first forward pass supply the example inputs that tracing needs."""
     return model.register_forward_pre_hook(EnterHook(observer), with_kwargs=True)
 
@@ -323,18 +385,19 @@ def tensors_in(value: object) -> list[Tensor]:
     return found
 
 
-def _observed_tensor(output: object) -> Tensor | None:
-    """The tensor in which a layer's neurons are observed: its output, of several the first floating one."""
-    for tensor in tensors_in(output):
+def _floating(value: object) -> Tensor | None:
+    """The tensor in which neurons are observed: of several the first floating one."""
+    for tensor in tensors_in(value):
         if tensor.is_floating_point():
             return tensor
     return None
 
 
 def _is_new_data() -> bool:
-    """False for recomputation under checkpointing, function transforms, and tracing."""
+    """False for recomputation under checkpointing, function transforms, tracing, and passes of our own."""
     return (
         _graph_task_id() == -1
+        and not is_probing()
         and _functorch_level() is None
         and torch._C._get_tracing_state() is None
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +21,19 @@ def forward_once(
     model: nn.Module,
     example_inputs: ExampleInputs | Arguments,
     within: AbstractContextManager[object] | None = None,
+    *,
+    heard: bool = False,
 ) -> object:
     """The model's output for `example_inputs`, in eval mode, without gradients, the call itself `within` a context.
 
-    Training flags, buffers, and the random states of the devices are as before afterwards.
+    Training flags, buffers, and the random states of the devices are as before afterwards. No engine observes this
+    pass, unless it is to be `heard`.
 
     Raises:
         StructureError: The forward pass failed.
     """
     args, kwargs = arguments(example_inputs)
-    with _unchanged(model), _plain(model), torch.no_grad():
+    with _unchanged(model), _plain(model), torch.no_grad(), nullcontext() if heard else _probing():
         model.eval()
         try:
             with within or nullcontext():
@@ -39,6 +44,42 @@ def forward_once(
                 f"({type(error).__name__}: {error}). Pass example_inputs that the model accepts: a tuple of "
                 "positional arguments, a dict of keyword arguments, or one tensor."
             ) from error
+
+
+def is_probing() -> bool:
+    """Whether the pass under way is one of ours, and no new data."""
+    return _probes.get() > 0
+
+
+def quiet_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares all tensors with `model`, and whose passes are not seen by the hooks that users put on it.
+
+    Hooks of torch itself (weight norm, pruning masks) are part of what the model computes, and stay.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    copied = copy.deepcopy(model, {id(t): t for t in tensors})
+    for module in copied.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if not _is_of_torch(hook)]:
+                del hooks[key]
+    return copied
+
+
+def _is_of_torch(hook: object) -> bool:
+    owner = hook if hasattr(hook, "__qualname__") else type(hook)
+    return (getattr(owner, "__module__", None) or "").startswith("torch.")
+
+
+_probes: ContextVar[int] = ContextVar("probes", default=0)
+
+
+@contextmanager
+def _probing() -> Iterator[None]:
+    token = _probes.set(_probes.get() + 1)
+    try:
+        yield
+    finally:
+        _probes.reset(token)
 
 
 class Arguments(NamedTuple):

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
-from tracker.hooks import Observer, Site, Window, attach, watch_inputs
+from tracker.hooks import Observer, Site, Window, attach, attach_sites, detach_sites, watch_inputs
 from tracker.identity import LayerIds, NeuronRegistry
 from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
-from tracker.probe import Arguments, ExampleInputs, arguments, forward_once
+from tracker.probe import Arguments, ExampleInputs, arguments, forward_once, quiet_copy
 from tracker.slotmap import SlotMap
 from tracker.statistics import Activity
 from tracker.structure import Structure, trace_structure
 
+OBSERVE = ("reads", "output")
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
 
 
@@ -36,6 +37,8 @@ class TrackedModel:
     handles: list[RemovableHandle] = field(default_factory=list)
     hooked: bool = False  # its layers are
     structure: Structure | None = None  # as last traced
+    traced: bool = False  # the taps are set, or cannot be
+    by_hand: frozenset[str] = frozenset()  # layers whose axis was named
     correlated: bool = False
     mode: str | None = None  # which mode to read; None: that of the first pass
 
@@ -53,6 +56,7 @@ class TrackedModel:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
+        detach_sites(self.observer)
         self.handles, self.hooked = [], False
         self.observer.recording = False
 
@@ -60,8 +64,10 @@ class TrackedModel:
 class ActivationTracker:
     """Gives every neuron an id for life and streams its statistics. Several models may share one tracker."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: float, observe: str = "reads") -> None:
+        if observe not in OBSERVE:
+            raise StatisticsError(f"observe is one of {', '.join(OBSERVE)}, not {observe!r}.")
+        self.threshold, self.observe_at = threshold, observe
         self.registry = NeuronRegistry()
         self.models: list[TrackedModel] = []
         self._current: TrackedModel | None = None
@@ -94,7 +100,7 @@ class ActivationTracker:
                 "recurrent layer, and no custom module with parameters of its own."
             )
         observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
-        entry = TrackedModel(name, observer)
+        entry = TrackedModel(name, observer, by_hand=frozenset(axes or ()))
         if example_inputs is not None:
             observer.inputs = arguments(example_inputs)
             _resolve_widths(observer, model, example_inputs)
@@ -110,7 +116,11 @@ class ActivationTracker:
             if (tracker := this()) is not None:
                 tracker._register(entry, site)
 
-        observer.resolved = resolved
+        def shown() -> None:
+            if (tracker := this()) is not None:
+                tracker._set_taps(entry)
+
+        observer.resolved, observer.shown = resolved, shown
         self.models.append(entry)
         self._current = entry
         return entry
@@ -134,6 +144,7 @@ class ActivationTracker:
         entry = self.current
         if not entry.hooked or entry.observer.model() is None:
             self.hook()
+        self._set_taps(entry)
         entry.observer.clear()
         entry.observer.correlate = entry.correlated = correlate
         entry.mode = mode
@@ -208,6 +219,24 @@ class ActivationTracker:
         others = sum(n for flag, n in observer.samples.items() if flag not in flags)
         return Observation(entry.name, layers, samples, mode, others, self.threshold)
 
+    def _set_taps(self, entry: TrackedModel) -> None:
+        """Observe layers where they are read; where that cannot be told, at their own outputs."""
+        observer, model = entry.observer, entry.observer.model()
+        wanted = self.observe_at == "reads" and entry.hooked and not entry.traced
+        if not wanted or observer.inputs is None or model is None:
+            return
+        entry.traced = True
+        try:
+            with observer.paused(), torch.inference_mode(False):
+                quiet = quiet_copy(model)
+                taps = trace_structure(quiet, Arguments(*observer.inputs), trial=False).taps
+        except Exception:  # a model that cannot be copied or traced can still be observed
+            return
+        for site in observer.sites:
+            if site.name in taps and site.name not in entry.by_hand:
+                site.tap, site.windows = taps[site.name], {}  # no window mixes two places
+        attach_sites(observer, model)
+
     def _known(self, model: nn.Module) -> TrackedModel | None:
         return next((m for m in self.models if m.observer.model() is model), None)
 
@@ -242,10 +271,11 @@ def _resolve_widths(observer: Observer, model: nn.Module, example_inputs: Exampl
     handles = attach(observer, model)
     observer.recording = True
     try:
-        forward_once(model, example_inputs)
+        forward_once(model, example_inputs, heard=True)
     finally:
         for handle in handles:
             handle.remove()
+        detach_sites(observer)
         observer.recording = False
         observer.clear()
 
@@ -273,7 +303,7 @@ def _observed(ids: LayerIds, site: Site, flags: tuple[bool, ...]) -> LayerObserv
         if window.covariance is not None:
             value = window.covariance.value()
             covariance = value if covariance is None else covariance.merge(value)
-    problem = site.problem or ("" if windows else "never called in this window")
+    problem = (site.leader or site).problem or ("" if windows else "never called in this window")
     return LayerObservation(
         site.name, site.kind, tuple(ids.ids), activity.value(), covariance, site.is_output, problem
     )

@@ -35,7 +35,11 @@ class NeuronWatcher:
     """
 
     def __init__(
-        self, activation_threshold: float = 0.01, correlation_threshold: float = 0.9
+        self,
+        activation_threshold: float = 0.01,
+        correlation_threshold: float = 0.9,
+        *,
+        observe: str = "reads",
     ) -> None:
         if not activation_threshold >= 0:
             raise StatisticsError(
@@ -47,7 +51,7 @@ class NeuronWatcher:
             )
         self._activation_threshold = activation_threshold
         self.correlation_threshold = correlation_threshold
-        self._tracker = ActivationTracker(activation_threshold)
+        self._tracker = ActivationTracker(activation_threshold, observe)
         self._histories: dict[int, TrainingHistory] = {}  # by position of the model, -1 without one
         self._recommendations: tuple[object, dict[str, Any]] | None = None
         self._cache: tuple[object, Observation, Findings] | None = None

@@ -8,6 +8,7 @@ units, in groups of alternatives (`units`). What the rules do not understand is 
 from tracker.structure import rules_math, rules_shape  # noqa: F401  (they register themselves)
 from tracker.structure.rules import rule
 from tracker.structure.structure import Structure, trace_structure
+from tracker.structure.taps import Tap
 from tracker.structure.units import Frozen, Slice, UnitGroup
 
-__all__ = ["Frozen", "Slice", "Structure", "UnitGroup", "rule", "trace_structure"]
+__all__ = ["Frozen", "Slice", "Structure", "Tap", "UnitGroup", "rule", "trace_structure"]

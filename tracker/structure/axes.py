@@ -28,6 +28,7 @@ class Labels:
         self._composite = np.zeros(1, dtype=bool)
         self.frozen: dict[int, str] = {}  # root → why it can never die
         self.inexact: dict[int, str] = {}  # root → what sees that it died, other than a zero
+        self.summed: dict[int, str] = {}  # root → where values of several makers are added up
 
     def fresh(self, n: int) -> np.ndarray:
         """An axis of n indices, each of which can die on its own."""
@@ -78,6 +79,12 @@ class Labels:
             for label in frozenset().union(*self.rows(axis)):
                 self.inexact.setdefault(label, reason)
 
+    def mark_summed(self, axis: Axis, reason: str) -> None:
+        """Values of several makers are added up along this axis: no maker's own value is read."""
+        if axis is not None:
+            for label in frozenset().union(*self.rows(axis)):
+                self.summed.setdefault(label, reason)
+
     def unify(self, a: Axis, b: Axis, reason: str) -> Axis:
         """Make two axes of equal length die alike, index by index; return the axis of both."""
         if a is None or b is None:
@@ -123,7 +130,7 @@ class Labels:
         if a != b:
             a, b = min(a, b), max(a, b)
             self._parent[b] = a
-            for table in (self.frozen, self.inexact):
+            for table in (self.frozen, self.inexact, self.summed):
                 if b in table:
                     table.setdefault(a, table.pop(b))
 
@@ -131,7 +138,7 @@ class Labels:
         """`label` stands for `parts` from now on."""
         self._parts[label] = parts
         self._composite[label] = True
-        for table in (self.frozen, self.inexact):
+        for table in (self.frozen, self.inexact, self.summed):
             if label in table:
                 for part in parts:
                     table.setdefault(part, table[label])

@@ -17,6 +17,7 @@ from tracker.structure.trace import Op
 
 Rule = Callable[[Op], None]
 _RULES: dict[str, Rule] = {}
+_SUMS = ("aten::add", "aten::add_", "aten::sub", "aten::sub_")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -76,6 +77,10 @@ def pointwise(op: Op) -> None:
     for t in inputs:
         if len(inputs) > 1:
             op.trace.carries |= op.parameters(t)
+    if op.func._schema.name in _SUMS and not any(op.parameters(t) for t in inputs):
+        for d, axis in zip(range(-out.ndim, 0), axes, strict=True):
+            if sum(t.ndim >= -d and op.axes(t)[d] is not None for t in inputs) > 1:
+                op.labels.mark_summed(axis, op.why("added up"))
     op.give(out, axes)
 
 

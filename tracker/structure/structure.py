@@ -11,6 +11,7 @@ from torch import nn
 from tracker.errors import StructureError
 from tracker.probe import Arguments, ExampleInputs
 from tracker.structure.rules import apply_rule
+from tracker.structure.taps import Tap, find_taps
 from tracker.structure.trace import record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
@@ -24,6 +25,7 @@ class Structure:
     frozen: list[Frozen]
     coverage: float  # share of the model's parameters that lie in prunable groups
     operations: int  # seen in the forward pass
+    taps: Mapping[str, Tap]  # layer → where its neurons are read
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
         """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
@@ -86,7 +88,7 @@ def trace_structure(
     groups, frozen = find_groups(trace)
     if trial:
         groups = try_groups(model, example_inputs, groups)
-    return Structure(groups, frozen, coverage(model, groups), trace.operations)
+    return Structure(groups, frozen, coverage(model, groups), trace.operations, find_taps(trace))
 
 
 def _row(group: UnitGroup) -> str:

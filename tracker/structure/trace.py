@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -101,6 +102,15 @@ class Op:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A module's first input tensor: its axes, where they are known, and where to see it."""
+
+    module: str
+    axes: list[Axis] | None
+    door: str = ""  # another module, whose input is the same but for dropout
+
+
 @dataclass(slots=True)
 class Trace:
     """What is known of the axes of a model's tensors."""
@@ -115,6 +125,19 @@ class Trace:
     order: list[str] = field(default_factory=list)  # tensors in the order of their first use
     names: dict[int, str] = field(default_factory=dict)  # id of a parameter or buffer → its key
     operations: int = 0
+    calls: list[Call] = field(default_factory=list)  # of modules with parameters, in order
+    undropped: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    def called(self, name: str, module: nn.Module, tensor: Tensor) -> None:
+        """Note with which input a module is called; what a dropout passes on is rather seen at its door."""
+        at = Call(name, self.known.get(tensor))
+        if isinstance(module, _DropoutNd):
+            self.undropped.setdefault(tensor, at)
+        elif next(module.parameters(recurse=False), None) is not None:
+            before = self.undropped.get(tensor)
+            self.calls.append(
+                Call(name, at.axes) if before is None else Call(name, before.axes, before.module)
+            )
 
     def axes(self, tensor: Tensor) -> list[Axis]:
         """Axes of a tensor; a parameter gets fresh labels at its first use."""
@@ -149,7 +172,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs | Arguments, rule: An
     for name, tensor in tensors:
         trace.names.setdefault(id(tensor), name)
     path: list[str] = [""]
-    with _following(model, path), _plain_kernels():
+    with _following(trace, path), _plain_kernels():
         output = forward_once(model, example_inputs, within=_Recorder(trace, path, rule))
     for tensor in _tensors(output):
         for axis in trace.axes(tensor):
@@ -158,19 +181,22 @@ def record(model: nn.Module, example_inputs: ExampleInputs | Arguments, rule: An
 
 
 @contextmanager
-def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
+def _following(trace: Trace, path: list[str]) -> Iterator[None]:
     """Keep in `path` the names of the modules that are being called, the innermost last."""
 
     def leave(module: nn.Module, args: object, output: object) -> None:
         path.pop()
 
     handles = []
-    for name, module in model.named_modules():
+    for name, module in trace.model.named_modules():
 
-        def enter(module: nn.Module, args: object, name: str = name) -> None:
+        def enter(module: nn.Module, args: object, kwargs: object, name: str = name) -> None:
             path.append(name)
+            first = next(_tensors((args, kwargs)), None)
+            if first is not None:
+                trace.called(name, module, first)
 
-        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
@@ -193,6 +219,8 @@ class _Recorder(TorchDispatchMode):
         frame = _user_frame(sys._getframe(1))
         source = Source(self.path[-1], frame.f_code.co_filename, frame.f_lineno)
         self.rule(Op(func, args, kwargs, result, self.trace, source))
+        if func.is_view and args[0] in self.trace.undropped:
+            self.trace.undropped[result] = self.trace.undropped[args[0]]
         return result
 
 

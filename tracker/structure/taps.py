@@ -1,0 +1,88 @@
+"""Where a layer's neurons are read: the input of the module that consumes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from tracker.layers import find_layers
+from tracker.structure.axes import Axis, Row
+from tracker.structure.trace import Call, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A module's first input, along whose `axis` a layer's neurons lie in order, each `positions` times.
+
+    positions: More than 1 where a map of channels was flattened: (channels · positions).
+    """
+
+    module: str
+    axis: int  # negative
+    positions: int
+
+
+def find_taps(trace: Trace) -> Mapping[str, Tap]:
+    """Layer → the place where its neurons are first read; layers of which the structure cannot tell are left out.
+
+    A neuron is read where it is multiplied and added up with others: behind its nonlinearity, norm and pooling, and
+    before a dropout. Of a sum of several layers (a residual stream) nobody reads one layer's own neurons.
+    """
+    times = Counter(call.module for call in trace.calls)
+    readers = {tensor.rpartition(".")[0] for tensor, _ in trace.reads}
+    inputs = _Index(trace, [c for c in trace.calls if times[c.module] == 1 and c.module in readers])
+    taps = {}
+    for layer in find_layers(trace.model):
+        if layer.flattened > 1 or times[layer.name] > 1:
+            continue
+        rows = _neurons(trace, layer.name, layer.module)
+        if rows and all(rows) and not any(row & trace.labels.summed.keys() for row in rows):
+            tap = inputs.find(layer.name, rows)
+            if tap is not None:
+                taps[layer.name] = tap
+    return taps
+
+
+class _Index:
+    """Inputs of modules, found by the labels of their first index."""
+
+    def __init__(self, trace: Trace, calls: list[Call]) -> None:
+        self._trace = trace
+        self._by_first: dict[Row, list[tuple[Call, int, list[Row]]]] = {}
+        for call in calls:
+            for axis, rows in self._labelled(call):
+                self._by_first.setdefault(rows[0], []).append((call, axis, rows))
+
+    def _labelled(self, call: Call) -> Iterator[tuple[int, list[Row]]]:
+        for d, axis in enumerate(call.axes or ()):
+            if axis is not None:
+                assert call.axes is not None
+                yield d - len(call.axes), self._trace.labels.rows(axis)
+
+    def find(self, layer: str, rows: list[Row]) -> Tap | None:
+        """The first input in which these neurons lie, and only they."""
+        for call, axis, found in self._by_first.get(rows[0], ()):
+            positions, rest = divmod(len(found), len(rows))
+            if not rest and call.module != layer:
+                laid_out = [row for row in rows for _ in range(positions)]
+                if found == laid_out:
+                    return Tap(call.door or call.module, axis, positions)
+        return None
+
+
+def _neurons(trace: Trace, name: str, module: nn.Module) -> list[Row]:
+    """Label sets of a layer's neurons; empty where no tensor of its own shows them."""
+    made = 1 if isinstance(module, nn.Embedding | _ConvTransposeNd) or hasattr(module, "nf") else 0
+    own = {"bias": 0, "weight": made, "parametrizations.weight.original0": 0, "weight_g": 0}
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.Bilinear):
+        return []
+    for tensor, dim in own.items():
+        axes = trace.parameters.get(f"{name}.{tensor}")
+        axis: Axis = axes[dim] if axes else None
+        if axis is not None:
+            return trace.labels.rows(axis)
+    return []
