@@ -102,7 +102,7 @@ def measure(family: str, name: str, seconds: int) -> Result:
             result.groups, result.before = len(structure.groups), structure.coverage
             result.frozen.update(brief(f.reason) for f in structure.frozen)
             stage, start = "trial", time.perf_counter()
-            groups = try_groups(model, arguments(inputs), structure.groups)
+            groups = try_groups(model, arguments(inputs), structure.groups, structure.integers)
             result.trial_seconds = time.perf_counter() - start
             result.after = coverage(model, groups)
             tried = zip(structure.groups, groups, strict=True)

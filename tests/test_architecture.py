@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "slotmap",
     "statistics",
+    "compensation",
     "layers",
     "identity",
     "probe",

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from tracker import surgery
 from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
+from tracker.probe import Arguments, arguments
 from tracker.structure import Structure
-from tracker.surgery import Receipt
+from tracker.surgery import Receipt, UndoLog
+from tracker.surgery.calibration import collect, consumers
+from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
+from tracker.surgery.merging import plan_merge
+from tracker.surgery.plan import Plan, units_of
+from tracker.surgery.removal import plan_pruning
+from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
+from tracker.surgery.transaction import carry_out, refuse_inside_a_pass
 from tracker.watcher import NeuronWatcher
+
+Neurons = Iterable[int] | Mapping[str, Sequence[int]]
 
 
 class NeuronEngine(NeuronWatcher):
@@ -51,7 +62,7 @@ class NeuronEngine(NeuronWatcher):
         super().__init__(activation_threshold, correlation_threshold, observe=observe)
         self._optimizers: list[Any] = []
         self._followers: list[nn.Module] = []
-        self._undo: surgery.UndoLog | None = None
+        self._undo: UndoLog | None = None
 
     @property
     def structure(self) -> Structure:
@@ -72,6 +83,23 @@ class NeuronEngine(NeuronWatcher):
         """Have these copies of the model (an EMA, say) change alike."""
         self._followers += [m for m in models if not any(m is known for known in self._followers)]
 
+    def calibrate(self, batches: Iterable[Any], limit: int | None = None) -> int:
+        """Observe what the consumers of prunable groups read, for changes that make up for what goes.
+
+        One pass in eval mode over `batches` (or the first `limit`); each is what the model takes: a tensor, a tuple of
+        positional arguments, or a dict of keyword arguments. Of an (inputs, targets) pair, as data loaders give, name
+        the inputs: `(x for x, _ in loader)`. Takes (columns)² numbers of 8 bytes for each consumer.
+
+        Returns:
+            Consumers that were observed.
+        """
+        entry = self._tracker.current
+        groups = [g for g in self.structure.groups if g.prunable]
+        wanted, _ = consumers(entry.model(), groups)
+        with entry.observer.paused():
+            entry.reads = collect(entry.model(), itertools.islice(batches, limit), wanted)
+        return len(entry.reads)
+
     def prune_units(
         self,
         units: Mapping[str, Sequence[int]],
@@ -82,57 +110,142 @@ class NeuronEngine(NeuronWatcher):
     ) -> Receipt:
         """Remove units in place: {group name: unit indices}, groups as in `structure`. See docs/surgery.md.
 
+        Args:
+            units: What goes.
+            compensate: The consumers take over what the other units explain of those that go, in least squares over
+                what was observed: by `calibrate`, else in a window with correlation, else on the example inputs. Else
+                they see zero in their place.
+            dry_run: Only tell what would happen.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
             VerificationError: The result would not have been (or was not) as promised; everything is as before.
         """
-        if compensate:
-            raise SurgeryError(
-                "Compensation by the remaining units is not available yet. Pass compensate=False: the consumers then "
-                "see zero in the units' place."
-            )
-        receipt, log = surgery.remove_units(
-            self._tracker, units, self._optimizers, self._followers, dry_run=dry_run, verify=verify
+        return self._change(
+            lambda: plan_pruning(self._tracker, units, compensate), dry_run=dry_run, verify=verify
         )
-        if log is not None:
-            self._undo = log
-        return receipt
 
     def prune_neurons(
         self,
-        neurons: Iterable[int] | Mapping[str, Sequence[int]],
+        neurons: Neurons,
         compensate: bool = True,
         *,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
-        """Remove neurons in place: ids, or {layer name: local indices}.
+        """Remove neurons in place: ids, or {layer name: local indices}. Arguments as for `prune_units`.
 
         Raises:
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        current = self._tracker.current
-        places: list[tuple[str, int]] = []
-        if isinstance(neurons, Mapping):
-            for layer, indices in neurons.items():
-                size = len(current.layers[layer_named(list(current.layers), layer)].ids)
-                wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < size]
-                if wrong:
-                    raise UnknownNeuronError(
-                        f"Layer {layer!r} has no neuron {wrong[0]!r}: its local indices are 0 to {size - 1}."
-                    )
-                places += [(layer, i) for i in indices]
-        else:
-            for neuron in neurons:
-                entry, index = self._tracker.registry.find(neuron)
-                if current.layers.get(entry.layer) is not entry:
-                    raise UnknownNeuronError(
-                        f"Neuron {neuron} belongs to the model {entry.model!r}, not to {current.name!r}."
-                    )
-                places.append((entry.layer, index))
-        units = surgery.units_of(self.structure, places)
-        return self.prune_units(units, compensate, dry_run=dry_run, verify=verify)
+        units = units_of(self.structure, self._places(neurons))
+        receipt = self.prune_units(units, compensate, dry_run=dry_run, verify=verify)
+        return receipt
+
+    def merge_neurons(
+        self, pairs: Iterable[tuple[int, int]], *, dry_run: bool = False, verify: bool = True
+    ) -> Receipt:
+        """Fold neurons into others: [(keep id, drop id), ...], each by the affine map that fits best.
+
+        Raises:
+            UnknownNeuronError: No neuron has such an id.
+            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+        """
+        asked = list(pairs)
+        places = self._places([n for pair in asked for n in pair])
+        folded = list(zip(places[::2], places[1::2], strict=True))
+        return self._change(
+            lambda: plan_merge(self._tracker, folded), dry_run=dry_run, verify=verify
+        )
+
+    def expand_layer(
+        self,
+        layer_name: str,
+        count: int,
+        *,
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        seed: int = 0,
+        dry_run: bool = False,
+        verify: bool = True,
+    ) -> Receipt:
+        """Add neurons to a layer; the model's function stays. Their ids are in the receipt's `added_ids`.
+
+        They are read with weights of zero at first. Their own weights are random directions or, where `batches` and
+        `loss` are given (`loss(output, batch)`, the batch's first entry is what the model takes), those by which the
+        loss falls fastest.
+
+        Raises:
+            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+        """
+        layer_named(list(self._tracker.current.layers), layer_name)
+
+        def plan() -> tuple[Plan, list[str]]:
+            directions = None
+            if batches is not None and loss is not None:
+                directions = gradient_directions(self._tracker, layer_name, batches, loss)
+            return plan_expansion(self._tracker, layer_name, count, directions, seed), []
+
+        return self._change(plan, dry_run=dry_run, verify=verify)
+
+    def recycle_neurons(
+        self, neuron_ids: Neurons, *, seed: int = 0, dry_run: bool = False, verify: bool = True
+    ) -> Receipt:
+        """Give neurons a new start in their places: fresh weights, read with zero; others take over what they did.
+
+        The function stays where they are dead or constant. The new neurons have new ids.
+
+        Raises:
+            UnknownNeuronError: No neuron has such an id.
+            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+        """
+        units = units_of(self.structure, self._places(neuron_ids))
+        return self._change(
+            lambda: plan_recycling(self._tracker, units, seed), dry_run=dry_run, verify=verify
+        )
+
+    def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
+        """Insert a layer of the same width behind the layer `after`; the model's function stays.
+
+        The identity where a ReLU reads the layer, a residual block of zero output elsewhere. It is a child of `after`,
+        named "inserted".
+
+        Raises:
+            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+        """
+        return self._change(
+            lambda: (plan_insertion(self._tracker, after), []), dry_run=dry_run, verify=verify
+        )
+
+    def remove_layer(
+        self,
+        layer_name: str,
+        *,
+        batches: Iterable[Any] | None = None,
+        force: bool = False,
+        dry_run: bool = False,
+        verify: bool = True,
+    ) -> Receipt:
+        """Remove a hidden layer of a chain, or a residual block; what is left is refitted by least squares.
+
+        The fit is over `batches` (what the model takes), by default the example inputs. The receipt's notes tell how
+        much of what the layer did is explained; too little is refused, unless forced.
+
+        Raises:
+            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+        """
+        observer = self._tracker.current.observer
+
+        def plan() -> tuple[Plan, list[str]]:
+            if observer.inputs is None:
+                _ = self.structure  # tells what is missing
+            assert observer.inputs is not None
+            given = [Arguments(*observer.inputs)] if batches is None else map(arguments, batches)
+            return plan_layer_removal(self._tracker, layer_name, list(given), force)
+
+        return self._change(plan, dry_run=dry_run, verify=verify)
 
     def undo(self) -> None:
         """Take the last change back, bit for bit: model, gradients, optimizer state, ids, statistics.
@@ -144,3 +257,45 @@ class NeuronEngine(NeuronWatcher):
             raise SurgeryError("There is no change to undo: only the last one can be taken back.")
         self._undo.undo()
         self._undo = None
+
+    def _change(
+        self, plan: Callable[[], tuple[Plan, list[str]]], *, dry_run: bool, verify: bool
+    ) -> Receipt:
+        refuse_inside_a_pass(self._tracker)
+        with torch.inference_mode(False):  # what is made inside the caller's could not be written
+            drawn, notes = plan()
+            receipt, log = carry_out(
+                self._tracker,
+                drawn,
+                self._optimizers,
+                self._followers,
+                dry_run=dry_run,
+                verify=verify,
+                notes=notes,
+            )
+        if log is not None:
+            self._undo = log
+        return receipt
+
+    def _places(self, neurons: Neurons) -> list[tuple[str, int]]:
+        """(layer, local index) of neurons given by ids, or as {layer: local indices}."""
+        current = self._tracker.current
+        places: list[tuple[str, int]] = []
+        if isinstance(neurons, Mapping):
+            for layer, indices in neurons.items():
+                size = len(current.layers[layer_named(list(current.layers), layer)].ids)
+                wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < size]
+                if wrong:
+                    raise UnknownNeuronError(
+                        f"Layer {layer!r} has no neuron {wrong[0]!r}: its local indices are 0 to {size - 1}."
+                    )
+                places += [(layer, i) for i in indices]
+            return places
+        for neuron in neurons:
+            entry, index = self._tracker.registry.find(neuron)
+            if current.layers.get(entry.layer) is not entry:
+                raise UnknownNeuronError(
+                    f"Neuron {neuron} belongs to the model {entry.model!r}, not to {current.name!r}."
+                )
+            places.append((entry.layer, index))
+        return places

@@ -346,7 +346,8 @@ def attach_sites(observer: Observer, model: nn.Module) -> None:
         site.leader = None
         if site.tap is None:
             module = model.get_submodule(site.name)
-            handle = module.register_forward_hook(LayerHook(observer, site))
+            # The layer's own output, whatever other hooks make of it.
+            handle = module.register_forward_hook(LayerHook(observer, site), prepend=True)
         else:
             leader = leaders.setdefault((site.tap, site.neurons), site)
             if leader is not site:

@@ -54,20 +54,21 @@ def is_probing() -> bool:
 def quiet_copy(model: nn.Module) -> nn.Module:
     """A copy that shares all tensors with `model`, and whose passes are not seen by the hooks that users put on it.
 
-    Hooks of torch itself (weight norm, pruning masks) are part of what the model computes, and stay.
+    Hooks of torch itself (weight norm, pruning masks) and of inserted layers are part of what the model computes, and
+    stay.
     """
     tensors = (*model.parameters(), *model.buffers())
     copied = copy.deepcopy(model, {id(t): t for t in tensors})
     for module in copied.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if not _is_of_torch(hook)]:
+            for key in [k for k, hook in hooks.items() if not _is_of_the_model(hook)]:
                 del hooks[key]
     return copied
 
 
-def _is_of_torch(hook: object) -> bool:
+def _is_of_the_model(hook: object) -> bool:
     owner = hook if hasattr(hook, "__qualname__") else type(hook)
-    return (getattr(owner, "__module__", None) or "").startswith("torch.")
+    return (getattr(owner, "__module__", None) or "").startswith(("torch.", "tracker."))
 
 
 _probes: ContextVar[int] = ContextVar("probes", default=0)

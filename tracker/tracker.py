@@ -19,11 +19,23 @@ from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
 from tracker.probe import Arguments, ExampleInputs, arguments, forward_once, quiet_copy
 from tracker.slotmap import SlotMap
-from tracker.statistics import Activity
+from tracker.statistics import Activity, Covariance
 from tracker.structure import Structure, trace_structure
 
 OBSERVE = ("reads", "output")
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a consumer reads along dimension `dim` of its weight."""
+
+    dim: int
+    covariance: Covariance
+
+    def reslot(self, slots: SlotMap) -> Read:
+        """The same after columns were removed, added or reordered."""
+        return Read(self.dim, self.covariance.reslot(slots))
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +49,9 @@ class TrackedModel:
     handles: list[RemovableHandle] = field(default_factory=list)
     hooked: bool = False  # its layers are
     structure: Structure | None = None  # as last traced
+    reads: dict[str, Read] = field(
+        default_factory=dict
+    )  # consumer's weight → what it was seen to read
     traced: bool = False  # the taps are set, or cannot be
     by_hand: frozenset[str] = frozenset()  # layers whose axis was named
     correlated: bool = False
@@ -173,25 +188,93 @@ class ActivationTracker:
         }
         return entry.structure.with_ids(ids)
 
-    def reslot(self, layers: Mapping[str, SlotMap], why: str) -> Callable[[], None]:
-        """Move ids and statistics of the current model's layers; return how to take it back."""
+    def reslot(
+        self,
+        layers: Mapping[str, SlotMap],
+        tensors: Mapping[str, Mapping[int, SlotMap]],
+        why: str,
+    ) -> tuple[list[int], Callable[[], None]]:
+        """Move ids and statistics of the current model's layers, and what its consumers were seen to read.
+
+        Returns:
+            The ids of new neurons, and how to take it all back.
+        """
         entry = self.current
+        reads = {
+            name: read.reslot(tensors[name][read.dim])
+            if read.dim in tensors.get(name, {})
+            else read
+            for name, read in entry.reads.items()
+        }
         sites = {site.name: site for site in entry.observer.sites}
         moved = {name: sites[name].reslotted(slots) for name, slots in layers.items()}
         before = {name: (sites[name].neurons, sites[name].windows) for name in layers}
         ids = {name: list(entry.layers[name].ids) for name in layers}
+        old_reads, old_structure = entry.reads, entry.structure
 
         def back() -> None:
+            entry.reads, entry.structure = old_reads, old_structure
             for name in layers:
                 sites[name].neurons, sites[name].windows = before[name]
                 self.registry.restore(entry.layers[name], ids[name])
             entry.observer.version += 1
 
+        entry.reads, entry.structure = reads, None
+        added: list[int] = []
         for name, slots in layers.items():
             sites[name].neurons, sites[name].windows = slots.size, moved[name]
-            self.registry.reslot(entry.layers[name], slots, why)
+            added += self.registry.reslot(entry.layers[name], slots, why)
         entry.observer.version += 1
-        return back
+        return sorted(added), back
+
+    def resite(self, why: str) -> tuple[list[int], list[int], Callable[[], None]]:
+        """Layers of the current model came and went: give ids to the new ones, retire those of the others.
+
+        Returns:
+            The new ids, those that left, and how to take it all back.
+        """
+        entry = self.current
+        observer, model = entry.observer, entry.model()
+        old_sites, old_layers = list(observer.sites), dict(entry.layers)
+        known = {site.name: site for site in observer.sites}
+        layers = {layer.name: layer for layer in find_layers(model)}
+        gone = [name for name in known if name not in layers]
+        born = [layers[name] for name in layers if name not in known]
+        removed = [i for name in gone if name in entry.layers for i in entry.layers[name].ids]
+        before = {name: list(entry.layers[name].ids) for name in gone if name in entry.layers}
+
+        def back() -> None:
+            for name, ids in before.items():
+                self.registry.restore(old_layers[name], ids)
+            observer.sites[:] = old_sites
+            for table in (entry.layers, entry.neuron_map):
+                for layer in born:
+                    table.pop(layer.name, None)
+            entry.layers.update(old_layers)
+            entry.neuron_map.update({name: old_layers[name].ids for name in before})
+            entry.structure, entry.traced = old_structure, old_traced
+            if entry.hooked:
+                attach_sites(observer, model)
+            observer.version += 1
+
+        old_structure, old_traced = entry.structure, entry.traced
+        for name in before:
+            self.registry.reslot(entry.layers.pop(name), SlotMap(()), why)
+            entry.neuron_map.pop(name, None)
+        order = list(layers)
+        sites = [*(s for s in old_sites if s.name not in gone), *map(Site, born)]
+        observer.sites[:] = sorted(sites, key=lambda site: order.index(site.name))
+        added: list[int] = []
+        for layer in born:
+            if layer.neurons is not None:
+                self._register(entry, next(s for s in observer.sites if s.name == layer.name))
+                added += entry.layers[layer.name].ids
+        entry.structure, entry.traced = None, False
+        if entry.hooked:
+            attach_sites(observer, model)
+            self._set_taps(entry)
+        observer.version += 1
+        return added, removed, back
 
     @contextmanager
     def masking(self, mask: Tensor) -> Iterator[None]:
@@ -233,8 +316,9 @@ class ActivationTracker:
         except Exception:  # a model that cannot be copied or traced can still be observed
             return
         for site in observer.sites:
-            if site.name in taps and site.name not in entry.by_hand:
-                site.tap, site.windows = taps[site.name], {}  # no window mixes two places
+            tap = taps.get(site.name)
+            if site.name not in entry.by_hand and tap != site.tap:
+                site.tap, site.leader, site.windows = tap, None, {}  # no window mixes two places
         attach_sites(observer, model)
 
     def _known(self, model: nn.Module) -> TrackedModel | None:

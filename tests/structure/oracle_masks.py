@@ -161,6 +161,7 @@ def _follow_attention(module: nn.MultiheadAttention, gone: Any) -> None:
     if len(cut_heads) != 1:
         raise ValueError(f"queries, keys and values are left with {cut_heads} heads")
     (module.num_heads,) = cut_heads
+    module.cut_scale = module.head_dim**-0.5  # zeros in their place leave the scale as it is
     module.cut_sizes = [heads * width for heads, width in left]
     module.embed_dim = weight.shape[1]
     module.forward = MethodType(_attend, module)
@@ -177,7 +178,7 @@ def _attend(
         F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
-    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    h = F.scaled_dot_product_attention(q, k, v, scale=self.cut_scale).transpose(1, 2).flatten(2)
     return F.linear(h, self.out_proj.weight, self.out_proj.bias), None
 
 

@@ -60,6 +60,11 @@ class Labels:
                 found.add(root)
         return frozenset(found)
 
+    def simple(self, axis: np.ndarray) -> np.ndarray | None:
+        """The representatives on an axis, if none of them stands for others."""
+        roots = self.roots(axis)
+        return None if self._composite[roots].any() else roots
+
     def rows(self, axis: np.ndarray) -> list[Row]:
         """The label set of each index, resolved."""
         roots = self.roots(axis)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from tracker.errors import StructureError
 from tracker.probe import Arguments, ExampleInputs
+from tracker.structure.integers import Integers, couple
+from tracker.structure.ints import shadow
+from tracker.structure.listen import Listener
 from tracker.structure.rules import apply_rule
 from tracker.structure.taps import Tap, find_taps
-from tracker.structure.trace import record
+from tracker.structure.trace import Trace, record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
 
@@ -25,7 +28,8 @@ class Structure:
     frozen: list[Frozen]
     coverage: float  # share of the model's parameters that lie in prunable groups
     operations: int  # seen in the forward pass
-    taps: Mapping[str, Tap]  # layer → where its neurons are read
+    taps: Mapping[str, Tap] = field(default_factory=dict)  # layer → where its neurons are read
+    integers: Integers = field(default_factory=Integers, repr=False)  # of the model's own code
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
         """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
@@ -84,11 +88,32 @@ def trace_structure(
             raise StructureError(
                 f"The structure cannot be traced: {name or 'the model'} is scripted."
             )
-    trace = record(model, example_inputs, apply_rule)
+    trace, integers = _recorded(model, example_inputs)
     groups, frozen = find_groups(trace)
     if trial:
-        groups = try_groups(model, example_inputs, groups)
-    return Structure(groups, frozen, coverage(model, groups), trace.operations, find_taps(trace))
+        groups = try_groups(model, example_inputs, groups, integers)
+    share, taps = coverage(model, groups), find_taps(trace)
+    return Structure(groups, frozen, share, trace.operations, taps, integers)
+
+
+def _recorded(
+    model: nn.Module, example_inputs: ExampleInputs | Arguments
+) -> tuple[Trace, Integers]:
+    """The trace of a forward pass in which the model's integers are heard, where the model bears it."""
+    heard: list[Listener] = []
+
+    def listen(trace: Trace, path: list[str]) -> Listener:
+        heard.append(Listener(trace, path))
+        return heard[-1]
+
+    try:
+        runs, values = shadow(model)
+        trace = record(model, example_inputs, apply_rule, runs=runs, listen=listen)
+    except Exception:  # a copy cannot be made, or the code wants plain integers
+        return record(model, example_inputs, apply_rule), Integers()
+    equations = list(heard[0].equations.values())
+    couple(trace.labels, equations)
+    return trace, Integers.of(trace, values, equations)
 
 
 def _row(group: UnitGroup) -> str:

@@ -24,6 +24,7 @@ class Tap:
     module: str
     axis: int  # negative
     positions: int
+    reader: str  # the module that multiplies; another one than `module` where a dropout stands before it
 
 
 def find_taps(trace: Trace) -> Mapping[str, Tap]:
@@ -70,7 +71,7 @@ class _Index:
             if not rest and call.module != layer:
                 laid_out = [row for row in rows for _ in range(positions)]
                 if found == laid_out:
-                    return Tap(call.door or call.module, axis, positions)
+                    return Tap(call.door or call.module, axis, positions, call.module)
         return None
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -161,8 +163,18 @@ class Trace:
         return axes
 
 
-def record(model: nn.Module, example_inputs: ExampleInputs | Arguments, rule: Any) -> Trace:
-    """Run the model once and apply `rule` to every operation.
+Listen = Callable[[Trace, list[str]], AbstractContextManager[Any]]
+
+
+def record(
+    model: nn.Module,
+    example_inputs: ExampleInputs | Arguments,
+    rule: Any,
+    *,
+    runs: nn.Module | None = None,
+    listen: Listen | None = None,
+) -> Trace:
+    """Run the model once (or `runs` in its place, with the same tensors) and apply `rule` to every operation.
 
     The pass runs in eval mode without gradients, with fused kernels off, so that attention and recurrent layers are
     seen as the products and sums that they are. Buffers, flags and random states are as before afterwards.
@@ -172,8 +184,11 @@ def record(model: nn.Module, example_inputs: ExampleInputs | Arguments, rule: An
     for name, tensor in tensors:
         trace.names.setdefault(id(tensor), name)
     path: list[str] = [""]
-    with _following(trace, path), _plain_kernels():
-        output = forward_once(model, example_inputs, within=_Recorder(trace, path, rule))
+    runs = model if runs is None else runs
+    listener = None if listen is None else listen(trace, path)
+    within = _both(listener, _Recorder(trace, path, rule))
+    with _following(trace, runs, path), plain_kernels():
+        output = forward_once(runs, example_inputs, within=within)
     for tensor in _tensors(output):
         for axis in trace.axes(tensor):
             trace.labels.freeze(axis, "it is part of the model's output")
@@ -181,14 +196,14 @@ def record(model: nn.Module, example_inputs: ExampleInputs | Arguments, rule: An
 
 
 @contextmanager
-def _following(trace: Trace, path: list[str]) -> Iterator[None]:
+def _following(trace: Trace, runs: nn.Module, path: list[str]) -> Iterator[None]:
     """Keep in `path` the names of the modules that are being called, the innermost last."""
 
     def leave(module: nn.Module, args: object, output: object) -> None:
         path.pop()
 
     handles = []
-    for name, module in trace.model.named_modules():
+    for name, module in runs.named_modules():
 
         def enter(module: nn.Module, args: object, kwargs: object, name: str = name) -> None:
             path.append(name)
@@ -205,6 +220,14 @@ def _following(trace: Trace, path: list[str]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _both(
+    outer: AbstractContextManager[Any] | None, inner: AbstractContextManager[Any]
+) -> Iterator[None]:
+    with outer or nullcontext(), inner:
+        yield
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, trace: Trace, path: list[str], rule: Any) -> None:
         super().__init__()
@@ -216,7 +239,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.trace.operations += 1
-        frame = _user_frame(sys._getframe(1))
+        frame = user_frame(sys._getframe(1))
         source = Source(self.path[-1], frame.f_code.co_filename, frame.f_lineno)
         self.rule(Op(func, args, kwargs, result, self.trace, source))
         if func.is_view and args[0] in self.trace.undropped:
@@ -224,7 +247,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _user_frame(frame: FrameType | None) -> FrameType:
+def user_frame(frame: FrameType | None) -> FrameType:
     """The innermost frame that is not torch's or ours; torch's modules stay, where there is no other."""
     innermost = frame
     while frame is not None:
@@ -232,15 +255,34 @@ def _user_frame(frame: FrameType | None) -> FrameType:
         in_torch = file.startswith(_TORCH)
         if not (in_torch or file.startswith(_HERE)):
             return frame
-        if in_torch and "/nn/modules/" in file and "_call_impl" not in frame.f_code.co_name:
+        if in_torch and "/nn/modules/" in file and not file.endswith("/module.py"):
             return frame
         frame = frame.f_back
     assert innermost is not None
     return innermost
 
 
+class _OneByOne(TorchFunctionMode):
+    """Grouped products are made one by one: the fused ones have few dtypes, and widths of 16 bytes alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ("grouped_mm", "_grouped_mm") or len(args) != 2:
+            return func(*args, **kwargs)
+        a, b, ends = *args, kwargs.get("offs")
+        if ends is None or a.ndim != 2 or b.ndim != 3:
+            return func(*args, **kwargs)
+        bounds = [0, *ends.tolist()]
+        parts = [a[i:j] @ b[n] for n, (i, j) in enumerate(itertools.pairwise(bounds))]
+        rest = a.new_zeros(len(a) - bounds[-1], b.shape[-1])  # rows of no group
+        return torch.cat([*parts, rest])
+
+
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
+def plain_kernels() -> Iterator[None]:
+    """Fused kernels off: attention and recurrent layers run as products and sums."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     with warnings.catch_warnings(), ExitStack() as stack:
@@ -248,6 +290,7 @@ def _plain_kernels() -> Iterator[None]:
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_OneByOne())
         try:
             yield
         finally:

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.errors import StructureError
 from tracker.probe import Arguments, ExampleInputs, arguments, forward_once
+from tracker.structure.integers import Choice, Integers, UnsolvableError
+from tracker.structure.ints import Attribute
+from tracker.structure.sizes import adapt, tensors
+from tracker.structure.trace import plain_kernels
 from tracker.structure.units import Place, UnitGroup
 
 SHARE = 0.3  # of each group's units
@@ -31,98 +34,99 @@ TOLERANCE = 1e-9  # relative, in float64: removing what is masked differs by rou
 # makes them.
 MASKS = (("reads",), ("reads", "produces", "carries"))
 
-Choice = Sequence[tuple[UnitGroup, Sequence[int]]]
-
 
 def try_groups(
-    model: nn.Module, example_inputs: ExampleInputs | Arguments, groups: Sequence[UnitGroup]
+    model: nn.Module,
+    example_inputs: ExampleInputs | Arguments,
+    groups: Sequence[UnitGroup],
+    integers: Integers | None = None,
 ) -> list[UnitGroup]:
     """The groups, those that failed their trial not prunable, with the reason."""
+    integers = integers or Integers()
+    groups = [_followed(group, integers) for group in groups]
     if not any(g.prunable for g in groups):
         return list(groups)
     bench = vivid(copy.deepcopy(model).double())
     inputs = double(arguments(example_inputs))
     failed: dict[str, str] = {}
-    for exact in (True, False):
-        for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
-            _search(bench, inputs, together, failed)
+    with plain_kernels():
+        for exact in (True, False):
+            for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
+                _search(bench, inputs, together, integers, failed)
     return [
         replace(g, prunable=False, reason=failed[g.name]) if g.name in failed else g for g in groups
     ]
 
 
 @contextmanager
-def removed(model: nn.Module, choice: Choice) -> Iterator[None]:
+def removed(
+    model: nn.Module, choice: Choice, attributes: Mapping[Attribute, int]
+) -> Iterator[None]:
     """Inside, `model` (a copy of the user's) is without these units; afterwards it is as before."""
     with _kept(model):
-        tensors = _tensors(model)
+        held = tensors(model)
         for name, places in _by_tensor(choice).items():
-            kept = tensors[name].detach()
+            kept = held[name].detach()
             for dim, lost in places.items():
                 keep = [i for i in range(kept.shape[dim]) if i not in lost]
                 kept = kept.index_select(dim, torch.tensor(keep))
-            _put(model, tensors[name], kept)
-        for module in model.modules():
-            refit(module)
-        yield
+            _put(model, held[name], kept)
+        back = adapt(model, attributes)
+        try:
+            yield
+        finally:
+            back()
 
 
 @contextmanager
 def masked(model: nn.Module, choice: Choice, roles: Collection[str]) -> Iterator[None]:
     """Inside, the slices of these units with one of these roles are zero; afterwards `model` is as before."""
     with _kept(model):
-        tensors = _tensors(model)
+        held = tensors(model)
         blank: dict[str, Tensor] = {}
         for group, units in choice:
             for part in group.slices(units):
                 if part.role in roles:
-                    value = blank.setdefault(part.tensor, tensors[part.tensor].detach().clone())
+                    value = blank.setdefault(part.tensor, held[part.tensor].detach().clone())
                     value.index_fill_(part.dim, torch.tensor(part.indices), 0)
         for name, value in blank.items():
-            _put(model, tensors[name], value)
+            _put(model, held[name], value)
         yield
 
 
-def refit(module: nn.Module) -> None:
-    """Set the sizes that a module of torch keeps beside its parameters to what these are now."""
-    m: Any = module  # mypy takes every attribute of a module for a tensor or a module
-    if isinstance(m, nn.Linear):
-        m.out_features, m.in_features = m.weight.shape
-    elif isinstance(m, _ConvNd):
-        weight: Tensor = m.weight
-        rows, columns = weight.shape[:2]
-        made = m.in_channels if isinstance(m, _ConvTransposeNd) else m.out_channels
-        if m.groups > 1 and rows != made and rows * m.groups % made == 0:
-            m.groups = rows * m.groups // made  # whole groups went, or (depthwise) channels
-        if isinstance(m, _ConvTransposeNd):
-            m.in_channels, m.out_channels = rows, columns * m.groups
-        else:
-            m.in_channels, m.out_channels = columns * m.groups, rows
-    elif isinstance(m, _NormBase) and m.running_mean is not None:
-        m.num_features = len(m.running_mean)
-    elif isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
-        m.normalized_shape = tuple(m.weight.shape)
-    elif isinstance(m, nn.GroupNorm) and m.weight is not None:
-        m.num_channels = len(m.weight)
-    elif isinstance(m, nn.Embedding):
-        m.embedding_dim = m.weight.shape[1]
-    elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):  # transformers' linear layer of GPT-2
-        m.nx, m.nf = m.weight.shape
-    elif isinstance(m, nn.PReLU):
-        m.num_parameters = len(m.weight)
-    elif isinstance(m, nn.RNNBase):
-        weights = dict(m.named_parameters())
-        m.input_size, m.hidden_size = (weights[f"weight_{w}_l0"].shape[1] for w in ("ih", "hh"))
-        m._init_flat_weights()
+def _followed(group: UnitGroup, integers: Integers) -> UnitGroup:
+    """The group, if the integers of the model's code can follow its removal; else why not."""
+    if not group.prunable:
+        return group
+    some = _some(group, torch.Generator().manual_seed(0))
+    refusals = [_refusal(group, units, integers) for units in (some, some[:1], some[1:])]
+    if not any(refusals):
+        return group
+    step = integers.step(group) or 1
+    if step == 1 and refusals[0]:
+        return replace(group, prunable=False, reason=refusals[0])
+    return replace(group, multiple_of=step)
+
+
+def _refusal(group: UnitGroup, units: Sequence[int], integers: Integers) -> str:
+    try:
+        integers.solve([(group, units)])
+    except UnsolvableError as error:
+        return f"the model's code does not follow a removal: {error}"
+    return ""
 
 
 def _search(
-    model: nn.Module, inputs: Any, groups: Sequence[UnitGroup], failed: dict[str, str]
+    model: nn.Module,
+    inputs: Any,
+    groups: Sequence[UnitGroup],
+    integers: Integers,
+    failed: dict[str, str],
 ) -> None:
     """All at once; where that fails, by halves, down to the groups that fail alone."""
     if not groups:
         return
-    why = _trial(model, inputs, groups)
+    why = _trial(model, inputs, groups, integers)
     if not why:
         return
     if len(groups) == 1:
@@ -130,27 +134,32 @@ def _search(
         return
     half = len(groups) // 2
     before = len(failed)
-    _search(model, inputs, groups[:half], failed)
-    _search(model, inputs, groups[half:], failed)
+    _search(model, inputs, groups[:half], integers, failed)
+    _search(model, inputs, groups[half:], integers, failed)
     if len(failed) == before:  # each half is fine by itself: what they share cannot be told
         for group in groups:
             failed[group.name] = f"it cannot go together with others: {why}"
 
 
-def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> str:
+def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup], integers: Integers) -> str:
     """Why these groups cannot be removed, or ""."""
     generator = torch.Generator().manual_seed(0)
     choice = [(g, _some(g, generator)) for g in groups]
     try:
-        with removed(model, choice):
-            found = forward_once(model, inputs)
+        with removed(model, choice, integers.solve(choice)):
+            numbers = _Numbers()
+            found = forward_once(model, inputs, within=numbers)
+    except UnsolvableError as error:
+        return f"the model's code does not follow a removal: {error}"
     except StructureError as error:
         return f"the model's code does not follow a removal: {_place(error.__cause__)}"
     except Exception as error:
         return f"it could not be removed from a copy: {type(error).__name__}: {error}"
     if not groups[0].exact:  # nothing to compare with: others see the removal, too
-        same = _shapes(found) == _shapes(forward_once(model, inputs))
-        return "" if same else "the output changes its shape"
+        before = _Numbers()
+        if _shapes(found) != _shapes(forward_once(model, inputs, within=before)):
+            return "the output changes its shape"
+        return before.changed(numbers)
     difference = difference_from_mask(model, inputs, choice, found)
     if difference <= TOLERANCE:
         return ""
@@ -158,6 +167,29 @@ def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> str:
         f"without some of its units the output differs from the masked model's by {difference:.1e}: something in the "
         "model's code depends on their number or positions"
     )
+
+
+class _Numbers(TorchDispatchMode):
+    """Floats of the model's code that operations are called with: a scale that changes shows here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, list[float]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.append((func, [a for a in args if type(a) is float]))
+        return func(*args, **(kwargs or {}))
+
+    def changed(self, other: _Numbers) -> str:
+        """What differs, as a reason; nothing can be told where the operations are not the same."""
+        if [func for func, _ in self.seen] != [func for func, _ in other.seen]:
+            return ""
+        for (func, mine), (_, theirs) in zip(self.seen, other.seen, strict=True):
+            if mine != theirs:
+                return f"a number in the model's code is made from theirs: {func} with {mine}, then with {theirs}"
+        return ""
 
 
 def difference_from_mask(
@@ -189,7 +221,9 @@ def relative_difference(found: object, expected: object) -> float:
 
 
 def _some(group: UnitGroup, generator: torch.Generator) -> list[int]:
-    count = min(max(1, round(SHARE * group.size)), group.size - 1)
+    step = group.multiple_of
+    count = max(1, round(SHARE * group.size / step)) * step
+    count = min(count, (group.size - 1) // step * step)
     return torch.randperm(group.size, generator=generator)[:count].sort().values.tolist()
 
 
@@ -245,10 +279,6 @@ def _put(model: nn.Module, old: Tensor, new: Tensor) -> None:
 
 def _shapes(value: object) -> list[torch.Size]:
     return [t.shape for t in _outputs(value)]
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def vivid(model: nn.Module) -> nn.Module:

@@ -105,6 +105,7 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
     """Groups of units, in the order in which the forward pass meets them, and all that is frozen."""
     labels = trace.labels
     members: dict[int, dict[Place, list[int]]] = {}
+    weights = {name for name, _ in trace.model.named_parameters(remove_duplicate=False)}
     frozen: dict[Place, str] = {}
     for name in trace.order:
         for dim, axis in enumerate(trace.parameters[name]):
@@ -117,7 +118,8 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
                     members.setdefault(label, {}).setdefault((name, dim), []).append(index)
     alike: dict[tuple[object, ...], list[int]] = {}
     for label, places in members.items():
-        if label not in labels.frozen:
+        # What lies in buffers alone (positions of a mask that this input did not reach) is no unit.
+        if label not in labels.frozen and any(tensor in weights for tensor, _ in places):
             shape = tuple((place, len(indices)) for place, indices in places.items())
             alike.setdefault((shape, label in labels.inexact), []).append(label)
     groups = []

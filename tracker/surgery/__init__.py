@@ -1,8 +1,6 @@
-"""Removal of units in place, as one transaction: plan (pure), apply (assigns only), verify, undo."""
+"""Changes of a model in place, each as one transaction: plan (pure), apply (assigns only), verify, undo."""
 
-from tracker.surgery.apply import UndoLog
-from tracker.surgery.plan import units_of
 from tracker.surgery.receipt import Receipt
-from tracker.surgery.removal import remove_units
+from tracker.surgery.undo import UndoLog
 
-__all__ = ["Receipt", "UndoLog", "remove_units", "units_of"]
+__all__ = ["Receipt", "UndoLog"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,36 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tracker.errors import SurgeryError
-from tracker.structure.trial import refit
-from tracker.surgery.optimizers import Slots, is_flat, moved, moved_state
+from tracker.structure.ints import missing
+from tracker.structure.sizes import adapt, tensors
+from tracker.surgery.depth import replace_module
+from tracker.surgery.newborn import watch
+from tracker.surgery.optimizers import StateChange, is_flat, moved, moved_state
 from tracker.surgery.plan import Plan
-
-Step = Callable[[], None]
-
-
-class UndoLog:
-    """How to take back what was done, the last first."""
-
-    def __init__(self) -> None:
-        self._steps: list[Step] = []
-
-    def add(self, step: Step) -> None:
-        """Remember how to take back what is about to be done."""
-        self._steps.append(step)
-
-    def undo(self) -> None:
-        """Take everything back."""
-        with writable():
-            while self._steps:
-                self._steps.pop()()
-        torch.clear_autocast_cache()
-
-
-@contextmanager
-def writable() -> Iterator[None]:
-    """Parameters can be written inside, even when the caller is in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+from tracker.surgery.undo import UndoLog, writable
 
 
 def require(plan: Plan, model: nn.Module) -> None:
@@ -52,16 +29,20 @@ def require(plan: Plan, model: nn.Module) -> None:
     """
     if getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1:
         raise SurgeryError("A backward pass is under way. Change the model after optimizer.step().")
-    tensors = model.state_dict(keep_vars=True)
+    held = tensors(model)
     for name, shape in plan.shapes.items():
-        if name not in tensors or tensors[name].shape != shape:
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if name not in held or held[name].shape != shape:
+            found = tuple(held[name].shape) if name in held else "missing"
             raise SurgeryError(
                 f"The model was changed behind the engine's back: {name} was {tuple(shape)} and is {found}. Ask "
                 "again: the structure is traced anew."
             )
-    for name in plan.tensors:
-        tensor = tensors[name]
+    if lacking := missing(model, plan.attributes):
+        raise SurgeryError(
+            f"{type(model).__name__} has no {lacking[0]} in {lacking[0].module or 'the model'}, which has to change."
+        )
+    for name in plan.touched:
+        tensor = held[name]
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.is_meta:
             raise SurgeryError(
                 f"{name} is a {type(tensor).__name__} ({tensor.dtype}, {tensor.device}): sharded, quantized and meta "
@@ -70,12 +51,22 @@ def require(plan: Plan, model: nn.Module) -> None:
 
 
 def apply(
-    plan: Plan, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]
+    plan: Plan,
+    models: Sequence[nn.Module],
+    optimizers: Sequence[Optimizer],
+    *,
+    keep: bool = False,
 ) -> tuple[UndoLog, list[str]]:
     """Carry out `plan` on the model and its followers; on any error everything is as it was.
 
     The `Parameter` objects stay: `set_` gives them new storage, so ties, hooks, groups of optimizers and graphs of
     earlier losses go on working.
+
+    Args:
+        plan: What to do.
+        models: The model and its followers.
+        optimizers: Those that hold parameters of the models.
+        keep: The first model gets the plan's own modules, all others copies of them.
 
     Returns:
         How to undo it, and what could not be moved and was reset.
@@ -88,9 +79,14 @@ def apply(
         with writable():
             for swap in swaps:
                 swap(log)
-            for model in models:
-                _refit_all(model, log)
+            for number, model in enumerate(models):
+                log.add(adapt(model, plan.attributes))
+                for name, module in plan.modules.items():
+                    own = module if number == 0 and keep else _copied(module, model)
+                    replace_module(model, name, own, optimizers, log)
         torch.clear_autocast_cache()
+        for optimizer in optimizers if plan.fresh else ():
+            watch(optimizer)
     except BaseException:
         log.undo()
         raise
@@ -100,19 +96,51 @@ def apply(
 def _swaps(
     plan: Plan, model: nn.Module, optimizers: Sequence[Optimizer], notes: list[str]
 ) -> list[Callable[[UndoLog], None]]:
-    tensors = model.state_dict(keep_vars=True)
+    held = tensors(model)
     swaps: list[Callable[[UndoLog], None]] = []
     seen: set[int] = set()
-    for name, slots in plan.tensors.items():
-        tensor = tensors[name]
+    mixed = _mixed(plan, held)
+    for name, slots in plan.touched.items():
+        tensor = held[name]
         if id(tensor) in seen:  # tied: the plan names it once more
             continue
         seen.add(id(tensor))
+        new = moved(mixed.get(name, tensor), slots)
+        if name in plan.fresh:
+            new += plan.fresh[name].to(new)
         gradient = None if tensor.grad is None else moved(tensor.grad, slots)
-        swaps.append(_tensor_swap(tensor, moved(tensor, slots), gradient))
+        swaps.append(_tensor_swap(tensor, new.to(tensor.dtype), gradient))
+        change = StateChange(slots, plan.gains.get(name, {}), name in plan.rewritten)
         for optimizer in optimizers:
-            swaps += _state_swaps(optimizer, tensor, slots, notes)
+            swaps += _state_swaps(optimizer, tensor, change, notes)
     return swaps
+
+
+def _copied(module: nn.Module, model: nn.Module) -> nn.Module:
+    """A module of a plan for another model than its own, which may be a copy in float64."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    own = copy.deepcopy(module)
+    return own.double() if kinds == {torch.float64} else own
+
+
+def _mixed(plan: Plan, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and biases of consumers that take something over, in float64, all their slots still there."""
+    values: dict[str, Tensor] = {}
+    for mix in plan.mixes:
+        if mix.tensor not in plan.rewritten and mix.bias not in plan.rewritten:
+            continue
+        old = held[mix.tensor].detach()
+        weight = old.double().movedim(mix.dim, -1).clone()
+        source = weight[..., list(mix.source)]
+        if mix.bias is not None:
+            across = mix.across - (mix.across > mix.dim)
+            shift = (source @ mix.shift.to(weight.device)).movedim(across, 0)
+            shift = shift.reshape(len(shift), -1).sum(1)
+            values[mix.bias] = values.get(mix.bias, held[mix.bias].detach().double()) + shift
+        if mix.target:
+            weight[..., list(mix.target)] += source @ mix.matrix.to(weight.device)
+        values[mix.tensor] = weight.movedim(-1, mix.dim)
+    return values
 
 
 def _tensor_swap(tensor: Tensor, new: Tensor, gradient: Tensor | None) -> Callable[[UndoLog], None]:
@@ -133,7 +161,7 @@ def _tensor_swap(tensor: Tensor, new: Tensor, gradient: Tensor | None) -> Callab
 
 
 def _state_swaps(
-    optimizer: Optimizer, tensor: Tensor, slots: Slots, notes: list[str]
+    optimizer: Optimizer, tensor: Tensor, change: StateChange, notes: list[str]
 ) -> list[Callable[[UndoLog], None]]:
     if not any(p is tensor for group in optimizer.param_groups for p in group["params"]):
         return []
@@ -142,7 +170,7 @@ def _state_swaps(
         return [_state_swap(optimizer, p, None) for p in list(optimizer.state)] + [
             _attribute_swap(optimizer, "_numel_cache", None)
         ]
-    fresh, lost = moved_state(optimizer, tensor, slots)  # type: ignore[arg-type]
+    fresh, lost = moved_state(optimizer, tensor, change)  # type: ignore[arg-type]
     if lost:
         notes.append(f"reset, it could not be moved: {lost}")
     return [] if fresh is None else [_state_swap(optimizer, tensor, fresh)]
@@ -169,18 +197,3 @@ def _attribute_swap(owner: object, name: str, value: object) -> Callable[[UndoLo
         setattr(owner, name, value)
 
     return swap
-
-
-def _refit_all(model: nn.Module, log: UndoLog) -> None:
-    """Sizes that modules keep beside their parameters."""
-    for module in model.modules():
-        before = _sizes(module)
-        log.add(lambda m=module, values=before: m.__dict__.update(values))  # type: ignore[misc]
-        refit(module)
-
-
-def _sizes(module: nn.Module) -> Mapping[str, Any]:
-    kinds = (int, tuple, list)
-    return {
-        k: v for k, v in vars(module).items() if isinstance(v, kinds) and not isinstance(v, bool)
-    }

@@ -7,15 +7,32 @@ is either moved or reset, and a reset is told.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from tracker.slotmap import SlotMap
+from tracker.surgery.newborn import aged
 
 Slots = Mapping[int, SlotMap]
+
+# Moments of the gradient, and of its square, as torch's optimizers name them.
+FIRST = ("exp_avg", "momentum_buffer", "exp_inf", "grad_avg")
+SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+class StateChange(NamedTuple):
+    """What happens to a parameter, as far as its optimizer has to know.
+
+    gains: dimension → (old slots,) factors by which the gradients of these slots grow from now on.
+    rewritten: Its kept values change: the direction in which they moved means nothing any more.
+    """
+
+    slots: Slots
+    gains: Mapping[int, Tensor] = {}
+    rewritten: bool = False
 
 
 def moved(tensor: Tensor, slots: Slots) -> Tensor:
@@ -29,12 +46,13 @@ def moved(tensor: Tensor, slots: Slots) -> Tensor:
 
 
 def moved_state(
-    optimizer: Optimizer, parameter: nn.Parameter, slots: Slots
+    optimizer: Optimizer, parameter: nn.Parameter, change: StateChange
 ) -> tuple[dict[str, Any] | None, str]:
     """The optimizer's state of a parameter after its slots moved, None for none; and what had to be reset, or "".
 
     State of the parameter's own shape moves with it, element by element. A factored second moment (Adafactor: sizes
-    of 1 elsewhere) moves in the dimensions that it has. Numbers and steps stay.
+    of 1 elsewhere) moves in the dimensions that it has. Numbers and steps stay. Where gradients will be r times as
+    large, so are their moments (r² of the squares).
     """
     state = optimizer.state.get(parameter)
     if not state:
@@ -44,10 +62,26 @@ def moved_state(
         if not isinstance(value, Tensor) or value.ndim == 0:
             fresh[key] = value
         elif _follows(value, parameter):
-            fresh[key] = moved(value, {d: s for d, s in slots.items() if value.shape[d] > 1})
+            scaled = _scaled(key, value, change)
+            slots = {d: s for d, s in change.slots.items() if value.shape[d] > 1}
+            fresh[key] = moved(scaled, slots)
         else:
             return {}, f"{type(optimizer).__name__} state {key!r} of shape {tuple(value.shape)}"
+    fresh.update(aged(optimizer, state, parameter, change.slots))
     return fresh, ""
+
+
+def _scaled(key: str, value: Tensor, change: StateChange) -> Tensor:
+    power = 1 if key in FIRST else 2 if key in SECOND else 0
+    if not power or value.shape[0] == 1 < value.ndim:
+        return value
+    if change.rewritten and power == 1:
+        return torch.zeros_like(value)
+    for dim, gain in change.gains.items():
+        shape = [-1 if d == dim else 1 for d in range(value.ndim)]
+        if value.shape[dim] == len(gain):
+            value = value * (gain**power).to(value).view(shape)
+    return value
 
 
 def is_flat(optimizer: Optimizer) -> bool:

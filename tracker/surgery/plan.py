@@ -1,32 +1,76 @@
-"""What a removal would change, as a frozen value: drawn from the structure, touching no tensor."""
+"""What a change would do, as a frozen value: drawn from the structure, touching no tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracker.errors import SurgeryError
 from tracker.slotmap import SlotMap
 from tracker.structure import Structure, UnitGroup
+from tracker.structure.integers import UnsolvableError
+from tracker.structure.ints import Attribute
+from tracker.structure.sizes import tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Columns of a consumer take over what others did.
+
+    W[…, target] += W[…, source] @ matrix, and b += W[…, source] @ shift.
+
+    tensor, dim: The consumer's weight, and its dimension that reads. `across`: the one of its outputs.
+    source, target: (r,) and (k,) indices along `dim`, as before the change.
+    matrix: (r, k) float64. shift: (r,) float64, the constant part, for the consumer's `bias`.
+    """
+
+    tensor: str
+    dim: int
+    across: int
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    matrix: Tensor
+    bias: str | None
+    shift: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which slots of which tensors, and which neurons of which layers, stay."""
+    """Which slots of which tensors stay, go and come, and what the rest takes over."""
 
-    choice: tuple[tuple[UnitGroup, tuple[int, ...]], ...]
+    choice: tuple[tuple[UnitGroup, tuple[int, ...]], ...]  # units that go
     tensors: Mapping[str, Mapping[int, SlotMap]]
-    layers: Mapping[str, SlotMap]  # tracked layers that lose neurons
+    layers: Mapping[str, SlotMap]  # tracked layers that lose or gain neurons
     removed_ids: tuple[int, ...]
     shapes: Mapping[str, torch.Size]  # of the model that the plan was drawn for
+    operation: str = "prune_units"
+    promise: str = "masked"
+    mixes: tuple[Mix, ...] = ()
+    # Content of fresh slots: tensors of the new shape, zero elsewhere.
+    fresh: Mapping[str, Tensor] = field(default_factory=dict)
+    # How much stronger a tensor's slots along a dimension act from now on: for the optimizer's moments.
+    gains: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    attributes: Mapping[Attribute, int] = field(default_factory=dict)  # integers of its code
+
+    # Modules that take the place of others, or, under a name that ends in "inserted", stand behind their parent.
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
-    def promise(self) -> str:
-        """What the outputs will be: equal to the masked model's, where every group says so."""
-        return "masked" if all(group.exact for group, _ in self.choice) else "changed"
+    def touched(self) -> dict[str, Mapping[int, SlotMap]]:
+        """Every tensor that gets new content, with the slots that move."""
+        rewritten: dict[str, Mapping[int, SlotMap]] = {
+            name: {} for name in (*sorted(self.rewritten), *self.fresh)
+        }
+        return {**rewritten, **self.tensors}
+
+    @property
+    def rewritten(self) -> set[str]:
+        """Tensors of which kept values change."""
+        weights = {mix.tensor for mix in self.mixes if bool(mix.matrix.any())}
+        return weights | {m.bias for m in self.mixes if m.bias is not None and bool(m.shift.any())}
 
     @property
     def units(self) -> dict[str, list[int]]:
@@ -43,7 +87,8 @@ def plan_removal(
     """The plan that removes `units` ({group name: unit indices}).
 
     Raises:
-        SurgeryError: A group is unknown, cannot be pruned, or would lose its last unit; the message says why.
+        SurgeryError: A group is unknown, cannot be pruned, or would lose its last unit, or an integer of the model's
+            code cannot follow; the message says why.
     """
     groups = {group.name: group for group in structure.groups}
     choice = tuple(
@@ -55,7 +100,7 @@ def plan_removal(
         raise SurgeryError(
             "Nothing was asked to be removed: name units, as {group name: [unit indices]}."
         )
-    shapes = {n: t.shape for n, t in model.state_dict().items()}
+    shapes = {n: t.shape for n, t in tensors(model).items()}
     gone: dict[str, dict[int, set[int]]] = {}
     lost: dict[str, set[int]] = {}
     for group, chosen in choice:
@@ -71,6 +116,7 @@ def plan_removal(
                 raise SurgeryError(
                     f"Nothing would be left of dimension {dim} of {name}: at least 1 must remain."
                 )
+    attributes = _solved(structure, choice)
     ids = choice[0][0].ids
     return Plan(
         choice,
@@ -81,6 +127,8 @@ def plan_removal(
         {layer: SlotMap.dropping(layer_sizes[layer], indices) for layer, indices in lost.items()},
         tuple(sorted(ids[layer, i] for layer, indices in lost.items() for i in indices)),
         shapes,
+        promise="masked" if all(group.exact for group, _ in choice) else "changed",
+        attributes=attributes,
     )
 
 
@@ -119,6 +167,20 @@ def units_of(structure: Structure, neurons: Iterable[tuple[str, int]]) -> dict[s
         if unit not in units:
             units.append(unit)
     return found
+
+
+def _solved(
+    structure: Structure, choice: Sequence[tuple[UnitGroup, Sequence[int]]]
+) -> dict[Attribute, int]:
+    try:
+        return structure.integers.solve(choice)
+    except UnsolvableError as error:
+        steps = [f"{g.multiple_of} units of {g.name!r}" for g, _ in choice if g.multiple_of > 1]
+        help_ = f" Multiples of {', '.join(steps)} can go." if steps else ""
+        names = ", ".join(repr(group.name) for group, _ in choice)
+        raise SurgeryError(
+            f"These units of {names} cannot be removed, the model's code does not follow: {error}.{help_}"
+        ) from error
 
 
 def _prunable(groups: Mapping[str, UnitGroup], name: str) -> UnitGroup:

@@ -12,8 +12,8 @@ class Receipt:
 
     promise: "exact" (outputs unchanged), "masked" (equal to the model whose consumers see zero in the place of what
         went), or "changed" (a norm or softmax over the units, say, sees that they went).
-    output_difference: Measured in float64 on the example inputs against that promise, relative to the largest output;
-        None where there is nothing to compare with, or verification was off.
+    output_difference: Measured in float64 on the example inputs, relative to the largest output: from the masked model
+        where the promise is "masked", else from the model as it was. None where verification was off.
     """
 
     operation: str
@@ -36,12 +36,16 @@ class Receipt:
 
     def __str__(self) -> str:
         """For people."""
-        did = "would remove" if self.dry_run else "removed"
-        parts = ", ".join(f"{len(u)} of {g}" for g, u in self.units.items())
+        parts = [f"{len(u)} of {g}" for g, u in self.units.items()]
+        if self.removed_ids:
+            parts.append(f"{len(self.removed_ids)} neurons gone")
+        if self.added_ids:
+            parts.append(f"{len(self.added_ids)} neurons new")
+        did = "would be" if self.dry_run else "done"
         difference = self.output_difference
         measured = "not measured" if difference is None else f"{difference:.1e}"
         lines = [
-            f"{self.operation}: {did} {parts} ({len(self.removed_ids)} neurons)",
+            f"{self.operation} ({did}): {', '.join(parts) or 'no neurons'}",
             f"  parameters {self.parameters_before:,} -> {self.parameters_after:,}, "
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,}",
             f"  promise: {self.promise}, difference from it: {measured}",

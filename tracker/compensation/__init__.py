@@ -1,0 +1,26 @@
+"""What to remove, and how the rest makes up for it: numbers in, numbers out."""
+
+from tracker.compensation.allocate import Path, allocate
+from tracker.compensation.criteria import CRITERIA, Evidence, criterion, lowest, scores
+from tracker.compensation.select import Selection, backward, forward, path, select
+from tracker.compensation.solve import Solution, compensate, explained_share, moments, residual
+
+__all__ = [
+    "CRITERIA",
+    "Evidence",
+    "Path",
+    "Selection",
+    "Solution",
+    "allocate",
+    "backward",
+    "compensate",
+    "criterion",
+    "explained_share",
+    "forward",
+    "lowest",
+    "moments",
+    "path",
+    "residual",
+    "scores",
+    "select",
+]

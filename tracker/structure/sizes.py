@@ -1,0 +1,121 @@
+"""Sizes that modules keep beside their parameters, brought in line with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tracker.structure.ints import Attribute, assign
+from tracker.structure.twins import FreeHeadsAttention, liberate
+
+_MISSING = object()
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that are in no state dict."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+
+
+def adapt(model: nn.Module, attributes: Mapping[Attribute, int]) -> Callable[[], None]:
+    """After a change of its tensors: set the attributes, and what modules of torch keep of their sizes.
+
+    On any error everything is as before.
+
+    Returns:
+        What takes it back.
+    """
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+
+    def changes() -> list[tuple[nn.Module, type, dict[str, Any]]]:
+        # Only what was changed here goes back: flags and hooks may change in the meantime.
+        return [(module, kind, _changed(module, values)) for module, kind, values in before]
+
+    try:
+        for module, *_ in before:
+            _part(module)
+        assign(model, attributes)
+        for module, *_ in before:
+            refit(module)
+    except BaseException:
+        _put_back(changes())
+        raise
+    return functools.partial(_put_back, changes())
+
+
+def _changed(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    now = vars(module)
+    keys = dict.fromkeys((*values, *now))
+    return {
+        k: values.get(k, _MISSING)
+        for k in keys
+        if now.get(k, _MISSING) is not values.get(k, _MISSING)
+    }
+
+
+def _put_back(changes: list[tuple[nn.Module, type, dict[str, Any]]]) -> None:
+    for module, kind, values in changes:
+        if type(module) is not kind:
+            module.__class__ = kind
+        for key, value in values.items():
+            if value is _MISSING:
+                vars(module).pop(key, None)
+            else:
+                vars(module)[key] = value
+
+
+def _part(module: nn.Module) -> None:
+    """Attention whose widths are no longer one gets the forward that allows it."""
+    if type(module) is nn.MultiheadAttention:
+        width = module.embed_dim
+        packed, out = module.in_proj_weight, module.out_proj.weight
+        own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        shapes = [packed.shape] if packed is not None else [w.shape for w in own]
+        built = (
+            [(3 * width, width)]
+            if packed is not None
+            else [(width, n) for n in (width, module.kdim, module.vdim)]
+        )
+        if [*map(tuple, shapes), tuple(out.shape)] != [*built, (width, width)]:
+            liberate(module)
+
+
+def refit(module: nn.Module) -> None:
+    """Set the sizes that a module of torch keeps beside its parameters to what these are now."""
+    m: Any = module  # mypy takes every attribute of a module for a tensor or a module
+    if isinstance(m, nn.Linear):
+        m.out_features, m.in_features = m.weight.shape
+    elif isinstance(m, _ConvNd):
+        weight: Tensor = m.weight
+        rows, columns = weight.shape[:2]
+        if isinstance(m, _ConvTransposeNd):
+            m.in_channels, m.out_channels = rows, columns * m.groups
+        else:
+            m.in_channels, m.out_channels = columns * m.groups, rows
+    elif isinstance(m, _NormBase) and m.running_mean is not None:
+        m.num_features = len(m.running_mean)
+    elif isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
+        m.normalized_shape = tuple(m.weight.shape)
+    elif isinstance(m, nn.GroupNorm) and m.weight is not None:
+        m.num_channels = len(m.weight)
+    elif isinstance(m, nn.Embedding):
+        m.embedding_dim = m.weight.shape[1]
+    elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):  # transformers' linear layer of GPT-2
+        m.nx, m.nf = m.weight.shape
+    elif isinstance(m, nn.PReLU):
+        m.num_parameters = len(m.weight)
+    elif isinstance(m, nn.TransformerEncoder):
+        if any(isinstance(part, FreeHeadsAttention) for part in m.modules()):
+            m.use_nested_tensor = False  # it is made for torch's own attention
+    elif isinstance(m, FreeHeadsAttention):
+        q, k, v = (w for w, _ in m._weights())
+        m.embed_dim, m.kdim, m.vdim = (w.shape[1] for w in (q, k, v))
+    elif isinstance(m, nn.RNNBase):
+        weights = dict(m.named_parameters())
+        m.input_size, m.hidden_size = (weights[f"weight_{w}_l0"].shape[1] for w in ("ih", "hh"))
+        m._init_flat_weights()

@@ -1,0 +1,108 @@
+"""Modules of torch whose forward ties sizes that removal must be able to part, and forwards that do not."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FreeHeadsAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` after a removal: heads and their widths are free of the width around them.
+
+    Torch's own takes `embed_dim` for the width of the inputs and of all heads together. Parameters, their names and the
+    meaning of all arguments are the same, and the scale stays that of the width that the module was built with.
+    """
+
+    scale: float
+    v_head_dim: int
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention; see `nn.MultiheadAttention.forward`."""
+        batched = query.dim() == 3
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        parts = [query, key, value]
+        if not batched:
+            parts = [x.unsqueeze(0) for x in parts]
+        elif not self.batch_first:
+            parts = [x.transpose(0, 1) for x in parts]
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.num_heads, width)).transpose(1, 2)
+            for x, (w, b), width in zip(
+                parts, self._weights(), (self.head_dim, self.head_dim, self.v_head_dim), strict=True
+            )
+        )
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._mask(q, attn_mask, key_padding_mask, batched)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            mixed = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale)
+        out = F.linear(mixed.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _weights(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of queries, keys and values."""
+        inner = self.num_heads * self.head_dim
+        bounds = ((None, inner), (inner, 2 * inner), (2 * inner, None))
+        packed, bias = cast("Tensor | None", self.in_proj_weight), self.in_proj_bias
+        if packed is None:
+            own = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weights = [cast(Tensor, w) for w in own]
+        else:
+            weights = [packed[start:stop] for start, stop in bounds]
+        biases = [None if bias is None else bias[start:stop] for start, stop in bounds]
+        return list(zip(weights, biases, strict=True))
+
+    def _mask(
+        self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None, batched: bool
+    ) -> Tensor | None:
+        """What is added to the scores."""
+        mask = None
+        if attn_mask is not None:
+            mask = _added(attn_mask, q)
+            if mask.dim() == 3:
+                mask = mask.unflatten(0, (-1, self.num_heads))
+        if padding is not None:
+            hidden = _added(padding if batched else padding.unsqueeze(0), q)[:, None, None, :]
+            mask = hidden if mask is None else mask + hidden
+        return mask
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as values that are added; where a boolean one is true nothing is seen."""
+    if mask.is_floating_point():
+        return mask
+    return like.new_zeros(mask.shape).masked_fill_(mask, float("-inf"))
+
+
+def liberate(module: nn.Module) -> None:
+    """Put the twin's forward in place of torch's own, where there is one; it gives the same."""
+    if type(module) is not nn.MultiheadAttention or module.bias_k is not None:
+        return
+    if not module.add_zero_attn:
+        module.scale = float(module.head_dim) ** -0.5
+        module.v_head_dim = module.head_dim
+        # The fused kernels of nn.TransformerEncoderLayer take embed_dim for everything, and refuse where this is so.
+        module._qkv_same_embed_dim = False
+        module.__class__ = FreeHeadsAttention

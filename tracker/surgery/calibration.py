@@ -1,0 +1,137 @@
+"""What consumers read: the covariance of their inputs, streamed over calibration data or taken from the window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tracker.hooks import tensors_in
+from tracker.probe import Arguments, arguments, forward_once, quiet_copy
+from tracker.statistics import Covariance, CovarianceStream
+from tracker.structure import UnitGroup
+from tracker.tracker import ActivationTracker, Read
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A module that multiplies its input with a weight of its own, and adds a bias.
+
+    reads, makes: Dimensions of `weight` along its input features, and along its outputs.
+    axis: Of its input, along which the features lie.
+    bias: Its key, or None where there is none that could take a constant over.
+    """
+
+    module: str
+    weight: str
+    reads: int
+    makes: int
+    axis: int
+    bias: str | None
+
+
+def consumer(model: nn.Module, place: tuple[str, int]) -> Consumer | str:
+    """The consumer that reads with dimension `place[1]` of the weight `place[0]`, or why it cannot take over."""
+    weight, dim = place
+    name, _, attribute = weight.rpartition(".")
+    module: Any = model.get_submodule(name)
+    if attribute != "weight" or "weight" not in module._parameters:
+        return f"{weight} is not the weight of a layer"
+    owners = sum(
+        p is module.weight for m in model.modules() for p in m._parameters.values() if p is not None
+    )
+    if owners > 1:
+        return f"{weight} is tied: what else it does would change"
+    bias = None if getattr(module, "bias", None) is None else f"{name}.bias"
+    if isinstance(module, _ConvNd):
+        transposed = isinstance(module, _ConvTransposeNd)
+        if module.groups > 1:
+            return f"{name} is a grouped convolution"
+        spatial = len(module.kernel_size)
+        # Where outputs overlap unevenly, a constant is no bias. Where zeros are padded it is one inside the map.
+        reads, makes = (0, 1) if transposed else (1, 0)
+        found = Consumer(name, weight, reads, makes, -1 - spatial, None if transposed else bias)
+    elif isinstance(module, nn.Linear):
+        found = Consumer(name, weight, 1, 0, -1, bias)
+    elif hasattr(module, "nf") and module.weight.ndim == 2:  # transformers' Conv1D
+        found = Consumer(name, weight, 0, 1, -1, bias)
+    else:
+        return f"{name} is a {type(module).__name__}"
+    return found if dim == found.reads else f"{weight} does not read along dimension {dim}"
+
+
+def consumers(model: nn.Module, groups: Iterable[UnitGroup]) -> tuple[list[Consumer], list[str]]:
+    """All consumers of these groups that can take over, and why others cannot."""
+    found: dict[str, Consumer] = {}
+    problems: list[str] = []
+    for group in groups:
+        for place, role in group.roles.items():
+            if role == "reads":
+                one = consumer(model, place)
+                if isinstance(one, Consumer):
+                    found[one.weight] = one
+                else:
+                    problems.append(one)
+    return list(found.values()), list(dict.fromkeys(problems))
+
+
+def reads_of(tracker: ActivationTracker, wanted: Iterable[Consumer]) -> dict[str, Read]:
+    """What these consumers read: calibrated, else from the window, else from the example inputs."""
+    entry = tracker.current
+    found = dict(entry.reads)
+    missing = [c for c in wanted if c.weight not in found]
+    for one in list(missing):
+        seen = _from_window(tracker, one)
+        if seen is not None:
+            found[one.weight] = Read(one.reads, seen)
+            missing.remove(one)
+    if missing:
+        assert entry.observer.inputs is not None
+        inputs = Arguments(*entry.observer.inputs)
+        found.update(collect(entry.model(), [inputs], missing))
+    return found
+
+
+def collect(
+    model: nn.Module, batches: Iterable[Any], wanted: Iterable[Consumer]
+) -> dict[str, Read]:
+    """One pass over `batches` in eval mode; the inputs of these consumers become covariances."""
+    quiet = quiet_copy(model)
+    streams: dict[str, CovarianceStream] = {}
+    handles = []
+    for one in wanted:
+
+        def hook(module: nn.Module, args: object, kwargs: object, one: Consumer = one) -> None:
+            rows = _rows(tensors_in((args, kwargs))[0], one.axis)
+            if one.weight not in streams:
+                streams[one.weight] = CovarianceStream(rows.shape[1], rows.device)
+            streams[one.weight].add(rows)
+
+        module = quiet.get_submodule(one.module)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    for batch in batches:
+        forward_once(quiet, arguments(batch))
+    dims = {one.weight: one.reads for one in wanted}
+    return {weight: Read(dims[weight], stream.value()) for weight, stream in streams.items()}
+
+
+def _rows(tensor: Tensor, axis: int) -> Tensor:
+    moved = tensor.detach().movedim(axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def _from_window(tracker: ActivationTracker, one: Consumer) -> Covariance | None:
+    """The covariance of a layer that was observed at this consumer's door."""
+    observer = tracker.current.observer
+    for site in observer.sites:
+        tap = site.tap
+        if tap is not None and tap.reader == one.module and tap.positions == 1:
+            window = next((w for w in site.windows.values() if w.covariance is not None), None)
+            if window is not None and window.covariance is not None:
+                value = window.covariance.value()
+                if bool((value.count > 1).all()) and bool((value.count == value.count[0]).all()):
+                    return value
+    return None

@@ -1,0 +1,113 @@
+"""Merging: the part of one neuron is folded into another, by the affine map that fits best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tracker.errors import SurgeryError
+from tracker.surgery.calibration import consumers, reads_of
+from tracker.surgery.plan import Mix, Plan, plan_removal, units_of
+from tracker.surgery.takeover import gains
+from tracker.tracker import ActivationTracker
+
+# Share of a neuron's variance that may stay unexplained where a merge is called exact.
+ROUNDING = 1e-10
+
+
+def plan_merge(
+    tracker: ActivationTracker, pairs: Sequence[tuple[tuple[str, int], tuple[str, int]]]
+) -> tuple[Plan, list[str]]:
+    """The plan that folds the second neuron of each pair, given as (layer, local index), into the first.
+
+    A consumer sees a·keep + c in the place of drop: a = cov(keep, drop) / var(keep), c = mean(drop) − a·mean(keep).
+
+    Raises:
+        SurgeryError: A pair is not of one group of units, or a neuron is dropped twice.
+    """
+    entry = tracker.current
+    model, structure = entry.model(), tracker.structure()
+    kept_by: dict[tuple[str, int], tuple[str, int]] = {}
+    for keep, drop in pairs:
+        if drop in kept_by or keep == drop:
+            raise SurgeryError(f"Neuron {drop[1]} of layer {drop[0]!r} cannot be dropped twice.")
+        kept_by[drop] = keep
+    units = units_of(structure, list(kept_by))
+    sizes = {name: len(layer.ids) for name, layer in entry.layers.items()}
+    plan = plan_removal(model, structure, units, sizes)
+    where = {
+        neuron: (group.name, unit)
+        for group, _ in plan.choice
+        for unit in range(group.size)
+        for neuron in group.neurons(unit)
+    }
+    target: dict[tuple[str, int], int] = {}  # (group, unit that goes) → unit that stays
+    for drop in kept_by:
+        keep, chain = kept_by[drop], {drop}
+        while keep in kept_by:  # folded on into what stays
+            if keep in chain:
+                raise SurgeryError(f"The pairs go round in a circle at neuron {keep[1]}.")
+            chain.add(keep)
+            keep = kept_by[keep]
+        if keep not in where or where[keep][0] != where[drop][0]:
+            raise SurgeryError(
+                f"Neurons {keep[1]} of {keep[0]!r} and {drop[1]} of {drop[0]!r} are not read alike: they are no "
+                "units of one group."
+            )
+        target[where[drop]] = where[keep][1]
+    able, problems = consumers(model, [group for group, _ in plan.choice])
+    reads = reads_of(tracker, able)
+    mixes, exact = [], not problems
+    for one in able:
+        covariance = reads[one.weight].covariance
+        source: list[int] = []
+        into: list[int] = []
+        for group, gone in plan.choice:
+            place = (one.weight, one.reads)
+            if place in group.roles:
+                for unit in gone:
+                    source += group.members[unit][place]
+                    into += group.members[target[group.name, unit]][place]
+        stay = sorted(set(into))
+        matrix = torch.zeros((len(source), len(stay)), dtype=torch.float64)
+        shift = torch.zeros(len(source), dtype=torch.float64)
+        for row, (drop_, keep_) in enumerate(zip(source, into, strict=True)):
+            slope, offset, lost = _affine(covariance.comoment, covariance.mean, keep_, drop_)
+            matrix[row, stay.index(keep_)] = slope
+            exact = exact and lost <= ROUNDING
+            shift[row] = offset if one.bias is not None else 0.0
+            exact = exact and (one.bias is not None or abs(offset) <= ROUNDING)
+        mixes.append(
+            Mix(
+                one.weight,
+                one.reads,
+                one.makes,
+                tuple(source),
+                tuple(stay),
+                matrix,
+                one.bias,
+                shift,
+            )
+        )
+    exact = exact and all(group.exact for group, _ in plan.choice)
+    merged = replace(
+        plan,
+        operation="merge_neurons",
+        mixes=tuple(mixes),
+        gains=gains(model, plan.choice, mixes),
+        promise="exact" if exact else "changed",
+    )
+    return merged, [f"not folded: {problem}" for problem in problems]
+
+
+def _affine(comoment: Tensor, mean: Tensor, keep: int, drop: int) -> tuple[float, float, float]:
+    """Slope and offset of the best affine map, and the share of variance that it leaves unexplained."""
+    var_keep, var_drop = float(comoment[keep, keep]), float(comoment[drop, drop])
+    both = float(comoment[keep, drop])
+    slope = both / var_keep if var_keep > 0 else 0.0
+    left = var_drop - slope * both
+    lost = left / var_drop if var_drop > 0 else 0.0
+    return slope, float(mean[drop]) - slope * float(mean[keep]), max(lost, 0.0)

@@ -1,0 +1,74 @@
+"""Plans of depth: what to insert behind a layer, and how a layer or a block goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tracker.errors import SurgeryError
+from tracker.probe import Arguments
+from tracker.structure.sizes import tensors
+from tracker.surgery.depth import INSERTED, block_for, removal_of
+from tracker.surgery.plan import Plan
+from tracker.tracker import ActivationTracker
+
+# A removal is refused that explains less of what the removed part did.
+EXPLAINED = 0.1
+
+
+def plan_insertion(tracker: ActivationTracker, after: str) -> Plan:
+    """The plan that puts a layer of the same width behind the layer `after`; the function stays.
+
+    Raises:
+        SurgeryError: It is no linear or convolutional layer, or has one behind it already.
+    """
+    entry = tracker.current
+    model = entry.model()
+    assert entry.observer.inputs is not None
+    block = block_for(model, Arguments(*entry.observer.inputs), after)
+    return Plan(
+        (),
+        {},
+        {},
+        (),
+        {n: t.shape for n, t in tensors(model).items()},
+        operation="insert_layer",
+        promise="exact",
+        modules={f"{after}.{INSERTED}": block},
+    )
+
+
+def plan_layer_removal(
+    tracker: ActivationTracker, name: str, batches: Sequence[Arguments], force: bool
+) -> tuple[Plan, list[str]]:
+    """The plan that removes a layer of a chain, or a residual block, and refits what is left.
+
+    Raises:
+        SurgeryError: It is neither, or the rest explains too little of what it did.
+    """
+    entry = tracker.current
+    model, structure = entry.model(), tracker.structure()
+    readers = dict.fromkeys(
+        tensor.rpartition(".")[0]
+        for group in structure.groups
+        if name in group.layers
+        for (tensor, _), role in group.roles.items()
+        if role == "reads"
+    )
+    removal = removal_of(model, name, list(readers), batches)
+    if removal.explained < EXPLAINED and not force:
+        raise SurgeryError(
+            f"Without {name!r}, what is left explains only {removal.explained:.0%} of what it did. Pass force=True to "
+            "remove it nevertheless."
+        )
+    plan = Plan(
+        (),
+        removal.slots,
+        {},
+        (),
+        {n: t.shape for n, t in tensors(model).items()},
+        operation="remove_layer",
+        promise="changed",
+        fresh=removal.added,
+        modules={name: removal.instead},
+    )
+    return plan, [f"the refit explains {removal.explained:.1%} of what {name} did"]

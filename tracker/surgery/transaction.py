@@ -1,0 +1,191 @@
+"""A change from beginning to end: check, try on a copy, apply, verify, record; or nothing at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tracker.errors import SurgeryError, VerificationError
+from tracker.probe import Arguments, arguments, forward_once
+from tracker.structure.trace import plain_kernels
+from tracker.structure.trial import (
+    TOLERANCE,
+    difference_from_mask,
+    double,
+    relative_difference,
+    vivid,
+)
+from tracker.surgery.apply import apply, require
+from tracker.surgery.optimizers import unwrapped
+from tracker.surgery.plan import Plan
+from tracker.surgery.receipt import Receipt
+from tracker.surgery.undo import UndoLog
+from tracker.tracker import ActivationTracker, unwrap
+
+# Outputs that a change leaves as they were may differ by the rounding of the rewritten weights.
+EXACT = 1e-6
+
+
+@torch.inference_mode(False)  # copies made inside the caller's inference mode could not be written
+def carry_out(
+    tracker: ActivationTracker,
+    plan: Plan,
+    optimizers: Sequence[Any] = (),
+    followers: Sequence[nn.Module] = (),
+    *,
+    dry_run: bool = False,
+    verify: bool = True,
+    notes: Sequence[str] = (),
+    skipped: Sequence[str] = (),
+) -> tuple[Receipt, UndoLog | None]:
+    """Carry out a plan on the current model, its optimizers and its followers.
+
+    Raises:
+        SurgeryError: Refused; nothing was touched.
+        VerificationError: The result was not what the plan promises; everything is as before.
+    """
+    entry = tracker.current
+    model, observer = entry.model(), entry.observer
+    copies = [_follower(f) for f in followers]
+    for each in (model, *copies):
+        require(plan, each)
+    assert observer.inputs is not None  # the structure was traced with them
+    inputs = arguments(Arguments(*observer.inputs))
+    with observer.paused():
+        promise, difference = _promised(plan, model, inputs) if verify else (plan.promise, None)
+        bench = copy.deepcopy(model)
+        before, (_, flops_before) = count(model), flops(model, inputs)
+        apply(plan, [bench], [])
+        expected, flops_after = flops(bench, inputs)
+        receipt = Receipt(
+            operation=plan.operation,
+            promise=promise,
+            output_difference=difference,
+            units=plan.units,
+            removed_ids=list(plan.removed_ids),
+            added_ids=[],
+            parameters_before=before,
+            parameters_after=count(bench),
+            flops_before=flops_before,
+            flops_after=flops_after,
+            notes=list(notes),
+            skipped=list(skipped),
+            dry_run=dry_run,
+        )
+        del bench
+        if dry_run:
+            return receipt, None
+        log, lost = apply(plan, [model, *copies], unwrapped(optimizers), keep=True)
+        try:
+            why = f"removed by {plan.operation}"
+            why += f" (group {', '.join(plan.units)})" if plan.units else ""
+            added, back = tracker.reslot(plan.layers, plan.tensors, why)
+            log.add(back)
+            receipt.added_ids.extend(added)
+            if plan.modules:
+                added, removed, back = tracker.resite(why)
+                log.add(back)
+                receipt.added_ids.extend(added)
+                receipt.removed_ids.extend(removed)
+            if verify:
+                _as_expected(model, inputs, expected)
+        except BaseException:
+            log.undo()
+            raise
+    receipt.notes.extend(dict.fromkeys(lost))
+    return receipt, log
+
+
+def refuse_inside_a_pass(tracker: ActivationTracker) -> None:
+    """Refuse a change while the model runs.
+
+    Raises:
+        SurgeryError: A forward pass is under way.
+    """
+    if tracker.current.observer.training is not None:
+        raise SurgeryError(
+            "A forward pass is under way. Change the model between steps, after optimizer.step()."
+        )
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops(model: nn.Module, inputs: Arguments) -> tuple[object, int]:
+    """Output, and floating-point operations of one forward pass."""
+    counter = FlopCounterMode(display=False)
+    output = forward_once(model, inputs, within=counter)
+    return output, counter.get_total_flops()
+
+
+def _promised(plan: Plan, model: nn.Module, inputs: Arguments) -> tuple[str, float | None]:
+    """What holds of a changed copy in float64, and how far its output is from what was promised.
+
+    "exact" of a plan is what the observations say; if the example inputs say otherwise, the answer is "changed".
+    """
+    masked = plan.promise == "masked"
+    original = copy.deepcopy(model).double()
+    if masked:  # whatever the values: constant norms could hide an error
+        vivid(original)
+    exact = double(inputs)
+    bench = copy.deepcopy(original)
+    try:
+        apply(plan, [bench], [])
+        with plain_kernels():
+            found = forward_once(bench, exact)
+    except Exception as error:
+        raise VerificationError(
+            f"Refused: a changed copy of the model does not run ({error.__cause__ or error}). Nothing was touched."
+        ) from error
+    if not masked:
+        with plain_kernels():
+            difference = relative_difference(found, forward_once(original, exact))
+        if difference == float("inf"):
+            raise VerificationError(
+                "Refused: the output of a changed copy has another shape, or is not finite. Nothing was touched."
+            )
+        promise = "exact" if plan.promise == "exact" and difference <= EXACT else "changed"
+        if plan.promise == "exact" and promise != "exact" and plan.operation in PRESERVING:
+            raise VerificationError(
+                f"Refused: {plan.operation} must preserve the function, and a changed copy differs by "
+                f"{difference:.1e}. Nothing was touched."
+            )
+        return promise, difference
+    with plain_kernels():
+        difference = difference_from_mask(original, exact, plan.choice, found)
+    if difference > TOLERANCE:
+        raise VerificationError(
+            f"Refused: without the units the output differs from the masked model's by {difference:.1e}, and "
+            f"{TOLERANCE:.0e} is allowed. Something in the model's code depends on the number of units. Nothing was "
+            "touched."
+        )
+    return "masked", difference
+
+
+PRESERVING = ("expand_layer", "insert_layer")
+
+
+def _as_expected(model: nn.Module, inputs: Arguments, expected: object) -> None:
+    """The changed model gives what the copy gave: the swap itself went right."""
+    difference = relative_difference(forward_once(model, inputs), expected)
+    allowed = max(
+        100 * torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()
+    )
+    if difference > allowed:
+        raise VerificationError(
+            f"After the change the output differed by {difference:.1e} from that of the copy it was tried on. "
+            "Everything was undone."
+        )
+
+
+def _follower(model: nn.Module) -> nn.Module:
+    """The module that follows the tracked one, behind wrappers and `torch.optim.swa_utils.AveragedModel`."""
+    inner = model.module if isinstance(model, torch.optim.swa_utils.AveragedModel) else model
+    return unwrap(inner)
