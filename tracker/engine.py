@@ -15,6 +15,7 @@ from tracker.probe import Arguments, arguments
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.calibration import collect, consumers
+from tracker.surgery.compression import Limits, plan_compression
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.plan import Plan, units_of
@@ -204,6 +205,47 @@ class NeuronEngine(NeuronWatcher):
         units = units_of(self.structure, self._places(neuron_ids))
         return self._change(
             lambda: plan_recycling(self._tracker, units, seed), dry_run=dry_run, verify=verify
+        )
+
+    def compress(
+        self,
+        keep: float = 0.5,
+        of: str = "parameters",
+        *,
+        batches: Iterable[Any] | None = None,
+        round_to: int = 1,
+        floor: int | Mapping[str, int] = 1,
+        inexact: bool = False,
+        progress: bool = True,
+        dry_run: bool = False,
+        verify: bool = True,
+    ) -> Receipt:
+        """Shrink the whole model to a share of its parameters, FLOPs, or prunable units ("neurons").
+
+        One allocation over all groups by what the consumers are predicted to lose per unit of cost, and then one
+        change, in which they take over what goes.
+
+        Args:
+            keep: The share that stays, met to within 2%.
+            of: "parameters" or "flops" of the model, or "neurons": units of the groups that can shrink.
+            batches: Calibration data, as for `calibrate`; without them, what was observed before.
+            round_to: Widths are to be multiples of it.
+            floor: Units that must stay in each group, or in some: {group name: units}.
+            inexact: Whether groups may shrink that a norm runs over (the residual stream).
+            progress: Show a bar while units are weighed.
+            dry_run: Only tell what would happen.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+
+        Raises:
+            SurgeryError: It cannot be met, nothing was touched; the message says why.
+        """
+        if batches is not None:
+            self.calibrate(batches)
+        limits = Limits(round_to, floor, inexact)
+        return self._change(
+            lambda: plan_compression(self._tracker, keep, of, limits, progress=progress),
+            dry_run=dry_run,
+            verify=verify,
         )
 
     def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:

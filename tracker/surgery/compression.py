@@ -1,0 +1,305 @@
+"""Compression: one budget over all groups, spent where the consumers lose least, their weights taking over."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from tracker.compensation import Path, allocate, backward, select
+from tracker.compensation.linear import second_moment
+from tracker.errors import SurgeryError
+from tracker.probe import Arguments, forward_once
+from tracker.structure import UnitGroup
+from tracker.structure.integers import UnsolvableError
+from tracker.structure.sizes import tensors
+from tracker.surgery.apply import apply
+from tracker.surgery.calibration import Consumer, consumers, reads_of
+from tracker.surgery.plan import Plan
+from tracker.surgery.removal import plan_pruning
+from tracker.surgery.transaction import flops
+from tracker.tracker import ActivationTracker, Read
+
+OF = ("parameters", "flops", "neurons")
+WITHIN = 0.02  # of what was asked
+PRECISE = 0.003  # tried for, as long as another attempt comes nearer
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a compression must respect.
+
+    round_to: Widths are to be multiples of it. floor: Units that must stay in each group (int), or in some ({name: n}).
+    inexact: Whether groups may shrink that a norm or softmax runs over (the residual stream); not compensated.
+    """
+
+    round_to: int = 1
+    floor: int | Mapping[str, int] = 1
+    inexact: bool = False
+
+    def of(self, group: UnitGroup) -> int:
+        """Units of a group that must stay."""
+        return self.floor if isinstance(self.floor, int) else self.floor.get(group.name, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """What the units of one group do for the consumers: columns of one covariance, and weights that read them."""
+
+    covariance: Tensor
+    weight: Tensor
+    mean: Tensor | None
+    units: list[list[int]]
+    protected: list[int]
+    count: int
+
+
+def plan_compression(
+    tracker: ActivationTracker, keep: float, of: str, limits: Limits, *, progress: bool = False
+) -> tuple[Plan, list[str]]:
+    """The plan that keeps the share `keep` of the model's parameters, FLOPs, or prunable units.
+
+    Raises:
+        SurgeryError: It cannot be met to within 2%; the message says why.
+    """
+    if of not in OF:
+        raise SurgeryError(f"compress keeps a share of one of {', '.join(OF)}, not of {of!r}.")
+    if not 0 < keep < 1:
+        raise SurgeryError(f"keep is a share between 0 and 1, not {keep!r}.")
+    entry = tracker.current
+    model = entry.model()
+    groups, problems, left_out = _candidates(tracker, limits)
+    if not groups:
+        raise SurgeryError(
+            "There is nothing to compress: no group can be pruned whose consumers were seen to read. "
+            + "; ".join(left_out[:3])
+        )
+    bar = tqdm(problems, desc="Weighing units", unit="group", disable=not progress, leave=False)
+    found = [
+        backward(p.covariance, p.weight, p.units, p.protected, count=p.count, mean=p.mean)
+        for p in bar
+    ]
+    paths = []
+    for group, selection in zip(groups, found, strict=True):
+        most = min(len(selection.order), group.size - max(limits.of(group), 1))
+        errors = (selection.errors[:most] / max(selection.total, 1e-300)).tolist()
+        step = math.lcm(limits.round_to, group.multiple_of)
+        paths.append(Path(group.size, errors, round_to=step, floor=limits.of(group)))
+    inputs = Arguments(*entry.observer.inputs)  # type: ignore[misc]
+    cost = _cost(model, groups, of, inputs)
+    whole = cost([0] * len(groups))
+    target = budget = keep * whole
+    best: tuple[float, Plan, list[str]] | None = None
+    for _ in range(6):
+        kept = allocate(paths, cost, budget, within=WITHIN)
+        removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
+        units = {
+            g.name: _chosen(p, s.order, n, g.size)
+            for g, p, s, n in zip(groups, problems, found, removed, strict=True)
+            if n
+        }
+        plan, notes = plan_pruning(tracker, units, compensate=True)
+        achieved = _achieved(plan, model, inputs, of, cost(removed))
+        error = abs(achieved - target) / target
+        if best is None or error < best[0]:
+            best = (error, replace(plan, operation="compress"), notes)
+        if error <= PRECISE:
+            break
+        nearer = budget * target / achieved  # what the estimate of costs did not see
+        if abs(nearer - budget) < 1e-4 * target:
+            break
+        budget = nearer
+    assert best is not None
+    if best[0] > WITHIN:
+        raise SurgeryError(
+            f"Of the {of}, {keep:.1%} cannot be kept: the nearest that widths allow is off by {best[0]:.1%}."
+        )
+    return best[1], [*best[2], *left_out]
+
+
+def _candidates(
+    tracker: ActivationTracker, limits: Limits
+) -> tuple[list[UnitGroup], list[_Problem], list[str]]:
+    """Groups that can shrink by themselves, what their consumers read, and what was left out with the reason."""
+    entry, structure = tracker.current, tracker.structure()
+    model = entry.model()
+    left_out: list[str] = []
+    ready: list[UnitGroup] = []
+    taken: set[tuple[str, int]] = set()
+    # Of heads and their dimensions, which lie in the same places, heads.
+    for group in sorted(structure.groups, key=lambda g: -len(next(iter(g.members[0].values())))):
+        places = set(group.roles)
+        if not group.prunable or not (group.exact or limits.inexact):
+            continue
+        if group.size % group.multiple_of:
+            left_out.append(f"{group.name}: {group.size} units, {group.multiple_of} at a time")
+            continue
+        if not taken.isdisjoint(places):
+            continue
+        try:
+            structure.integers.solve([(group, list(range(group.multiple_of)))])
+        except UnsolvableError as error:
+            left_out.append(f"{group.name}: {error}")
+            continue
+        taken |= places
+        ready.append(group)
+    order = {group.name: i for i, group in enumerate(structure.groups)}
+    ready.sort(key=lambda g: order[g.name])
+    wanted, _ = consumers(model, ready)
+    reads = reads_of(tracker, wanted)
+    groups, problems = [], []
+    for group in ready:
+        problem = _problem(model, group, reads)
+        if problem is None:
+            left_out.append(f"{group.name}: what reads it was not observed")
+        else:
+            groups.append(group)
+            problems.append(problem)
+    return groups, problems, left_out
+
+
+def _problem(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> _Problem | None:
+    """The consumers of a group side by side; those that read the same are one."""
+    able, _ = consumers(model, [group])
+    parts: list[tuple[Consumer, Read, Tensor]] = []
+    held = tensors(model)
+    for one in able:
+        read = reads.get(one.weight)
+        if read is None or len(read.covariance.mean) != held[one.weight].shape[one.reads]:
+            return None
+        weight = held[one.weight].detach().double().cpu().movedim(one.reads, -1).flatten(0, -2)
+        for i, (other, known, w) in enumerate(parts):
+            same = other.reads == one.reads and _same_input(known, read, other, one)
+            if (
+                same
+                and group.members[0][other.weight, other.reads]
+                == group.members[0][one.weight, one.reads]
+            ):
+                parts[i] = (other, known, torch.cat((w, weight)))
+                break
+        else:
+            parts.append((one, read, weight))
+    if not parts:
+        return None
+    blocks, weights, means = [], [], []
+    units: list[list[int]] = [[] for _ in range(group.size)]
+    offset, count = 0, 2**62
+    for one, read, weight in parts:
+        c = read.covariance
+        n = int(c.count.max())
+        covariance = c.comoment / max(n, 1)
+        scale = 1.0
+        if one.bias is None:
+            covariance = second_moment(covariance, c.mean)
+        if len(parts) > 1:  # each consumer's loss counts relative to what it puts out
+            scale = float(((weight @ covariance) * weight).sum()) ** -0.5 if weight.any() else 1.0
+        blocks.append(covariance)
+        weights.append(weight * scale)
+        means.append(c.mean if one.bias is not None else torch.full_like(c.mean, 0.0))
+        for unit, members in enumerate(group.members):
+            units[unit] += [offset + i for i in members[one.weight, one.reads]]
+        offset += len(c.mean)
+        count = min(count, n)
+    used = {i for unit in units for i in unit}
+    rest = [[i] for i in range(offset) if i not in used]
+    return _Problem(
+        blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks),
+        weights[0] if len(weights) == 1 else torch.block_diag(*weights),
+        torch.cat(means),
+        units + rest,
+        list(range(len(units), len(units) + len(rest))),
+        count,
+    )
+
+
+def _same_input(a: Read, b: Read, one: Consumer, other: Consumer) -> bool:
+    x, y = a.covariance, b.covariance
+    return (
+        (one.bias is None) == (other.bias is None)
+        and x.mean.shape == y.mean.shape
+        and torch.equal(x.mean, y.mean)
+        and torch.equal(x.comoment, y.comoment)
+    )
+
+
+def _chosen(problem: _Problem, order: Sequence[int], remove: int, size: int) -> list[int]:
+    """The units that go: as the path went or, where few stay, as a second look says."""
+    if size - remove <= 0.15 * size:
+        found = select(
+            problem.covariance,
+            problem.weight,
+            problem.units,
+            remove,
+            problem.protected,
+            count=problem.count,
+            mean=problem.mean,
+        )
+        order = found.order
+    return sorted(order[:remove])
+
+
+def _cost(
+    model: nn.Module, groups: Sequence[UnitGroup], of: str, inputs: Arguments
+) -> Callable[[list[int]], float]:
+    """Removed units per group → cost; FLOPs as far as weights make them, the rest as it is."""
+    if of == "neurons":
+        total = sum(g.size for g in groups)
+        return lambda removed: float(total - sum(removed))
+    weights, fixed = _prices(model, inputs) if of == "flops" else _sizes(model)
+    held = tensors(model)
+    tables = []
+    for name, price in weights.items():
+        lost = [
+            (dim, held[name].shape[dim], g, len(group.members[0][name, dim]))
+            for g, group in enumerate(groups)
+            for dim in range(held[name].ndim)
+            if (name, dim) in group.roles
+        ]
+        if lost:
+            tables.append((price, lost))
+        else:
+            fixed += price
+
+    def cost(removed: list[int]) -> float:
+        total = fixed
+        for price, lost in tables:
+            gone: dict[int, float] = {}
+            for dim, size, g, each in lost:
+                gone[dim] = gone.get(dim, 0.0) + removed[g] * each / size
+            total += price * math.prod(1 - share for share in gone.values())
+        return total
+
+    return cost
+
+
+def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
+    return {name: float(p.numel()) for name, p in model.named_parameters()}, 0.0
+
+
+def _prices(model: nn.Module, inputs: Arguments) -> tuple[dict[str, float], float]:
+    """FLOPs of each weight, and those that belong to none."""
+    counter = FlopCounterMode(display=False)
+    forward_once(model, inputs, within=counter)
+    by_module = {k: float(sum(v.values())) for k, v in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    prices: dict[str, float] = {}
+    for name, module in model.named_modules():
+        own = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        if len(own) == 1 and name:
+            key = f"{name}.{own[0]}"
+            prices[key] = by_module.get(f"{root}.{name}", by_module.get(name, 0.0))
+    return prices, max(float(counter.get_total_flops()) - sum(prices.values()), 0.0)
+
+
+def _achieved(plan: Plan, model: nn.Module, inputs: Arguments, of: str, estimate: float) -> float:
+    if of != "flops":
+        return estimate
+    bench = copy.deepcopy(model)
+    apply(plan, [bench], [])
+    return float(flops(bench, inputs)[1])
