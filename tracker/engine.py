@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from tracker.identity import layer_named
 from tracker.probe import Arguments, arguments
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
+from tracker.surgery.advice import requests
 from tracker.surgery.calibration import collect, consumers
 from tracker.surgery.compression import Limits, plan_compression
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.plan import Plan, units_of
+from tracker.surgery.receipt import joined
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
-from tracker.surgery.transaction import carry_out, refuse_inside_a_pass
+from tracker.surgery.transaction import Witness, carry_out, refuse_inside_a_pass
 from tracker.watcher import NeuronWatcher
 
 Neurons = Iterable[int] | Mapping[str, Sequence[int]]
@@ -289,6 +292,33 @@ class NeuronEngine(NeuronWatcher):
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 
+    def apply_recommendations(
+        self,
+        recommendations: Mapping[str, Any] | str | PathLike[str],
+        *,
+        dry_run: bool = False,
+        verify: bool = True,
+    ) -> Receipt:
+        """Do what recommendations say, as one change: merge, then prune, then expand.
+
+        They are a dict as `generate_optimization_recommendations` returns, or the path of its JSON file. What cannot be
+        done is in the receipt's `skipped`, with the reason.
+
+        Raises:
+            SurgeryError: They are no recommendations or for another model, or nothing of them can be done; nothing was
+                touched.
+        """
+        refuse_inside_a_pass(self._tracker)
+        asked = requests(self._tracker, recommendations)
+        steps: list[Callable[[], Receipt]] = []
+        if asked.merge:
+            steps.append(lambda: self.merge_neurons(asked.merge, verify=verify))
+        if asked.prune:
+            steps.append(lambda: self.prune_neurons(asked.prune, verify=verify))
+        for layer, count in asked.expand.items():
+            steps.append(lambda n=layer, c=count: self.expand_layer(n, c, verify=verify))  # type: ignore[misc]
+        return self._change_all("apply_recommendations", steps, asked.skipped, dry_run=dry_run)
+
     def undo(self) -> None:
         """Take the last change back, bit for bit: model, gradients, optimizer state, ids, statistics.
 
@@ -317,6 +347,43 @@ class NeuronEngine(NeuronWatcher):
             )
         if log is not None:
             self._undo = log
+        return receipt
+
+    def _change_all(
+        self,
+        operation: str,
+        steps: Sequence[Callable[[], Receipt]],
+        skipped: Sequence[str],
+        *,
+        dry_run: bool,
+    ) -> Receipt:
+        """Several changes as one: all or none, undone together."""
+        if not steps:
+            why = "; ".join(skipped[:3]) or "they name nothing"
+            raise SurgeryError(f"{operation}: there is nothing to do ({why}).")
+        before, whole = self._undo, UndoLog()
+        receipts: list[Receipt] = []
+        witness = Witness(self._tracker)
+        try:
+            for step in steps:
+                try:
+                    receipts.append(step())
+                except SurgeryError as error:  # noqa: PERF203
+                    skipped = [*skipped, str(error)]
+                else:
+                    assert self._undo is not None
+                    whole.add(self._undo.undo)
+            if not receipts:
+                raise SurgeryError(f"{operation}: nothing of it can be done ({skipped[-1]}).")
+            receipt = joined(operation, receipts, witness.difference(), skipped, dry_run=dry_run)
+        except BaseException:
+            whole.undo()
+            self._undo = before
+            raise
+        self._undo = whole
+        if dry_run:
+            self.undo()
+            self._undo = before
         return receipt
 
     def _places(self, neurons: Neurons) -> list[tuple[str, int]]:

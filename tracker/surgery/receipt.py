@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,3 +54,37 @@ class Receipt:
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  skipped: {reason}" for reason in self.skipped]
         return "\n".join(lines)
+
+
+def joined(
+    operation: str,
+    receipts: Sequence[Receipt],
+    difference: float | None,
+    skipped: Sequence[str],
+    *,
+    dry_run: bool,
+) -> Receipt:
+    """One receipt of several changes in a row; `difference` is of all of them together."""
+    promises = {r.promise for r in receipts}
+    first, last = receipts[0], receipts[-1]
+    added = [i for r in receipts for i in r.added_ids]
+    removed = [i for r in receipts for i in r.removed_ids]
+    units: dict[str, list[int]] = {}
+    for receipt in receipts:
+        for group, gone in receipt.units.items():
+            units.setdefault(group, []).extend(gone)
+    return Receipt(
+        operation=operation,
+        promise="exact" if promises == {"exact"} else "changed",
+        output_difference=difference,
+        units=units,
+        removed_ids=sorted(removed),
+        added_ids=sorted(added),
+        parameters_before=first.parameters_before,
+        parameters_after=last.parameters_after,
+        flops_before=first.flops_before,
+        flops_after=last.flops_after,
+        notes=list(dict.fromkeys(note for r in receipts for note in r.notes)),
+        skipped=list(skipped),
+        dry_run=dry_run,
+    )

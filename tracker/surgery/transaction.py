@@ -113,6 +113,25 @@ def refuse_inside_a_pass(tracker: ActivationTracker) -> None:
         )
 
 
+class Witness:
+    """The current model's output on the example inputs, to compare with later."""
+
+    def __init__(self, tracker: ActivationTracker) -> None:
+        self._tracker = tracker
+        self._before = self._output()
+
+    def difference(self) -> float:
+        """How far the output is from what it was, in float64, relative to the largest value."""
+        return relative_difference(self._output(), self._before)
+
+    def _output(self) -> object:
+        entry = self._tracker.current
+        assert entry.observer.inputs is not None
+        inputs = double(arguments(Arguments(*entry.observer.inputs)))
+        with entry.observer.paused(), plain_kernels(), torch.inference_mode(False):
+            return forward_once(copy.deepcopy(entry.model()).double(), inputs)
+
+
 def count(model: nn.Module) -> int:
     """Parameters of a model."""
     return sum(p.numel() for p in model.parameters())
