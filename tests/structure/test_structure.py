@@ -475,3 +475,31 @@ def test_groups_that_cannot_be_pruned_say_why(name: str) -> None:
     _, _, structure = traced(name)
     assert [g.name for g in structure.groups if not g.prunable and not g.reason] == []
     assert all(f.reason and f.tensor for f in structure.frozen)
+
+
+def test_kinds_are_the_field_s() -> None:
+    """Of a block with a residual stream, attention and a gated MLP."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(11, 16), nn.RMSNorm(16)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.gate, self.up = nn.Linear(16, 20), nn.Linear(16, 20)
+            self.down, self.head = nn.Linear(20, 16), nn.Linear(16, 5)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            y = self.norm(x)
+            x = x + self.attention(y, y, y, need_weights=False)[0]
+            x = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+            return self.head(x)
+
+    found = trace_structure(Block(), torch.randint(0, 11, (2, 6)))
+    kinds = {group.name: group.kind for group in found.groups}
+    assert kinds["embed"] == "residual"
+    assert kinds["gate"] == "neuron"
+    assert {k for name, k in kinds.items() if "attention" in name} <= {"head", "head_dim"}
+    conv = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 2, 1))
+    kinds_of_conv = {g.kind for g in trace_structure(conv, torch.randn(1, 4, 8, 8)).groups}
+    assert "group" in kinds_of_conv

@@ -128,7 +128,8 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
             {place: tuple(indices) for place, indices in members[label].items()} for label in family
         ]
         inexact = labels.inexact.get(family[0], "")
-        groups += [_group(trace, alternatives, inexact) for alternatives in _disjoint(units)]
+        summed = family[0] in labels.summed
+        groups += [_group(trace, each, inexact, summed) for each in _disjoint(units)]
     return _named(groups), [Frozen(t, d, why) for (t, d), why in frozen.items()]
 
 
@@ -163,7 +164,7 @@ def _disjoint(units: list[dict[Place, tuple[int, ...]]]) -> list[Units]:
     return [tuple(members) for _, members in rooms]
 
 
-def _group(trace: Trace, units: Units, inexact: str) -> UnitGroup:
+def _group(trace: Trace, units: Units, inexact: str, summed: bool) -> UnitGroup:
     roles = {place: _role(trace, place) for place in units[0]}
     layers = tuple(
         dict.fromkeys(t.rpartition(".")[0] for (t, _), role in roles.items() if role == "produces")
@@ -171,7 +172,7 @@ def _group(trace: Trace, units: Units, inexact: str) -> UnitGroup:
     lonely = len(units) < 2
     return UnitGroup(
         name=layers[0] if layers else units_place(units[0]),
-        kind=_kind(trace.model, units, roles, layers),
+        kind=_kind(trace.model, units, roles, layers, summed),
         prunable=not lonely,
         reason="a single unit: the last one cannot go" if lonely else "",
         exact=not inexact,
@@ -217,28 +218,34 @@ def _is_made(trace: Trace, tensor: str) -> bool:
 
 
 def _kind(
-    model: nn.Module,
-    units: Units,
-    roles: dict[Place, str],
-    layers: tuple[str, ...],
+    model: nn.Module, units: Units, roles: dict[Place, str], layers: tuple[str, ...], summed: bool
 ) -> str:
-    made = [(p, units[0][p]) for p, role in roles.items() if role == "produces"]
-    matrices = [(p, i) for p, i in made if p[0].endswith("weight")]
     modules = [model.get_submodule(layer) for layer in layers]
     if any(isinstance(m, nn.RNNBase) for m in modules):
         return "hidden"
-    if (
-        len(matrices) > 1
-        and len({p[0] for p, _ in matrices}) > 1
-        and all(len(i) == 1 for _, i in made)
-    ):
+    made = [place for place, role in roles.items() if role == "produces"]
+    read = [len(units[0][p]) for p, role in roles.items() if role == "reads"]
+    widest = max(made, key=lambda place: len(units[0][place]), default=None)
+    if widest is not None and len(units[0][widest]) > 1 and max(read, default=2) > 1:
+        if any(isinstance(m, _ConvNd) and m.groups > 1 for m in modules):
+            return "group"
+        return "head" if _is_block(units, widest) else "head_dim"
+    if summed and len(layers) > 1:
         return "residual"
-    if any(len(i) > 1 for _, i in made):
-        block = next(i for _, i in made if len(i) > 1)
-        return "head" if block[-1] - block[0] == len(block) - 1 else "head_dim"
     if modules and isinstance(modules[0], nn.Embedding):
         return "embedding"
     return "channel" if any(isinstance(m, _ConvNd) for m in modules) else "neuron"
+
+
+def _is_block(units: Units, place: Place) -> bool:
+    """Units lie one behind the other, each a run of indices: heads, and not their dimensions."""
+    first = units[0][place]
+    run = 1
+    while run < len(first) and first[run] == first[run - 1] + 1:
+        run += 1
+    runs = len(first) // run
+    behind = len(units) < 2 or units[1][place][0] - first[0] == run
+    return run > 1 and behind and (run > 2 or run > runs)
 
 
 def _named(groups: list[UnitGroup]) -> list[UnitGroup]:
