@@ -6,6 +6,9 @@ PIP_OPTIONS ?=
 
 MAIN_JOB := demos/training_tracker_demo.py
 BENCHMARK := benchmarks/tracking_overhead.py
+COVERAGE := benchmarks/coverage.py
+# All models: make coverage COVERAGE_OPTIONS='--resume --write' after pip install '.[zoo]'; hours.
+COVERAGE_OPTIONS ?= --subset
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -13,13 +16,14 @@ RUN := $(VENV)/bin/python
 TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench coverage clean
 
 help:
 	@echo "make demo    train on Fashion-MNIST while every neuron is watched"
 	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
 	@echo "make check   format, lint, types, pytest: before each commit"
 	@echo "make bench   what tracking costs"
+	@echo "make coverage  a few known models cut, compared, trained; minutes"
 	@echo "make clean   remove $(VENV) and the caches; data/ and outputs/ stay"
 	@echo "With another Python: make demo PYTHON=python3.12"
 
@@ -72,6 +76,10 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	@echo "Benchmark: $(BENCHMARK)"
 	@$(RUN) $(BENCHMARK)
+
+coverage: $(VENV)/installed
+	@echo "Coverage: $(COVERAGE) $(COVERAGE_OPTIONS)"
+	@$(RUN) $(COVERAGE) $(COVERAGE_OPTIONS)
 
 clean:
 	@echo "Removing $(VENV) and the caches"

@@ -195,7 +195,9 @@ SHAPE = {
 SHAPE |= {"vocab_size": 64, "max_position_embeddings": 64}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
-GQA = {**SHAPE, "num_key_value_heads": 2}
+# Four heads of queries share keys and values: with two, Torch-Pruning's graph has no end (llama_pairs).
+GQA = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 80}
+GQA |= {"num_attention_heads": 8, "num_key_value_heads": 2}
 MAPS = {"image_size": 32, "patch_size": 8, "num_channels": 3}
 SEQ2SEQ = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
            "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 64,
@@ -208,6 +210,7 @@ TOWERS = {"text_config": {**SHAPE, **IDS}, "vision_config": {**SHAPE, **MAPS}}
 HF: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT, "text"),
     "llama": ("LlamaConfig", "LlamaForCausalLM", GQA, "text"),
+    "llama_pairs": ("LlamaConfig", "LlamaForCausalLM", {**GQA, "num_key_value_heads": 4}, "text"),
     "mistral": ("MistralConfig", "MistralForCausalLM", GQA, "text"),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GQA, "text"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GQA, "head_dim": 8}, "text"),
@@ -430,7 +433,7 @@ FAMILIES = {
     "video": Family("torchvision", of_torchvision("video"), film, "torchvision's, clips of 8 or 16 frames"),
     "transformers": Family(
         "transformers", lambda: list(HF), of_transformers,
-        "transformers, tiny random configurations (two layers, width 32)",
+        "transformers, tiny random configurations (two layers, width 32 or 64)",
     ),
     "timm": Family("timm", TIMM_NAMES.split, of_timm, "timm, small variants in their own size"),
     "depth": Family(

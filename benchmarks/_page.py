@@ -244,7 +244,7 @@ def page(results: Sequence[Result], missing: Sequence[str], limit: int) -> str:
             "The same models, weights and inputs, 30% of each group by magnitude as its examples do: output layers",
             "ignored, heads of attention named (whole heads in transformers, dimensions elsewhere), attributes that it",
             "leaves to its user set afterwards. *softmax scale*: equal only when attention is scaled as before.",
-            "*differs*: from the masked original with norms over the kept channels. *runs*: its mask cannot be compared.",
+            "*differs*: from the masked original with norms over the kept channels. *runs*: its mask cannot be told.",
             "*hang*: not done in the time that the library has, or out of memory.",
             "",
             *rival_summary(results),

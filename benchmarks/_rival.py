@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ def measure(family: str, name: str, send: Send) -> None:
     if family == "zoo":
         subject.watch = ()
     model = subject.model
+    for module in model.modules():  # a cache's concatenations make its graph endless
+        if hasattr(config := getattr(module, "config", None), "use_cache"):
+            config.use_cache = False
+    if hasattr(model, "set_attn_implementation"):
+        with suppress(
+            Exception
+        ):  # repeated keys and values can be followed, a fused kernel's cannot
+            model.set_attn_implementation("eager")
     original = copy.deepcopy(model)
     say(status="exception")
     widths: list[int] = []
@@ -203,20 +211,24 @@ def follow(model: nn.Module, pruner: Any) -> None:
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, dict[int, set[int]]]]:
     """Which slices of which parameters go, in indices of the original; the statistics of norms go with these."""
-    names = {id(p): n for n, p in model.named_parameters()}
+    # By object: Torch-Pruning gives each place of a tied parameter a new one of its own.
+    state: dict[int, tuple[str, dict[int, list[int]]]] = {
+        id(p): (n, {}) for n, p in model.named_parameters()
+    }
     sizes = {n: p.shape for n, p in model.named_parameters()}
-    alive: dict[str, dict[int, list[int]]] = {}
-    known: list[Any] = list(model.parameters())  # ids stay theirs
+    objects: list[Any] = list(model.parameters())  # ids stay theirs
+    cuts: list[tuple[str, dict[int, list[int]]]] = []
     real = BasePruningFunc._prune_parameter_and_grad
 
     def cut(self: Any, weight: Any, keep_idxs: Any, pruning_dim: int) -> Any:
         fresh = real(self, weight, keep_idxs, pruning_dim)
-        if name := names.get(id(weight)):
+        if id(weight) in state:
+            name, before = state[id(weight)]
             dim = pruning_dim % weight.ndim
-            left = alive.setdefault(name, {}).get(dim, list(range(sizes[name][dim])))
-            alive[name][dim] = [left[int(i)] for i in keep_idxs]
-            names[id(fresh)] = name
-            known.append(fresh)
+            left = before.get(dim, list(range(sizes[name][dim])))
+            state[id(fresh)] = name, {**before, dim: [left[int(i)] for i in keep_idxs]}
+            objects.append(fresh)
+            cuts.append(state[id(fresh)])
         return fresh
 
     lost: dict[str, dict[int, set[int]]] = {}
@@ -225,5 +237,7 @@ def recorded(model: nn.Module) -> Iterator[dict[str, dict[int, set[int]]]]:
         yield lost
     finally:
         BasePruningFunc._prune_parameter_and_grad = real
-        for name, dims in alive.items():
-            lost[name] = {d: set(range(sizes[name][d])) - set(left) for d, left in dims.items()}
+        for name, dims in cuts:
+            for dim, left in dims.items():
+                gone = lost.setdefault(name, {}).setdefault(dim, set())
+                gone.update(set(range(sizes[name][dim])) - set(left))
