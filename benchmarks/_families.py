@@ -217,7 +217,8 @@ HF: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {**GQA, "head_dim": 8}, "text"),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**GQA, "head_dim": 8}, "text"),
     "phi": ("PhiConfig", "PhiForCausalLM", SHAPE, "text"),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**GQA, **IDS}, "text"),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**GQA, **IDS, "num_key_value_heads": 8}, "text"),
+    "phi3_gqa": ("Phi3Config", "Phi3ForCausalLM", {**GQA, **IDS}, "text"),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SHAPE, "text"),
     "gpt_neo": ("GPTNeoConfig", "GPTNeoForCausalLM", {
         "hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64,

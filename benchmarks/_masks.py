@@ -108,7 +108,8 @@ def masked_with_norms(original: nn.Module, lost: Lost, pruned: nn.Module) -> nn.
         tensor = next(p for p in own if 0 in lost.get(p, {}))
         gone = set(lost[tensor][0])
         size = model.get_parameter(tensor).shape[0]
-        channels = isinstance(module, nn.GroupNorm) or "2d" in kind
+        first = getattr(module, "data_format", "") == "channels_first"
+        channels = isinstance(module, nn.GroupNorm) or "2d" in kind or first
         cut = copy.deepcopy(pruned.get_submodule(name))
         kept = [i for i in range(size) if i not in gone]
         owner, _, key = name.rpartition(".")

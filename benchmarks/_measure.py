@@ -61,7 +61,7 @@ class Subject:
         self.watch, self.blocks = built.watch, built.blocks
         self.parameters = sum(p.numel() for p in self.model.parameters())
         vivid(self.model, torch.Generator().manual_seed(self.seed))
-        self.tolerance = SINGLE_TOLERANCE
+        self.tolerance, self.training = SINGLE_TOLERANCE, False
         if self.parameters < LARGE:
             self._to_double()
 
@@ -109,7 +109,7 @@ class Subject:
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """One step of training (in eval mode: batches are small); whether all stayed finite."""
-        model.eval()
+        model.train(self.training)
         parts = [t for t in tensors_of(self.run(model)) if t.requires_grad and t.numel()]
         optimizer.zero_grad()
         if parts:
@@ -126,6 +126,7 @@ def measure(family: str, name: str, send: Send) -> None:
         send(values)
 
     say(stage="build", status="not built")
+    warm_up()
     try:
         subject = Subject(family, name)
     except Exception as error:
@@ -134,11 +135,16 @@ def measure(family: str, name: str, send: Send) -> None:
     model, generator = subject.model, random.Random(subject.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     try:
-        finite = subject.step(model, optimizer)
+        try:
+            finite = subject.step(model, optimizer)
+        except RuntimeError:  # some can only be trained in training mode
+            subject.training = True
+            finite = subject.step(model, optimizer)
     except Exception as error:
         return say(note=f"a step of training: {brief(error)} {place(error)}")
     if not finite:
         return say(note="not finite after a step of training, before anything was cut")
+    subject.outputs(model)  # some keep states of the last call, which with a graph cannot be copied
     original = copy.deepcopy(model)
     expected = subject.outputs(original)
 
@@ -224,6 +230,13 @@ def measure(family: str, name: str, send: Send) -> None:
     if not cut_any:
         return say(status="refused", note="no group is prunable")
     return say(status="correct", stage="done")
+
+
+def warm_up() -> None:
+    """What is imported and compiled at the first call is not the model's time."""
+    model, engine = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), NeuronEngine()
+    engine.track_model(model, "small", example_inputs=torch.randn(2, 4))
+    engine.prune_units({engine.structure.groups[0].name: [0]})
 
 
 def prune(engine: NeuronEngine, choice: Sequence[tuple[UnitGroup, list[int]]]) -> Any:

@@ -23,6 +23,9 @@ Send = Callable[[dict[str, Any]], None]
 QKV = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"),
 )  # fmt: skip
+Attention = tuple[nn.Module, list[nn.Module], list[int]]
+Attentions = list[Attention]
+WHOLE = ("transformers", "depth")  # families where it takes whole heads
 FUSED = ("qkv", "qkv_proj", "query_key_value", "Wqkv")
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 SIZES = ("embed_dim", "all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "d_model")
@@ -35,6 +38,7 @@ def measure(family: str, name: str, send: Send) -> None:
         send({"rival": values})
 
     say(status="not built")
+    warm_up()
     subject = Subject(family, name)
     if family == "zoo":
         subject.watch = ()
@@ -56,6 +60,7 @@ def measure(family: str, name: str, send: Send) -> None:
     with attention_widths(widths, replay=False):
         subject.outputs(model)
     size = sum(p.numel() for p in model.parameters())
+    known = list(attentions(model))
     start = clock()
     try:
         with recorded(model) as lost:
@@ -63,7 +68,7 @@ def measure(family: str, name: str, send: Send) -> None:
             say(status="exception", stage="step")
             pruner.step()
             say(seconds=clock() - start)
-        follow(model, pruner)
+        follow(model, pruner, known, family in WHOLE)
     except Exception as error:
         return say(seconds=clock() - start, note=f"{brief(error)} {place(error)}")
     after = sum(p.numel() for p in model.parameters())
@@ -95,6 +100,15 @@ def measure(family: str, name: str, send: Send) -> None:
     return say(status="differs", note=f"from its mask by {gap:.1e}")
 
 
+def warm_up() -> None:
+    """What is imported and compiled at the first call is not the model's time."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    tp.pruner.BasePruner(
+        model, torch.randn(2, 4), importance, num_heads={}, pruning_ratio=SHARE
+    ).step()
+
+
 def untie(model: nn.Module) -> None:
     """Torch-Pruning breaks ties: each place is cut by itself, and only so can its cuts be told apart."""
     seen: set[int] = set()
@@ -118,7 +132,7 @@ def make_pruner(subject: Subject, family: str) -> Any:
         if isinstance(fused, nn.Linear):
             groups[fused] = 2
     # Whole heads where widths of heads are fixed by a rotation or an attribute; dimensions of heads elsewhere.
-    whole = family in ("transformers", "depth")
+    whole = family in WHOLE
     return tp.pruner.BasePruner(
         model,
         example,
@@ -163,7 +177,7 @@ def ignored(subject: Subject) -> list[nn.Module]:
     return found
 
 
-def attentions(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module], list[int]]]:
+def attentions(model: nn.Module) -> Iterator[Attention]:
     """Attention modules, their layers of queries, keys and values (or the one of all), and heads of each."""
     config = getattr(model, "config", None)
     for module in model.modules():
@@ -193,26 +207,28 @@ def attentions(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module], l
                 yield module, fused[:1], [count]
 
 
-def follow(model: nn.Module, pruner: Any) -> None:
+def follow(model: nn.Module, pruner: Any, known: Attentions, whole: bool) -> None:
     """Attributes that Torch-Pruning leaves to its user, as its examples set them and where they do not."""
     config = getattr(model, "config", None)
-    for module, layers, _ in attentions(model):
+    for module, layers, counts in known:
         if isinstance(module, nn.MultiheadAttention):
             continue
         first, parts = layers[0], 3 if len(layers) == 1 else 1
-        count, width = pruner.num_heads[first], first.out_features // parts
+        width = first.out_features // parts
         before = pruner.layer_init_out_ch.get(first, first.out_features) // parts
+        size = before // counts[0] if whole else width // counts[0]  # of a head
+        count = max(width // max(size, 1), 1)
         for name in COUNTS:
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, count)
         for name in ("head_dim", "attention_head_size"):
             if isinstance(getattr(module, name, None), int):
-                setattr(module, name, width // count)
+                setattr(module, name, size)
         for name in SIZES:
             if getattr(module, name, None) == before:
                 setattr(module, name, width)
         if isinstance(getattr(module, "num_key_value_groups", None), int):
-            module.num_key_value_groups = count // pruner.num_heads[layers[-1]]
+            module.num_key_value_groups = count // max(layers[-1].out_features // max(size, 1), 1)
         for name in COUNTS:
             if isinstance(getattr(config, name, None), int):
                 setattr(config, name, count)

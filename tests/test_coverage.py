@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tracker import NeuronEngine
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "coverage.py"
@@ -31,6 +35,27 @@ def test_three_models_and_what_is_known_is_left_out(tmp_path: Path) -> None:
     ]
     assert rows["mlp"]["difference"] < 1e-12 < rows["mlp"]["effect"]
     assert len(run(path, *few, "--resume")) == 3
+
+
+def test_what_is_cut_wrongly_comes_out_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    measure = importlib.import_module("_measure")
+
+    def prune_and_turn(self: NeuronEngine, units: dict[str, list[int]], **how: bool) -> object:
+        receipt = cut(self, units, **how)
+        model = self._tracker.current.model()
+        with torch.no_grad():
+            model[2].weight.copy_(model[2].weight.roll(1, 1).clone())
+        return receipt
+
+    cut, told = NeuronEngine.prune_units, {}
+    measure.measure("zoo", "mlp", told.update)
+    assert told["status"] == "correct"
+    monkeypatch.setattr(NeuronEngine, "prune_units", prune_and_turn)
+    monkeypatch.setattr(measure, "warm_up", lambda: None)
+    measure.measure("zoo", "mlp", told.update)
+    assert told["status"] == "wrong"
+    assert told["difference"] > 1e-3
 
 
 @pytest.mark.slow
