@@ -89,6 +89,7 @@ class Subject:
         return self.kwargs or self.args
 
     def run(self, model: nn.Module) -> Any:
+        torch.manual_seed(self.seed)  # some draw at random in every pass
         return model(*self.args, **self.kwargs)
 
     def outputs(self, model: nn.Module) -> list[Tensor]:

@@ -85,7 +85,7 @@ def masked(model: nn.Module, choice: Choice, roles: Collection[str]) -> Iterator
         held = tensors(model)
         blank: dict[str, Tensor] = {}
         for group, units in choice:
-            for part in group.slices(units):
+            for part in group.all_slices(units):
                 if part.role in roles:
                     value = blank.setdefault(part.tensor, held[part.tensor].detach().clone())
                     value.index_fill_(part.dim, torch.tensor(part.indices), 0)
@@ -231,7 +231,7 @@ def _by_tensor(choice: Choice) -> Mapping[str, dict[int, set[int]]]:
     """Tensor → dimension → indices that go."""
     gone: dict[str, dict[int, set[int]]] = {}
     for group, units in choice:
-        for part in group.slices(units):
+        for part in group.all_slices(units):
             gone.setdefault(part.tensor, {}).setdefault(part.dim, set()).update(part.indices)
     return gone
 

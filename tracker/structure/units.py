@@ -57,6 +57,7 @@ class UnitGroup:
     homes: dict[Place, str | None] = field(repr=False)  # the layer whose neurons the indices count
     multiple_of: int = 1
     ids: Mapping[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    unsaved: frozenset[str] = frozenset()  # tensors of the members that are in no state dict
 
     @property
     def size(self) -> int:
@@ -64,11 +65,15 @@ class UnitGroup:
         return len(self.members)
 
     def slices(self, units: Iterable[int]) -> list[Slice]:
-        """What has to go with these units: one slice for each dimension of each tensor.
+        """What has to go with these units: one slice for each dimension of each tensor of the state dict.
 
         Raises:
             SurgeryError: There is no such unit.
         """
+        return [part for part in self.all_slices(units) if part.tensor not in self.unsaved]
+
+    def all_slices(self, units: Iterable[int]) -> list[Slice]:
+        """The same, with buffers that are in no state dict."""
         chosen = list(dict.fromkeys(units))
         for unit in chosen:
             if not isinstance(unit, int) or not 0 <= unit < self.size:
@@ -130,6 +135,8 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
         inexact = labels.inexact.get(family[0], "")
         summed = family[0] in labels.summed
         groups += [_group(trace, each, inexact, summed) for each in _disjoint(units)]
+    saved = trace.model.state_dict().keys()
+    groups = [replace(g, unsaved=frozenset(t for t, _ in g.roles) - saved) for g in groups]
     return _named(groups), [Frozen(t, d, why) for (t, d), why in frozen.items()]
 
 

@@ -9,21 +9,20 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from tracker.compensation import Path, allocate, backward, select
 from tracker.compensation.linear import second_moment
 from tracker.errors import SurgeryError
-from tracker.probe import Arguments, forward_once
+from tracker.probe import Arguments
 from tracker.structure import UnitGroup
 from tracker.structure.integers import UnsolvableError
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration import Consumer, consumers, reads_of
+from tracker.surgery.flops import flops, flops_by_module
 from tracker.surgery.plan import Plan
 from tracker.surgery.removal import plan_pruning
-from tracker.surgery.transaction import flops
 from tracker.tracker import ActivationTracker, Read
 
 OF = ("parameters", "flops", "neurons")
@@ -284,17 +283,13 @@ def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
 
 def _prices(model: nn.Module, inputs: Arguments) -> tuple[dict[str, float], float]:
     """FLOPs of each weight, and those that belong to none."""
-    counter = FlopCounterMode(display=False)
-    forward_once(model, inputs, within=counter)
-    by_module = {k: float(sum(v.values())) for k, v in counter.get_flop_counts().items()}
-    root = type(model).__name__
+    by_module, total = flops_by_module(model, inputs)
     prices: dict[str, float] = {}
     for name, module in model.named_modules():
         own = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
         if len(own) == 1 and name:
-            key = f"{name}.{own[0]}"
-            prices[key] = by_module.get(f"{root}.{name}", by_module.get(name, 0.0))
-    return prices, max(float(counter.get_total_flops()) - sum(prices.values()), 0.0)
+            prices[f"{name}.{own[0]}"] = float(by_module[name])
+    return prices, total - sum(prices.values())
 
 
 def _achieved(plan: Plan, model: nn.Module, inputs: Arguments, of: str, estimate: float) -> float:

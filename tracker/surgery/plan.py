@@ -104,7 +104,7 @@ def plan_removal(
     gone: dict[str, dict[int, set[int]]] = {}
     lost: dict[str, set[int]] = {}
     for group, chosen in choice:
-        for part in group.slices(chosen):
+        for part in group.all_slices(chosen):
             gone.setdefault(part.tensor, {}).setdefault(part.dim, set()).update(part.indices)
         for unit in chosen:
             for layer, index in group.neurons(unit):
