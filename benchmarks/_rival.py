@@ -227,8 +227,12 @@ def follow(model: nn.Module, pruner: Any, known: Attentions, whole: bool) -> Non
         for name in SIZES:
             if getattr(module, name, None) == before:
                 setattr(module, name, width)
+        kv = count if parts == 3 else max(layers[-1].out_features // max(size, 1), 1)
+        for owner in (module, config):
+            if isinstance(getattr(owner, "num_key_value_heads", None), int):
+                owner.num_key_value_heads = kv
         if isinstance(getattr(module, "num_key_value_groups", None), int):
-            module.num_key_value_groups = count // max(layers[-1].out_features // max(size, 1), 1)
+            module.num_key_value_groups = count // kv
         for name in COUNTS:
             if isinstance(getattr(config, name, None), int):
                 setattr(config, name, count)

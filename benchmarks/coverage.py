@@ -120,7 +120,8 @@ def measure(context: Any, family: str, name: str, options: argparse.Namespace) -
     result |= alone(context, "own", family, name, options.seconds, options.memory)
     result["rival"] = {}
     if options.rival:
-        result |= alone(context, "rival", family, name, options.seconds, options.memory)
+        seconds = min(options.seconds, options.rival_seconds)
+        result |= alone(context, "rival", family, name, seconds, options.memory)
     return result
 
 
@@ -192,7 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = [done[task] for task in chosen]
     print("", *summary(results), sep="\n")
     if options.write:
-        PAGE.write_text(page(results, missing, options.seconds), encoding="utf-8")
+        PAGE.write_text(
+            page(results, missing, options.seconds, options.rival_seconds), encoding="utf-8"
+        )
         print(f"Written: {PAGE.relative_to(ROOT)}")
     bad = Counter(r["status"] for r in results if r["status"] in BAD)
     for r in results:
@@ -215,9 +218,12 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=int,
         default=240,
-        help="of one thread, for each model and each library, at most",
+        help="of one thread, for each model, at most",
     )
     p.add_argument("--memory", type=float, default=10, help="GB for each process, at most")
+    p.add_argument(
+        "--rival-seconds", type=int, default=120, help="the same of Torch-Pruning, if less"
+    )
     p.add_argument("--no-rival", dest="rival", action="store_false", help="without Torch-Pruning")
     p.add_argument(
         "--resume", action="store_true", help="leave out what the file of results has already"
