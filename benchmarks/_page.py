@@ -79,7 +79,8 @@ def middle(values: Iterable[float | None], form: str = "{:.2f}") -> str:
 def summary(results: Sequence[Result]) -> list[str]:
     """A table, one line for each family."""
     lines = [
-        "| family | models | traced | correct | of these compared | wrong | crashed | refused | time or memory up | share prunable "
+        "| family | models | traced | correct | of these compared | wrong | crashed | refused "
+        "| time or memory up | share prunable "
         "| s | Torch-Pruning, s | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]

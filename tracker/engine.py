@@ -229,7 +229,7 @@ class NeuronEngine(NeuronWatcher):
         change, in which they take over what goes.
 
         Args:
-            keep: The share that stays, met to within 2%.
+            keep: The share that stays, met to within 2% of the whole.
             of: "parameters" or "flops" of the model, or "neurons": units of the groups that can shrink.
             batches: Calibration data, as for `calibrate`; without them, what was observed before.
             round_to: Widths are to be multiples of it.

@@ -26,7 +26,7 @@ from tracker.surgery.removal import plan_pruning
 from tracker.tracker import ActivationTracker, Read
 
 OF = ("parameters", "flops", "neurons")
-WITHIN = 0.02  # of what was asked
+WITHIN = 0.02  # of the whole
 PRECISE = 0.003  # tried for, as long as another attempt comes nearer
 
 
@@ -96,8 +96,9 @@ def plan_compression(
     target = budget = keep * whole
     best: tuple[float, Plan, list[str]] | None = None
     for _ in range(6):
-        kept = allocate(paths, cost, budget, within=WITHIN)
+        kept = allocate(paths, cost, budget, within=1.0)
         removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
+        removed = _nearer(removed, paths, [s.exact for s in found], cost, budget)
         units = {
             g.name: _chosen(p, s.order, n, g.size)
             for g, p, s, n in zip(groups, problems, found, removed, strict=True)
@@ -105,7 +106,7 @@ def plan_compression(
         }
         plan, notes = plan_pruning(tracker, units, compensate=True)
         achieved = _achieved(plan, model, inputs, of, cost(removed))
-        error = abs(achieved - target) / target
+        error = abs(achieved - target) / whole
         if best is None or error < best[0]:
             best = (error, replace(plan, operation="compress"), notes)
         if error <= PRECISE:
@@ -117,9 +118,51 @@ def plan_compression(
     assert best is not None
     if best[0] > WITHIN:
         raise SurgeryError(
-            f"Of the {of}, {keep:.1%} cannot be kept: the nearest that widths allow is off by {best[0]:.1%}."
+            f"Of the {of}, {keep:.1%} cannot be kept: with the floors, and as widths change in steps, the nearest "
+            f"is off by {best[0]:.1%} of the whole. Lower `round_to` or the floors, or ask for another share."
         )
     return best[1], [*best[2], *left_out]
+
+
+def _nearer(
+    removed: list[int],
+    paths: Sequence[Path],
+    free: Sequence[int],
+    cost: Callable[[list[int]], float],
+    budget: float,
+) -> list[int]:
+    """The last steps, in one group or two, that bring the cost nearest to the budget: small models need them."""
+    # What costs nothing does not come back.
+    stops = [
+        [n for n in path.stops() if n >= min(least, now)]
+        for path, least, now in zip(paths, free, removed, strict=True)
+    ]
+
+    def neighbours(now: list[int]) -> list[list[int]]:
+        found = []
+        few = range(len(now)) if len(now) <= 12 else ()
+        for g in range(len(now)):
+            at = stops[g].index(now[g])
+            for i in range(max(at - 2, 0), min(at + 3, len(stops[g]))):
+                one = [*now[:g], stops[g][i], *now[g + 1 :]]
+                found.append(one)
+                for h in few:
+                    place = stops[h].index(one[h])
+                    reach = range(max(place - 2, 0), min(place + 3, len(stops[h])))
+                    found += [[*one[:h], stops[h][j], *one[h + 1 :]] for j in reach]
+        return found
+
+    def merit(now: list[int]) -> tuple[float, float]:
+        error = sum(path.errors[n - 1] for path, n in zip(paths, now, strict=True) if n)
+        return max(abs(cost(now) - budget), PRECISE * budget), error
+
+    best = merit(removed)
+    while best[0] > PRECISE * budget:
+        nearest = min(neighbours(removed), key=merit)
+        if merit(nearest) >= best:
+            break
+        removed, best = nearest, merit(nearest)
+    return removed
 
 
 def _candidates(

@@ -60,15 +60,19 @@ class ReluIdentity(nn.Module):
 
 
 class Bypass(nn.Module):
-    """What is left of a removed module: its first input goes through."""
+    """What is left of a removed module: its first input goes through, or zero, where the sum stands outside of it.
 
-    def __init__(self, returns: str = "tensor") -> None:
+    returns: "tensor" or "tuple", as the module did. passes: "input" or "zero".
+    """
+
+    def __init__(self, returns: str = "tensor", passes: str = "input") -> None:
         super().__init__()
-        self.returns = returns  # "tensor" or "tuple"
+        self.returns, self.passes = returns, passes
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         """x: the first input of the module that was here."""
-        return (x,) if self.returns == "tuple" else x
+        y = x if self.passes == "input" else torch.zeros_like(x)
+        return (y,) if self.returns == "tuple" else y
 
 
 def run_inserted(module: nn.Module, args: object, output: Any) -> Any:
@@ -276,6 +280,10 @@ def _chain(
     lost = total = 0.0
     for reader in readers:
         linear: Any = model.get_submodule(reader)
+        if not probe.inputs[reader]:
+            raise SurgeryError(
+                f"Without {name!r}, nothing reaches {reader!r}: it cannot be removed."
+            )
         old = torch.cat([x.flatten(0, -2) for x, _ in before[reader]])
         new = torch.cat([x.flatten(0, -2) for x in probe.inputs[reader]])
         if len(old) != len(new):
@@ -297,9 +305,14 @@ def _block(
 ) -> Removal:
     returns = _returns(model, name, batches[0])
     writer = _writer(model, name, batches[0], seen[0][0].shape)
-    did = torch.cat([(out - x).flatten(0, -2) for x, out in seen])
+    into = torch.cat([x.flatten(0, -2) for x, _ in seen])
+    made = torch.cat([out.flatten(0, -2) for _, out in seen])
+    # A block that adds to its input itself puts out something near to it; a branch of a sum does not.
+    inside = float((made - into).square().sum()) < float(made.square().sum())
+    did = made - into if inside else made
+    instead = Bypass(returns, "input" if inside else "zero")
     if writer is None:
-        return Removal(Bypass(returns), {}, {}, 0.0)
+        return Removal(instead, {}, {}, 0.0)
     read = first_input_and_output(model, batches, [writer])[writer]
     hidden = torch.cat([x.flatten(0, -2) for x, _ in read])
     linear: Any = model.get_submodule(writer)
@@ -310,7 +323,7 @@ def _block(
     if linear.bias is not None:
         added[f"{writer}.bias"] = offset
     share = 1 - float(residual.square().sum()) / total if total else 1.0
-    return Removal(Bypass(returns), {}, added, share)
+    return Removal(instead, {}, added, share)
 
 
 def _writer(model: nn.Module, name: str, batch: Arguments, shape: torch.Size) -> str | None:

@@ -53,7 +53,8 @@ def plan_expansion(
     model = entry.model()
     group = _growing(tracker.structure(), layer)
     template = group.size - 1
-    own = [i for name, i in group.neurons(template) if name == layer]
+    # Units inside a layer (of a recurrent one, say) are counted themselves.
+    own = [i for name, i in group.neurons(template) if name == layer] or [0]
     units, rest = divmod(count, len(own))
     if rest:
         raise SurgeryError(

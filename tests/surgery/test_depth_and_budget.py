@@ -1,0 +1,154 @@
+"""Layers that come and go, budgets that are met, advice that is taken."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.surgery.subjects import (
+    apart,
+    equal,
+    holds_exactly_the_live,
+    mlp,
+    prepared,
+    snapshot,
+    train,
+)
+from tracker import NeuronEngine, SurgeryError
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "kind"),
+    [
+        (mlp, "0", "ReluIdentity"),
+        (lambda: mlp(nn.GELU), "2", "ResidualBlock"),
+        (lambda: mlp(nn.Tanh), "0", "ResidualBlock"),
+    ],
+)
+def test_an_inserted_layer_changes_nothing_and_learns(build: Any, layer: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(50, 6)
+    opt = torch.optim.Adam(model.parameters(), 1e-2)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", example_inputs=x)
+    engine.attach_optimizer(opt)
+    train(model, opt, x)
+    before, keys, expected = snapshot(model, opt), set(model.state_dict()), model(x).detach()
+    receipt = engine.insert_layer(after=layer)
+    assert receipt.promise == "exact"
+    assert receipt.added_ids
+    assert type(model.get_submodule(f"{layer}.inserted")).__name__ == kind
+    assert apart(model(x).detach(), expected) < 1e-6
+    assert keys < set(model.state_dict())
+    assert apart(copy.deepcopy(model)(x).detach(), expected) < 1e-6
+    holds_exactly_the_live(model, opt)
+    engine.undo()
+    assert equal(snapshot(model, opt), before)
+    engine.insert_layer(after=layer)
+    inserted = [p.detach().clone() for p in model.get_submodule(f"{layer}.inserted").parameters()]
+    for _ in range(5):
+        train(model, opt, x)
+    now = list(model.get_submodule(f"{layer}.inserted").parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(inserted, now, strict=True))
+    assert engine.structure.groups
+
+
+@pytest.mark.parametrize(("name", "layer"), [("mlp", "2"), ("residual", "blocks.1")])
+def test_a_removed_layer_is_made_up_for(name: str, layer: str) -> None:
+    model, opt, engine, x = prepared(name)
+    expected, before = model(x).detach(), snapshot(model, opt)
+    receipt = engine.remove_layer(layer, batches=[x], force=True)
+    error = apart(model(x).detach(), expected)
+    holds_exactly_the_live(model, opt)
+    assert receipt.parameters_after < receipt.parameters_before
+    assert "explains" in receipt.notes[0]
+    assert receipt.removed_ids
+    engine.undo()
+    assert equal(snapshot(model, opt), before)
+    if name == "residual":  # nothing in its place, and nothing made up for
+        for p in model.blocks[1][3].parameters():
+            nn.init.zeros_(p)
+        assert error < apart(model(x).detach(), expected)
+
+
+def test_what_cannot_be_inserted_or_removed_says_why() -> None:
+    model, opt, engine, _ = prepared("conv")
+    before = snapshot(model, opt)
+    for call, why in (
+        (lambda: engine.insert_layer("nope"), "no layer 'nope'"),
+        (lambda: engine.insert_layer("1"), "BatchNorm2d"),
+        (lambda: engine.remove_layer("nope"), "no layer 'nope'"),
+        (lambda: engine.remove_layer("0"), "cannot be removed"),
+        (lambda: engine.expand_layer("9", 1), "part of the model's output"),
+        (lambda: engine.expand_layer("0", 0), "1 neuron or more"),
+    ):
+        with pytest.raises(SurgeryError, match=why):
+            call()
+    assert equal(snapshot(model, opt), before)
+
+
+@pytest.mark.parametrize("of", ["neurons", "parameters", "flops"])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_compression_meets_its_budget(name: str, of: str) -> None:
+    model, opt, engine, x = prepared(name)
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0.0, -3.0
+    engine.calibrate([x])
+    units = sum(g.size for g in engine.structure.groups if g.prunable)
+    receipt = engine.compress(0.6, of, progress=False)
+    left = sum(g.size for g in engine.structure.groups if g.prunable)
+    achieved = {
+        "neurons": left / units,
+        "parameters": receipt.parameters_after / receipt.parameters_before,
+        "flops": receipt.flops_after / receipt.flops_before,
+    }[of]
+    assert abs(achieved - 0.6) <= 0.02
+    assert receipt.parameters_after == sum(p.numel() for p in model.parameters())
+    holds_exactly_the_live(model, opt)
+    assert 1 in receipt.removed_ids  # the one that says nothing is the first to go
+    train(model.train(), opt, x)
+
+
+def test_a_compression_that_cannot_be_met_says_so() -> None:
+    model, opt, engine, _ = prepared("mlp")
+    before = snapshot(model, opt)
+    for keep, of, why in (
+        (0.001, "parameters", "floor"),
+        (2.0, "flops", "share"),
+        (0.5, "love", "one of"),
+    ):
+        with pytest.raises(SurgeryError, match=why):
+            engine.compress(keep, of, progress=False)
+    assert equal(snapshot(model, opt), before)
+
+
+def test_recommendations_become_one_change(tmp_path: Any) -> None:
+    model, opt, engine, x = prepared("mlp")
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0.0, -1.0
+        model[0].weight[4], model[0].bias[4] = 2 * model[0].weight[3], 2 * model[0].bias[3]
+    engine.start_tracking(enable_correlation_analysis=True)
+    expected = model(x).detach()
+    engine.stop_tracking()
+    advice = engine.generate_optimization_recommendations(pruning_threshold=0.0)
+    before = snapshot(model, opt)
+    path = engine.save_optimization_recommendations(tmp_path / "a.json", pruning_threshold=0.0)
+    dry = engine.apply_recommendations(path, dry_run=True)
+    assert dry.dry_run
+    assert equal(snapshot(model, opt), before)
+    receipt = engine.apply_recommendations(advice)
+    assert {1} < set(receipt.removed_ids)
+    assert {3, 4} & set(receipt.removed_ids)
+    assert apart(model(x).detach(), expected) < 10 * receipt.output_difference + 1e-5
+    engine.undo()
+    assert equal(snapshot(model, opt), before)
+    for bad in ({}, {"prune": [{}], "merge": [], "expand": []}, {**advice, "schema_version": "9"}):
+        with pytest.raises(SurgeryError):
+            engine.apply_recommendations(bad)
+    with pytest.raises(SurgeryError, match="can be read from"):
+        engine.apply_recommendations(tmp_path / "nothing.json")
+    assert equal(snapshot(model, opt), before)
