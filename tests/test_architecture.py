@@ -29,6 +29,9 @@ ORDER = [
     "figures",
     "watcher",
     "surgery",
+    "journal",
+    "memory",
+    "surgeon",
     "engine",
     "__init__",
 ]

@@ -3,7 +3,7 @@
 `NeuronEngine` is the one facade; `NeuronTracker` is the same class under its other public name.
 """
 
-from tracker.engine import NeuronEngine
+from tracker.engine import NeuronEngine, apply_journal
 from tracker.errors import (
     CheckpointError,
     NotTrackedError,
@@ -31,4 +31,5 @@ __all__ = [
     "UnknownNeuronError",
     "VerificationError",
     "__version__",
+    "apply_journal",
 ]

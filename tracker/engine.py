@@ -1,36 +1,27 @@
-"""The facade: what looks (`NeuronWatcher`), and what knows and changes structure. No arithmetic here."""
+"""The facade: what looks (`NeuronWatcher`), what changes (`NeuronSurgeon`), and what remembers. No arithmetic here."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tracker.errors import SurgeryError, UnknownNeuronError
-from tracker.identity import layer_named
-from tracker.probe import Arguments, arguments
-from tracker.structure import Structure
-from tracker.surgery import Receipt, UndoLog
-from tracker.surgery.advice import requests
-from tracker.surgery.calibration import collect, consumers
-from tracker.surgery.compression import Limits, plan_compression
-from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
-from tracker.surgery.merging import plan_merge
-from tracker.surgery.plan import Plan, units_of
-from tracker.surgery.receipt import joined
-from tracker.surgery.removal import plan_pruning
-from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
-from tracker.surgery.transaction import Witness, carry_out, refuse_inside_a_pass
-from tracker.watcher import NeuronWatcher
+from tracker import memory
+from tracker.errors import CheckpointError
+from tracker.journal import read_checkpoint, write_checkpoint
+from tracker.surgeon import NeuronSurgeon
+from tracker.surgery import UndoLog
+from tracker.surgery.optimizers import unwrapped
+from tracker.tracker import unwrap
 
-Neurons = Iterable[int] | Mapping[str, Sequence[int]]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class NeuronEngine(NeuronWatcher):
+class NeuronEngine(NeuronSurgeon):
     """Watches every neuron of a model, tells which ones matter, and removes them in place.
 
     Calls speak of the current model: the last one that was tracked, or whose hooks were registered. Calls that begin
@@ -56,355 +47,81 @@ class NeuronEngine(NeuronWatcher):
         8
     """
 
-    def __init__(
-        self,
-        activation_threshold: float = 0.01,
-        correlation_threshold: float = 0.9,
-        *,
-        observe: str = "reads",
-    ) -> None:
-        super().__init__(activation_threshold, correlation_threshold, observe=observe)
-        self._optimizers: list[Any] = []
-        self._followers: list[nn.Module] = []
-        self._undo: UndoLog | None = None
+    def save_checkpoint(self, path: str | PathLike[str]) -> Path:
+        """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.
 
-    @property
-    def structure(self) -> Structure:
-        """What of the current model lives and dies together: traced when first asked; the model is not changed.
+        One that is there already is replaced at the end: whenever the machine stops, the old or the new one loads.
 
         Raises:
-            StructureError: The model has not run yet and no example inputs were given, or it cannot be traced.
+            CheckpointError: Something cannot be saved, or `path` is something else.
         """
-        return self._tracker.structure()
+        settings = {
+            "activation_threshold": self.activation_threshold,
+            "correlation_threshold": self.correlation_threshold,
+            "observe": self._tracker.observe_at,
+        }
+        content = memory.gather(
+            self._tracker, unwrapped(self._optimizers), self.history, self.journal, settings
+        )
+        return write_checkpoint(path, content)
 
-    def attach_optimizer(self, *optimizers: Any) -> None:
-        """Have the state of these optimizers move with every change of the model."""
-        self._optimizers += [
-            o for o in optimizers if not any(o is known for known in self._optimizers)
-        ]
-
-    def attach_follower(self, *models: nn.Module) -> None:
-        """Have these copies of the model (an EMA, say) change alike."""
-        self._followers += [m for m in models if not any(m is known for known in self._followers)]
-
-    def calibrate(self, batches: Iterable[Any], limit: int | None = None) -> int:
-        """Observe what the consumers of prunable groups read, for changes that make up for what goes.
-
-        One pass in eval mode over `batches` (or the first `limit`); each is what the model takes: a tensor, a tuple of
-        positional arguments, or a dict of keyword arguments. Of an (inputs, targets) pair, as data loaders give, name
-        the inputs: `(x for x, _ in loader)`. Takes (columns)² numbers of 8 bytes for each consumer.
-
-        Returns:
-            Consumers that were observed.
-        """
-        entry = self._tracker.current
-        groups = [g for g in self.structure.groups if g.prunable]
-        wanted, _ = consumers(entry.model(), groups)
-        with entry.observer.paused():
-            entry.reads = collect(entry.model(), itertools.islice(batches, limit), wanted)
-        return len(entry.reads)
-
-    def prune_units(
-        self,
-        units: Mapping[str, Sequence[int]],
-        compensate: bool = False,
-        *,
-        dry_run: bool = False,
-        verify: bool = True,
-    ) -> Receipt:
-        """Remove units in place: {group name: unit indices}, groups as in `structure`. See docs/surgery.md.
+    @classmethod
+    def load_checkpoint(
+        cls, path: str | PathLike[str], fresh_model: nn.Module, optimizer: Any = None
+    ) -> Self:
+        """An engine that goes on where `save_checkpoint` was called.
 
         Args:
-            units: What goes.
-            compensate: The consumers take over what the other units explain of those that go, in least squares over
-                what was observed: by `calibrate`, else in a window with correlation, else on the example inputs. Else
-                they see zero in their place.
-            dry_run: Only tell what would happen.
-            verify: Compare with what is promised, on a copy in float64 and after the change.
+            path: The directory.
+            fresh_model: Built by the original code, at its original sizes; it is changed in place.
+            optimizer: One (or a list) of the same class over the fresh model's parameters.
 
         Raises:
-            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
-            VerificationError: The result would not have been (or was not) as promised; everything is as before.
+            CheckpointError: The checkpoint is damaged or does not fit; model and optimizer are as they were.
         """
-        return self._change(
-            lambda: plan_pruning(self._tracker, units, compensate), dry_run=dry_run, verify=verify
-        )
-
-    def prune_neurons(
-        self,
-        neurons: Neurons,
-        compensate: bool = True,
-        *,
-        dry_run: bool = False,
-        verify: bool = True,
-    ) -> Receipt:
-        """Remove neurons in place: ids, or {layer name: local indices}. Arguments as for `prune_units`.
-
-        Raises:
-            UnknownNeuronError: No neuron has such an id.
-            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
-        """
-        units = units_of(self.structure, self._places(neurons))
-        receipt = self.prune_units(units, compensate, dry_run=dry_run, verify=verify)
-        return receipt
-
-    def merge_neurons(
-        self, pairs: Iterable[tuple[int, int]], *, dry_run: bool = False, verify: bool = True
-    ) -> Receipt:
-        """Fold neurons into others: [(keep id, drop id), ...], each by the affine map that fits best.
-
-        Raises:
-            UnknownNeuronError: No neuron has such an id.
-            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
-        """
-        asked = list(pairs)
-        places = self._places([n for pair in asked for n in pair])
-        folded = list(zip(places[::2], places[1::2], strict=True))
-        return self._change(
-            lambda: plan_merge(self._tracker, folded), dry_run=dry_run, verify=verify
-        )
-
-    def expand_layer(
-        self,
-        layer_name: str,
-        count: int,
-        *,
-        batches: Iterable[Any] | None = None,
-        loss: Loss | None = None,
-        seed: int = 0,
-        dry_run: bool = False,
-        verify: bool = True,
-    ) -> Receipt:
-        """Add neurons to a layer; the model's function stays. Their ids are in the receipt's `added_ids`.
-
-        They are read with weights of zero at first. Their own weights are random directions or, where `batches` and
-        `loss` are given (`loss(output, batch)`, the batch's first entry is what the model takes), those by which the
-        loss falls fastest.
-
-        Raises:
-            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
-        """
-        layer_named(list(self._tracker.current.layers), layer_name)
-
-        def plan() -> tuple[Plan, list[str]]:
-            directions = None
-            if batches is not None and loss is not None:
-                directions = gradient_directions(self._tracker, layer_name, batches, loss)
-            return plan_expansion(self._tracker, layer_name, count, directions, seed), []
-
-        return self._change(plan, dry_run=dry_run, verify=verify)
-
-    def recycle_neurons(
-        self, neuron_ids: Neurons, *, seed: int = 0, dry_run: bool = False, verify: bool = True
-    ) -> Receipt:
-        """Give neurons a new start in their places: fresh weights, read with zero; others take over what they did.
-
-        The function stays where they are dead or constant. The new neurons have new ids.
-
-        Raises:
-            UnknownNeuronError: No neuron has such an id.
-            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
-        """
-        units = units_of(self.structure, self._places(neuron_ids))
-        return self._change(
-            lambda: plan_recycling(self._tracker, units, seed), dry_run=dry_run, verify=verify
-        )
-
-    def compress(
-        self,
-        keep: float = 0.5,
-        of: str = "parameters",
-        *,
-        batches: Iterable[Any] | None = None,
-        round_to: int = 1,
-        floor: int | Mapping[str, int] = 1,
-        inexact: bool = False,
-        progress: bool = True,
-        dry_run: bool = False,
-        verify: bool = True,
-    ) -> Receipt:
-        """Shrink the whole model to a share of its parameters, FLOPs, or prunable units ("neurons").
-
-        One allocation over all groups by what the consumers are predicted to lose per unit of cost, and then one
-        change, in which they take over what goes.
-
-        Args:
-            keep: The share that stays, met to within 2% of the whole.
-            of: "parameters" or "flops" of the model, or "neurons": units of the groups that can shrink.
-            batches: Calibration data, as for `calibrate`; without them, what was observed before.
-            round_to: Widths are to be multiples of it.
-            floor: Units that must stay in each group, or in some: {group name: units}.
-            inexact: Whether groups may shrink that a norm runs over (the residual stream).
-            progress: Show a bar while units are weighed.
-            dry_run: Only tell what would happen.
-            verify: Compare with what is promised, on a copy in float64 and after the change.
-
-        Raises:
-            SurgeryError: It cannot be met, nothing was touched; the message says why.
-        """
-        if batches is not None:
-            self.calibrate(batches)
-        limits = Limits(round_to, floor, inexact)
-        return self._change(
-            lambda: plan_compression(self._tracker, keep, of, limits, progress=progress),
-            dry_run=dry_run,
-            verify=verify,
-        )
-
-    def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
-        """Insert a layer of the same width behind the layer `after`; the model's function stays.
-
-        The identity where a ReLU reads the layer, a residual block of zero output elsewhere. It is a child of `after`,
-        named "inserted".
-
-        Raises:
-            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
-        """
-        return self._change(
-            lambda: (plan_insertion(self._tracker, after), []), dry_run=dry_run, verify=verify
-        )
-
-    def remove_layer(
-        self,
-        layer_name: str,
-        *,
-        batches: Iterable[Any] | None = None,
-        force: bool = False,
-        dry_run: bool = False,
-        verify: bool = True,
-    ) -> Receipt:
-        """Remove a hidden layer of a chain, or a residual block; what is left is refitted by least squares.
-
-        The fit is over `batches` (what the model takes), by default the example inputs. The receipt's notes tell how
-        much of what the layer did is explained; too little is refused, unless forced.
-
-        Raises:
-            SurgeryError: Refused, nothing was touched; the message says what stands in the way.
-        """
-        observer = self._tracker.current.observer
-
-        def plan() -> tuple[Plan, list[str]]:
-            if observer.inputs is None:
-                _ = self.structure  # tells what is missing
-            assert observer.inputs is not None
-            given = [Arguments(*observer.inputs)] if batches is None else map(arguments, batches)
-            return plan_layer_removal(self._tracker, layer_name, list(given), force)
-
-        return self._change(plan, dry_run=dry_run, verify=verify)
-
-    def apply_recommendations(
-        self,
-        recommendations: Mapping[str, Any] | str | PathLike[str],
-        *,
-        dry_run: bool = False,
-        verify: bool = True,
-    ) -> Receipt:
-        """Do what recommendations say, as one change: merge, then prune, then expand.
-
-        They are a dict as `generate_optimization_recommendations` returns, or the path of its JSON file. What cannot be
-        done is in the receipt's `skipped`, with the reason.
-
-        Raises:
-            SurgeryError: They are no recommendations or for another model, or nothing of them can be done; nothing was
-                touched.
-        """
-        refuse_inside_a_pass(self._tracker)
-        asked = requests(self._tracker, recommendations)
-        steps: list[Callable[[], Receipt]] = []
-        if asked.merge:
-            steps.append(lambda: self.merge_neurons(asked.merge, verify=verify))
-        if asked.prune:
-            steps.append(lambda: self.prune_neurons(asked.prune, verify=verify))
-        for layer, count in asked.expand.items():
-            steps.append(lambda n=layer, c=count: self.expand_layer(n, c, verify=verify))  # type: ignore[misc]
-        return self._change_all("apply_recommendations", steps, asked.skipped, dry_run=dry_run)
-
-    def undo(self) -> None:
-        """Take the last change back, bit for bit: model, gradients, optimizer state, ids, statistics.
-
-        Raises:
-            SurgeryError: There is no change to take back.
-        """
-        if self._undo is None:
-            raise SurgeryError("There is no change to undo: only the last one can be taken back.")
-        self._undo.undo()
-        self._undo = None
-
-    def _change(
-        self, plan: Callable[[], tuple[Plan, list[str]]], *, dry_run: bool, verify: bool
-    ) -> Receipt:
-        refuse_inside_a_pass(self._tracker)
-        with torch.inference_mode(False):  # what is made inside the caller's could not be written
-            drawn, notes = plan()
-            receipt, log = carry_out(
-                self._tracker,
-                drawn,
-                self._optimizers,
-                self._followers,
-                dry_run=dry_run,
-                verify=verify,
-                notes=notes,
-            )
-        if log is not None:
-            self._undo = log
-        return receipt
-
-    def _change_all(
-        self,
-        operation: str,
-        steps: Sequence[Callable[[], Receipt]],
-        skipped: Sequence[str],
-        *,
-        dry_run: bool,
-    ) -> Receipt:
-        """Several changes as one: all or none, undone together."""
-        if not steps:
-            why = "; ".join(skipped[:3]) or "they name nothing"
-            raise SurgeryError(f"{operation}: there is nothing to do ({why}).")
-        before, whole = self._undo, UndoLog()
-        receipts: list[Receipt] = []
-        witness = Witness(self._tracker)
+        content = read_checkpoint(path)
+        given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        optimizers = [o for o in given if o is not None]
+        model, log = unwrap(fresh_model), UndoLog()
         try:
-            for step in steps:
-                try:
-                    receipts.append(step())
-                except SurgeryError as error:  # noqa: PERF203
-                    skipped = [*skipped, str(error)]
-                else:
-                    assert self._undo is not None
-                    whole.add(self._undo.undo)
-            if not receipts:
-                raise SurgeryError(f"{operation}: nothing of it can be done ({skipped[-1]}).")
-            receipt = joined(operation, receipts, witness.difference(), skipped, dry_run=dry_run)
-        except BaseException:
-            whole.undo()
-            self._undo = before
+            with torch.inference_mode(False):
+                noise = memory.random_states(content)
+                journal = memory.load_model(model, content, log)
+                memory.load_optimizers(model, unwrapped(optimizers), content, log)
+                facts = content.texts["engine"]
+                engine = cls(**facts["settings"])
+                engine.track_model(model, str(facts["name"]))
+                history = memory.load_tracker(engine._tracker, content)
+        except CheckpointError:
+            log.undo()
             raise
-        self._undo = whole
-        if dry_run:
-            self.undo()
-            self._undo = before
-        return receipt
+        except Exception as error:
+            log.undo()
+            raise CheckpointError(
+                f"The checkpoint {path} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        engine.attach_optimizer(*optimizers)
+        engine._journals[engine._model_key()] = journal
+        if history is not None:
+            engine._histories[engine._model_key()] = history
+        noise()
+        return engine
 
-    def _places(self, neurons: Neurons) -> list[tuple[str, int]]:
-        """(layer, local index) of neurons given by ids, or as {layer: local indices}."""
-        current = self._tracker.current
-        places: list[tuple[str, int]] = []
-        if isinstance(neurons, Mapping):
-            for layer, indices in neurons.items():
-                size = len(current.layers[layer_named(list(current.layers), layer)].ids)
-                wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < size]
-                if wrong:
-                    raise UnknownNeuronError(
-                        f"Layer {layer!r} has no neuron {wrong[0]!r}: its local indices are 0 to {size - 1}."
-                    )
-                places += [(layer, i) for i in indices]
-            return places
-        for neuron in neurons:
-            entry, index = self._tracker.registry.find(neuron)
-            if current.layers.get(entry.layer) is not entry:
-                raise UnknownNeuronError(
-                    f"Neuron {neuron} belongs to the model {entry.model!r}, not to {current.name!r}."
-                )
-            places.append((entry.layer, index))
-        return places
+
+def apply_journal(fresh_model: nn.Module, path: str | PathLike[str]) -> nn.Module:
+    """Give a freshly built model the architecture and the weights of a checkpoint, for deployment; return it.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or does not fit; the model is as it was.
+    """
+    content, log = read_checkpoint(path), UndoLog()
+    try:
+        with torch.inference_mode(False):
+            memory.load_model(unwrap(fresh_model), content, log)
+    except CheckpointError:
+        log.undo()
+        raise
+    except Exception as error:
+        log.undo()
+        raise CheckpointError(f"The checkpoint {path} cannot be loaded: {error}") from error
+    return fresh_model

@@ -121,12 +121,20 @@ class TrainingHistory:
         Raises:
             StatisticsError: The file is missing, broken, or not a history; the message says what is wrong with it.
         """
-        data = read_json(path)
+        return cls.from_dict(read_json(path), os.fspath(path))
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "this") -> TrainingHistory:
+        """A history from what `to_dict` gave.
+
+        Raises:
+            StatisticsError: It is not a history; the message says what is wrong with it.
+        """
         try:
             return _parse(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StatisticsError(
-                f"{os.fspath(path)!r} is not a training history: {_reason(error)}. "
+                f"{source!r} is not a training history: {_reason(error)}. "
                 "Expected is a file written by save_training_history."
             ) from error
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tracker.errors import NotTrackedError, UnknownNeuronError
 from tracker.slotmap import SlotMap
@@ -86,6 +87,42 @@ class NeuronRegistry:
         index = entry.local_index(neuron_id)
         assert index is not None
         return entry, index
+
+    def to_dict(self, layers: Mapping[str, LayerIds]) -> dict[str, Any]:
+        """Plain data of one model's layers, for JSON."""
+        own = {id(entry): name for name, entry in layers.items()}
+        blocks = [
+            [start, own.get(id(block), block.layer)]
+            for start, block in zip(self._starts, self._blocks, strict=True)
+        ]
+        gone = {str(n): why for n, why in self._gone.items()}
+        ids = {name: list(entry.ids) for name, entry in layers.items()}
+        return {"next": self._next, "blocks": blocks, "gone": gone, "layers": ids}
+
+    def restore_from(self, data: Mapping[str, Any], model: str) -> dict[str, LayerIds]:
+        """Take over what `to_dict` gave; the layers by name.
+
+        Raises:
+            ValueError: An id occurs twice, or was never given out.
+        """
+        top = int(data["next"])
+        layers = {n: LayerIds(model, n, [int(i) for i in ids]) for n, ids in data["layers"].items()}
+        gone = {int(n): str(why) for n, why in data["gone"].items()}
+        blocks = [(int(start), str(name)) for start, name in data["blocks"]]
+        living = [i for entry in layers.values() for i in entry.ids]
+        every = [*living, *gone]
+        if len(set(every)) < len(every) or any(not 0 <= i < top for i in every):
+            raise ValueError("an id occurs twice, or was never given out")
+        starts = [start for start, _ in blocks]
+        if starts != sorted(set(starts)) or (living and (not starts or starts[0] > min(living))):
+            raise ValueError("blocks of ids are out of order")
+        departed: dict[str, LayerIds] = {}
+        self._starts, self._next, self._gone = starts, top, gone
+        self._blocks = [
+            layers.get(name) or departed.setdefault(name, LayerIds(model, name, []))
+            for _, name in blocks
+        ]
+        return layers
 
     def _extend(self, entry: LayerIds, count: int, owner: LayerIds | None = None) -> None:
         if count:

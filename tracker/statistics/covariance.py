@@ -189,14 +189,18 @@ class CovarianceStream:
         comoment = upper + upper.triu(1).T
         return Covariance(self._total.count.cpu(), self._total.mean.cpu(), comoment)
 
-    def reslot(self, slots: SlotMap) -> CovarianceStream:
-        """A stream that goes on from here with neurons removed, added or reordered."""
-        value, device = self.value().reslot(slots), self._partial.device
-        moved = CovarianceStream(slots.size, device)
-        moved._total = Covariance(
+    @classmethod
+    def resumed(cls, value: Covariance, device: torch.device | str = "cpu") -> CovarianceStream:
+        """A stream that goes on from what was observed."""
+        stream = cls(len(value.mean), device)
+        stream._total = Covariance(
             *(t.to(device) for t in (value.count, value.mean, value.comoment))
         )
-        return moved
+        return stream
+
+    def reslot(self, slots: SlotMap) -> CovarianceStream:
+        """A stream that goes on from here with neurons removed, added or reordered."""
+        return CovarianceStream.resumed(self.value().reslot(slots), self._partial.device)
 
 
 @contextmanager

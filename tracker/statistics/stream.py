@@ -61,11 +61,16 @@ class ActivityStream:
         self._flush()
         return self._total
 
+    @classmethod
+    def resumed(cls, value: Activity, threshold: float) -> ActivityStream:
+        """A stream that goes on from what was observed."""
+        stream = cls(value.table.shape[1], threshold)
+        stream._total = value
+        return stream
+
     def reslot(self, slots: SlotMap) -> ActivityStream:
         """A stream that goes on from here with neurons removed, added or reordered."""
-        moved = ActivityStream(slots.size, self.threshold)
-        moved._total = self.value().reslot(slots)
-        return moved
+        return ActivityStream.resumed(self.value().reslot(slots), self.threshold)
 
     def _flush(self) -> None:
         if self._pending:

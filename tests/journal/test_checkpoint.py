@@ -1,0 +1,309 @@
+"""Resume equals uninterrupted training, bit for bit; nothing from a broken file gets in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.surgery.subjects import MODELS, OPTIMIZERS, equal, snapshot, train
+from tracker import CheckpointError, NeuronEngine, TrackerError, apply_journal
+
+ROOT = Path(__file__).parents[2]
+LONG = bool(os.environ.get("TRACKER_LONG"))
+CHANGES: dict[str, Callable[[NeuronEngine], Any]] = {
+    "prune": lambda e: e.prune_neurons({"0": [0, 3]}),
+    "zero": lambda e: e.prune_neurons({"0": [1]}, compensate=False),
+    "merge": lambda e: e.merge_neurons([(4, 5)]),
+    "expand": lambda e: e.expand_layer("0", 2),
+    "recycle": lambda e: e.recycle_neurons({"0": [2]}),
+    "insert": lambda e: e.insert_layer("0"),
+}
+
+
+def fresh(name: str, optimizer: str) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    build, shape = MODELS[name]
+    model = build()
+    return model, OPTIMIZERS[optimizer](model.parameters()), torch.randn(shape)
+
+
+def begun(name: str, optimizer: str = "Adam") -> tuple[Any, ...]:
+    model, opt, x = fresh(name, optimizer)
+    engine = NeuronEngine(0.02, 0.8)
+    engine.track_model(model, name, example_inputs=x)
+    engine.attach_optimizer(opt)
+    engine.start_tracking(enable_correlation_analysis=True)
+    for step in range(3):
+        engine.log_epoch_statistics(step, train(model, opt, x), 0.5)
+    return model, opt, engine, x
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_resumed_equals_uninterrupted(name: str, optimizer: str, tmp_path: Path) -> None:
+    model, opt, engine, x = begun(name, optimizer)
+    for change in CHANGES.values():
+        change(engine)
+        train(model, opt, x)
+    engine.save_checkpoint(tmp_path / "run")
+    noise = [random.random(), np.random.rand(), float(torch.rand(()))]
+    other, other_opt, _ = fresh(name, optimizer)
+    resumed = NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
+    assert [random.random(), np.random.rand(), float(torch.rand(()))] == noise
+    assert resumed.activation_threshold == 0.02
+    assert equal(dict(model.state_dict()), dict(other.state_dict()))
+    assert str(model) == str(other)
+    assert engine.track_model(model) == resumed.track_model(other)
+    assert engine.get_dataset_statistics() == resumed.get_dataset_statistics()
+    assert engine.history.to_dict() == resumed.history.to_dict()
+    assert str(engine.journal) == str(resumed.journal)
+    assert len(resumed.journal) == len(CHANGES)
+    for step in range(3):
+        assert train(model, opt, x) == train(other, other_opt, x)
+        if step == 1:
+            for each in (engine, resumed):
+                each.expand_layer("0", 3)
+                each.prune_neurons({"0": [1]}, compensate=False)
+    mine, theirs = snapshot(model, opt), snapshot(other, other_opt)
+    assert equal(mine[:2], theirs[:2])
+    assert engine.track_model(model) == resumed.track_model(other)
+
+
+def test_removed_layers_and_heads_come_back_removed(tmp_path: Path) -> None:
+    model, opt, engine, x = begun("residual")
+    engine.remove_layer("blocks.1", batches=[x], force=True)
+    train(model, opt, x)
+    engine.save_checkpoint(tmp_path / "run")
+    other, other_opt, _ = fresh("residual", "Adam")
+    resumed = NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
+    assert train(model, opt, x) == train(other, other_opt, x)
+    assert resumed.track_model(other) == engine.track_model(model)
+
+    torch.manual_seed(0)
+    build: Callable[[], nn.Module] = lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)  # noqa: E731
+    encoder, y = build().eval(), torch.randn(2, 5, 16)
+    engine = NeuronEngine()
+    engine.track_model(encoder, "encoder", example_inputs=y)
+    heads = next(g for g in engine.structure.groups if g.kind == "head" and g.prunable)
+    engine.prune_units({heads.name: [1]})
+    engine.save_checkpoint(tmp_path / "encoder")
+    again = apply_journal(build().eval(), tmp_path / "encoder")
+    with torch.no_grad():
+        assert torch.equal(again(y), encoder(y))
+
+
+def test_the_journal_tells_what_was_done_and_forgets_what_was_undone() -> None:
+    _model, _, engine, _ = begun("mlp")
+    assert str(engine.journal) == "Nothing was changed so far."
+    engine.prune_neurons({"0": [0]})
+    engine.expand_layer("0", 2)
+    assert [e.operation for e in engine.journal] == ["prune_units", "expand_layer"]
+    assert "1 neurons gone" in str(engine.journal)
+    engine.undo()
+    assert len(engine.journal) == 1
+    assert engine.journal[0].removed_ids == (0,)
+    with pytest.raises(TrackerError):
+        engine.prune_neurons({"0": list(range(11))})
+    assert len(engine.journal) == 1
+    json.dumps(engine.journal.to_dict())
+
+
+def test_apply_journal_gives_the_model_alone(tmp_path: Path) -> None:
+    model, _, engine, _x = begun("conv")
+    engine.prune_neurons({"0": [0, 2]})
+    engine.save_checkpoint(tmp_path / "run")
+    other, *_ = fresh("conv", "Adam")
+    assert apply_journal(other, tmp_path / "run") is other
+    assert equal(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Change a JSON file and make its hash right again: the content itself must be refused."""
+
+    def do(folder: Path) -> None:
+        import hashlib
+
+        file = folder / name
+        data = json.loads(file.read_text())
+        data = change(data) or data
+        file.write_text(json.dumps(data))
+        if name != "manifest.json":
+            manifest = json.loads((folder / "manifest.json").read_text())
+            facts = manifest["files"][name]
+            facts["bytes"] = file.stat().st_size
+            facts["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return do
+
+
+def truncate(name: str, share: float) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * share)])
+
+    return do
+
+
+def flip(name: str, at: float) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[int(len(data) * at)] ^= 0x10
+        (folder / name).write_bytes(bytes(data))
+
+    return do
+
+
+def gone(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def put(data: Any, *path: Any, value: Any) -> None:
+    for key in path[:-1]:
+        data = data[key]
+    data[path[-1]] = value
+
+
+FILES = (
+    "manifest.json", "journal.json", "engine.json", "model.safetensors", "optimizer.safetensors",
+    "statistics.safetensors", "random.safetensors",
+)  # fmt: skip
+J, G, M = "journal.json", "engine.json", "manifest.json"
+FOREIGN = [["", ["__class__"], "__init__", None, 3]]
+GIGANTIC = {"0.inserted": {"kind": "ReluIdentity", "layer": "Linear", "width": 10**9}}
+HOSTILE: dict[str, Callable[[Path], None]] = {
+    **{f"no {f}": gone(f) for f in FILES},
+    **{f"half of {f}": truncate(f, 0.5) for f in FILES},
+    **{f"nothing of {f}": truncate(f, 0.0) for f in FILES},
+    **{f"a bit of {f}": flip(f, 0.6) for f in FILES},
+    "another format": edit(M, lambda d: put(d, "format", value="pickle")),
+    "a future version": edit(M, lambda d: put(d, "version", value=2)),
+    "a version of text": edit(M, lambda d: put(d, "version", value="1")),
+    "a list for a manifest": edit(M, lambda d: [1, 2]),
+    "a path that leads out": edit(M, lambda d: put(d, "files", "../../etc/passwd", value={})),
+    "no files": edit(M, lambda d: put(d, "files", value={})),
+    "a gigantic size": edit(M, lambda d: put(d, "files", J, "bytes", value=2**60)),
+    "a size of NaN": edit(M, lambda d: put(d, "files", J, "bytes", value=float("nan"))),
+    "no hash": edit(M, lambda d: put(d, "files", J, value={"bytes": 3})),
+    "a future journal": edit(J, lambda d: put(d, "schema_version", value=9)),
+    "a journal of text": edit(J, lambda d: "journal"),
+    "entries of text": edit(J, lambda d: put(d, "entries", value="x")),
+    "an unknown operation": edit(J, lambda d: put(d, "entries", 0, "operation", value="exec")),
+    "negative slots": edit(J, lambda d: put(d, "entries", 0, "slots", "0.weight", "0", value=[[-7, 2]])),
+    "a gigantic axis": edit(J, lambda d: put(d, "entries", 0, "slots", "0.weight", "0", value=[[-1, 2**40]])),
+    "slots beyond the axis": edit(J, lambda d: put(d, "entries", 0, "slots", "0.weight", "0", value=[[90, 10]])),
+    "slots of another tensor": edit(J, lambda d: put(d, "entries", 0, "slots", "nope", value={"0": [[0, 1]]})),
+    "a dimension too many": edit(J, lambda d: put(d, "entries", 0, "slots", "0.weight", "7", value=[[0, 1]])),
+    "a foreign attribute": edit(
+        J, lambda d: put(d, "entries", 0, "attributes", value=FOREIGN)),
+    "a foreign module": edit(J, lambda d: put(d, "entries", 0, "modules", value={"0.inserted": {"kind": "os.system"}})),
+    "a gigantic module": edit(J, lambda d: put(d, "entries", 0, "modules", value=GIGANTIC)),
+    "another fingerprint": edit(J, lambda d: put(d, "entries", 0, "before", value="0" * 64)),
+    "an entry left out": edit(J, lambda d: d["entries"].pop(0) and None),
+    "an entry of null": edit(J, lambda d: put(d, "entries", 0, value=None)),
+    "ids twice": edit(G, lambda d: put(d, "registry", "layers", "0", value=[1] * len(d["registry"]["layers"]["0"]))),
+    "an id never given": edit(G, lambda d: put(d, "registry", "layers", "0", 0, value=10**9)),
+    "too few ids": edit(G, lambda d: d["registry"]["layers"]["0"].pop() and None),
+    "no registry": edit(G, lambda d: d.pop("registry") and None),
+    "settings of nobody": edit(G, lambda d: put(d, "settings", value={"evil": 1})),
+    "thresholds of text": edit(G, lambda d: put(d, "settings", "activation_threshold", value="x")),
+    "another optimizer": edit(G, lambda d: put(d, "optimizers", 0, "class", value="SGD")),
+    "two optimizers": edit(G, lambda d: d["optimizers"].append(d["optimizers"][0])),
+    "a foreign parameter": edit(G, lambda d: put(d, "optimizers", 0, "groups", 0, "names", 0, value="nope")),
+    "an alias to nowhere": edit(G, lambda d: put(d, "aliases", value={"0.weight": "nope"})),
+    "no random states": edit(G, lambda d: put(d, "random", value={})),
+    "random states of text": edit(G, lambda d: put(d, "random", "python", value="x")),
+    "a history of text": edit(G, lambda d: put(d, "history", value="x")),
+    "engine is a list": edit(G, lambda d: [1]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    _model, _, engine, _ = begun("mlp")
+    engine.prune_neurons({"0": [0, 3]})
+    engine.expand_layer("0", 1)
+    return engine.save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "run")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_change_nothing(name: str, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    HOSTILE[name](folder)
+    model, opt, x = fresh("mlp", "Adam")
+    train(model, opt, x)
+    before, noise = copy.deepcopy(snapshot(model, opt)), torch.get_rng_state()
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError) as caught:
+        NeuronEngine.load_checkpoint(folder, model, opt)
+    assert time.perf_counter() - start < 2
+    assert str(caught.value)
+    assert equal(snapshot(model, opt), before)
+    assert torch.equal(torch.get_rng_state(), noise)
+
+
+def test_another_model_is_refused(saved: Path) -> None:
+    for name in ("conv", "gated"):
+        model, opt, _ = fresh(name, "Adam")
+        before = snapshot(model, opt)
+        with pytest.raises(CheckpointError, match="does not fit this model"):
+            NeuronEngine.load_checkpoint(saved, model, opt)
+        assert equal(snapshot(model, opt), before)
+    with pytest.raises(CheckpointError, match="No checkpoint can be read"):
+        apply_journal(nn.Linear(2, 2), saved.parent / "nothing")
+
+
+def test_what_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    _model, _, engine, _ = begun("mlp")
+    with pytest.raises(CheckpointError, match="not overwritten"):
+        engine.save_checkpoint(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+KILLED = """
+import sys, torch
+from tests.journal.test_checkpoint import begun
+model, opt, engine, x = begun("mlp")
+print("ready", flush=True)
+while True:
+    engine.save_checkpoint(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    "times",
+    [8, pytest.param(200, marks=pytest.mark.skipif(not LONG, reason="TRACKER_LONG=1 runs it"))],
+)
+def test_a_kill_leaves_the_old_or_the_new(times: int, tmp_path: Path) -> None:
+    path, draw = tmp_path / "run", random.Random(0)
+    kept = begun("mlp")
+    kept[2].save_checkpoint(path)
+    for _ in range(times):
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(draw.random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        model, opt, _ = fresh("mlp", "Adam")
+        NeuronEngine.load_checkpoint(path, model, opt)
