@@ -32,6 +32,7 @@ ORDER = [
     "journal",
     "memory",
     "surgeon",
+    "training",
     "engine",
     "__init__",
 ]

@@ -14,6 +14,7 @@ from tracker.errors import (
     UnknownNeuronError,
     VerificationError,
 )
+from tracker.training import Policy
 
 NeuronTracker = NeuronEngine
 
@@ -24,6 +25,7 @@ __all__ = [
     "NeuronEngine",
     "NeuronTracker",
     "NotTrackedError",
+    "Policy",
     "StatisticsError",
     "StructureError",
     "SurgeryError",

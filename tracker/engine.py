@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from tracker import memory
-from tracker.errors import CheckpointError
+from tracker.errors import CheckpointError, SurgeryError
 from tracker.journal import read_checkpoint, write_checkpoint
 from tracker.surgeon import NeuronSurgeon
-from tracker.surgery import UndoLog
+from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.optimizers import unwrapped
 from tracker.tracker import unwrap
+from tracker.training import Decision, Policy, SelfModification
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,6 +47,44 @@ class NeuronEngine(NeuronSurgeon):
         >>> engine.get_neuron_stats(0)["observations"]
         8
     """
+
+    def __init__(
+        self,
+        activation_threshold: float = 0.01,
+        correlation_threshold: float = 0.9,
+        *,
+        observe: str = "reads",
+    ) -> None:
+        super().__init__(activation_threshold, correlation_threshold, observe=observe)
+        self._run: SelfModification | None = None
+
+    def start_self_modification(self, policy: Policy | None = None) -> None:
+        """Let the current model change itself while it trains, as the policy says; call `step` after each step.
+
+        Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.
+        """
+        self.stop_self_modification()
+        self._run = SelfModification(self, self._tracker.current.model(), policy or Policy())
+
+    def step(self, loss: torch.Tensor | float) -> Receipt | None:
+        """After each optimizer step: None, or the receipt of what was just changed.
+
+        Raises:
+            SurgeryError: `start_self_modification` was not called.
+        """
+        if self._run is None:
+            raise SurgeryError("Nothing modifies itself yet: call start_self_modification(policy).")
+        return self._run.step(loss)
+
+    def stop_self_modification(self) -> None:
+        """Change nothing any more; `life` stays."""
+        if self._run is not None:
+            self._run.stop()
+
+    @property
+    def life(self) -> list[Decision]:
+        """What was decided so far, and why: changes, refusals, and looks at which nothing was to be done."""
+        return [] if self._run is None else self._run.life
 
     def save_checkpoint(self, path: str | PathLike[str]) -> Path:
         """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.

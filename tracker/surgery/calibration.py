@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tracker.hooks import tensors_in
-from tracker.probe import Arguments, arguments, forward_once, quiet_copy
+from tracker.probe import Arguments, arguments, forward_once, is_probing, quiet_copy
 from tracker.statistics import Covariance, CovarianceStream
 from tracker.structure import UnitGroup
 from tracker.tracker import ActivationTracker, Read
@@ -100,22 +100,41 @@ def collect(
 ) -> dict[str, Read]:
     """One pass over `batches` in eval mode; the inputs of these consumers become covariances."""
     quiet = quiet_copy(model)
-    streams: dict[str, CovarianceStream] = {}
-    handles = []
-    for one in wanted:
-
-        def hook(module: nn.Module, args: object, kwargs: object, one: Consumer = one) -> None:
-            rows = _rows(tensors_in((args, kwargs))[0], one.axis)
-            if one.weight not in streams:
-                streams[one.weight] = CovarianceStream(rows.shape[1], rows.device)
-            streams[one.weight].add(rows)
-
-        module = quiet.get_submodule(one.module)
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    watcher = Watcher(quiet, wanted, heard=True)
     for batch in batches:
         forward_once(quiet, arguments(batch))
-    dims = {one.weight: one.reads for one in wanted}
-    return {weight: Read(dims[weight], stream.value()) for weight, stream in streams.items()}
+    return watcher.stop()
+
+
+class Watcher:
+    """Hooks that turn the inputs of consumers into covariances, until `stop`. `heard`: also in passes of our own."""
+
+    def __init__(
+        self, model: nn.Module, wanted: Iterable[Consumer], *, heard: bool = False
+    ) -> None:
+        self._streams: dict[str, CovarianceStream] = {}
+        self._dims: dict[str, int] = {}
+        self._handles = []
+        for one in wanted:
+            self._dims[one.weight] = one.reads
+
+            def hook(module: nn.Module, args: object, kwargs: object, one: Consumer = one) -> None:
+                if heard or not is_probing():
+                    self._add(one, _rows(tensors_in((args, kwargs))[0], one.axis))
+
+            module = model.get_submodule(one.module)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def stop(self) -> dict[str, Read]:
+        """Take the hooks off; what was seen, by consumer's weight."""
+        while self._handles:
+            self._handles.pop().remove()
+        return {w: Read(self._dims[w], stream.value()) for w, stream in self._streams.items()}
+
+    def _add(self, one: Consumer, rows: Tensor) -> None:
+        if one.weight not in self._streams:
+            self._streams[one.weight] = CovarianceStream(rows.shape[1], rows.device)
+        self._streams[one.weight].add(rows)
 
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:

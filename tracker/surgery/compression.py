@@ -48,7 +48,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class Problem:
     """What the units of one group do for the consumers: columns of one covariance, and weights that read them."""
 
     covariance: Tensor
@@ -73,7 +73,7 @@ def plan_compression(
         raise SurgeryError(f"keep is a share between 0 and 1, not {keep!r}.")
     entry = tracker.current
     model = entry.model()
-    groups, problems, left_out = _candidates(tracker, limits)
+    groups, problems, left_out = problems_of(tracker, limits)
     if not groups:
         raise SurgeryError(
             "There is nothing to compress: no group can be pruned whose consumers were seen to read. "
@@ -165,9 +165,9 @@ def _nearer(
     return removed
 
 
-def _candidates(
+def problems_of(
     tracker: ActivationTracker, limits: Limits
-) -> tuple[list[UnitGroup], list[_Problem], list[str]]:
+) -> tuple[list[UnitGroup], list[Problem], list[str]]:
     """Groups that can shrink by themselves, what their consumers read, and what was left out with the reason."""
     entry, structure = tracker.current, tracker.structure()
     model = entry.model()
@@ -206,7 +206,7 @@ def _candidates(
     return groups, problems, left_out
 
 
-def _problem(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> _Problem | None:
+def _problem(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> Problem | None:
     """The consumers of a group side by side; those that read the same are one."""
     able, _ = consumers(model, [group])
     parts: list[tuple[Consumer, Read, Tensor]] = []
@@ -250,7 +250,7 @@ def _problem(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> _
         count = min(count, n)
     used = {i for unit in units for i in unit}
     rest = [[i] for i in range(offset) if i not in used]
-    return _Problem(
+    return Problem(
         blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks),
         weights[0] if len(weights) == 1 else torch.block_diag(*weights),
         torch.cat(means),
@@ -270,7 +270,7 @@ def _same_input(a: Read, b: Read, one: Consumer, other: Consumer) -> bool:
     )
 
 
-def _chosen(problem: _Problem, order: Sequence[int], remove: int, size: int) -> list[int]:
+def _chosen(problem: Problem, order: Sequence[int], remove: int, size: int) -> list[int]:
     """The units that go: as the path went or, where few stay, as a second look says."""
     if size - remove <= 0.15 * size:
         found = select(

@@ -1,0 +1,142 @@
+"""A network that changes itself while it trains: what must hold whatever the policy does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.surgery.subjects import holds_exactly_the_live, mlp, prepared
+from tracker import NeuronEngine, Policy, SurgeryError
+from tracker.training.policy import Candidate
+
+QUICK = {"warm_up": 10, "every": 12, "look": 4, "settle": 6, "floor": 2}
+
+
+def run(policy: Policy, steps: int = 60, seed: int = 0, name: str = "mlp") -> tuple[Any, ...]:
+    model, opt, engine, x = prepared(name)
+    torch.manual_seed(seed)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 30, 0.5)
+    target = torch.randn(len(x), model(x).shape[1])
+    engine.start_self_modification(policy)
+    receipts = []
+    for _ in range(steps):
+        loss = (model(x) - target).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+        receipt = engine.step(loss)
+        assert bool(loss.isfinite())
+        holds_exactly_the_live(model, opt)
+        if receipt is not None:
+            receipts.append(receipt)
+    engine.stop_self_modification()
+    return model, opt, engine, receipts
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([1e-6, 1e-2, 0.3]),
+    st.sampled_from([0.3, 0.8]),
+    st.booleans(),
+    st.sampled_from(["mlp", "conv"]),
+)
+def test_invariants_hold_for_any_policy(
+    tolerance: float, at_most: float, grow: bool, name: str
+) -> None:
+    policy = Policy(
+        **QUICK, tolerance=tolerance, at_most=at_most, grow=grow, plateau=0.9, max_parameters=4000
+    )
+    model, _, engine, _ = run(policy, 48, name=name)
+    ids = [i for layer in engine.track_model(model).values() for i in layer]
+    assert len(ids) == len(set(ids))
+    assert all(g.size >= 2 for g in engine.structure.groups if g.prunable)
+    assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Linear))
+    assert engine.life[0].step == 0
+    assert all(d.why for d in engine.life)
+
+
+def test_same_seed_same_structure() -> None:
+    policy = Policy(**QUICK, tolerance=0.05, grow=True, plateau=0.9)
+    first, second = (run(policy) for _ in range(2))
+    assert [d.widths for d in first[2].life] == [d.widths for d in second[2].life]
+    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_says_nothing_goes_and_the_journal_knows() -> None:
+    model, opt, engine, x = prepared("mlp")
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0.0, -5.0
+    engine.start_self_modification(Policy(**QUICK, tolerance=1e-9))
+    for _ in range(24):
+        loss = model(x).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        engine.step(loss)
+    assert 1 in [i for entry in engine.journal for i in entry.removed_ids]
+    assert model[0].out_features < 12
+    assert [d.what for d in engine.life][1] == "pruned"
+
+
+def test_a_change_that_hurts_is_undone_and_not_repeated_soon() -> None:
+    """Of a network that needs all it has, most is taken: the loss rises, and it comes back."""
+    torch.manual_seed(0)
+    model, x = mlp(nn.Tanh), torch.randn(400, 6)
+    target = torch.randn(400, 4)
+    opt = torch.optim.Adam(model.parameters(), 1e-2)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", example_inputs=x[:8])
+    engine.attach_optimizer(opt)
+    engine.start_self_modification(
+        Policy(warm_up=300, every=40, look=8, settle=4, tolerance=10.0, at_most=0.9, floor=1, regret=0.01)
+    )  # fmt: skip
+    for _ in range(400):
+        loss = (model(x) - target).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        engine.step(loss)
+    what = [d.what for d in engine.life]
+    assert what[1:3] == ["pruned", "undone"]
+    assert what[3:5] == ["kept", "kept"]
+    assert model[0].out_features == 12
+    assert len(engine.journal) == 0
+
+
+def test_the_budget_binds() -> None:
+    least = 120
+    model, *_ = run(Policy(**QUICK, tolerance=10.0, at_most=0.9, min_parameters=least), 60)
+    assert sum(p.numel() for p in model.parameters()) >= least
+    model, *_ = run(
+        Policy(**QUICK, shrink=False, grow=True, plateau=0.99, at_most=0.9, max_parameters=300), 80
+    )
+    assert 237 < sum(p.numel() for p in model.parameters()) <= 300
+
+
+def test_policies_are_plain_data() -> None:
+    policy = Policy(tolerance=0.5, grow=True)
+    assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    assert "tolerance=0.5" in str(policy)
+    for bad in ({"every": 0}, {"every": 10, "look": 8, "settle": 8}, {"at_most": 1.0}):
+        with pytest.raises(SurgeryError):
+            Policy(**bad)
+    with pytest.raises(SurgeryError, match="no 'evil'"):
+        Policy.from_dict({"evil": 1})
+    one = Candidate("g", "g", 10, tuple(range(9)), (0.0, 0.1, *[5.0] * 7), 3.0)
+    wanted = Policy(tolerance=0.2).decide([one], 100, [1.0], {})
+    assert dict(wanted.remove) == {"g": (0, 1)}
+    assert not Policy(tolerance=0.2).decide([one], 100, [1.0], {"g": 1}).remove
+
+
+def test_a_step_without_a_start_says_so() -> None:
+    _model, _, engine, _ = prepared("mlp")
+    with pytest.raises(SurgeryError, match="start_self_modification"):
+        engine.step(0.5)

@@ -1,0 +1,167 @@
+"""The loop: counts steps, observes before it looks, has the policy decide, measures what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tracker.compensation import backward
+from tracker.errors import TrackerError
+from tracker.surgery import Receipt
+from tracker.surgery.calibration import Watcher, consumers
+from tracker.surgery.compression import Limits, problems_of
+from tracker.surgery.transaction import count
+from tracker.training.policy import Candidate, Policy, Requests
+
+if TYPE_CHECKING:
+    from tracker.surgeon import NeuronSurgeon
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One entry of a network's life: what was decided at a step, and why."""
+
+    step: int
+    what: str  # "pruned", "expanded", "kept", "undone", "refused"
+    why: str
+    loss: float
+    parameters: int
+    widths: dict[str, int]
+
+
+class SelfModification:
+    """One run of a policy on the current model of a surgeon."""
+
+    def __init__(self, surgeon: NeuronSurgeon, model: nn.Module, policy: Policy) -> None:
+        self.policy, self.life = policy, list[Decision]()
+        self.steps = 0
+        self.losses: list[tuple[int, float]] = []  # (step, mean loss since the last entry)
+        self._surgeon, self._model = surgeon, model
+        self._recent: list[Tensor] = []
+        self._means: list[float] = []  # before each look
+        self._blocked: dict[str, int] = {}
+        self._watch: Watcher | None = None
+        self._open: tuple[int, float, tuple[str, ...], Callable[[], None]] | None = None
+        self._note("kept", "the beginning", float("nan"))
+
+    def step(self, loss: Tensor | float) -> Receipt | None:
+        """After each optimizer step; the receipt of what was changed just now, if anything was."""
+        policy = self.policy
+        self._recent.append(torch.as_tensor(loss).detach().float())
+        self.steps += 1
+        since = self.steps - policy.warm_up
+        phase = since % policy.every
+        if self._open is not None and self.steps >= self._open[0] + policy.settle:
+            self._judge()
+        if since >= 0 and phase == 0:
+            return self._look()
+        if since >= -policy.look and phase == policy.every - policy.look:
+            self._begin_to_observe()
+        return None
+
+    def stop(self) -> None:
+        """Observe no more."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _begin_to_observe(self) -> None:
+        groups = [g for g in self._surgeon.structure.groups if g.prunable and g.exact]
+        wanted, _ = consumers(self._model, groups)
+        self._watch = Watcher(self._model, wanted)
+
+    def _look(self) -> Receipt | None:
+        if self._watch is None:
+            return None
+        tracker = self._surgeon._tracker
+        tracker.current.reads = self._watch.stop()
+        self._watch = None
+        lately = self._mean(self.policy.settle)
+        loss = self._mean()
+        self._means.append(loss)
+        self._blocked = {name: n - 1 for name, n in self._blocked.items() if n > 1}
+        wanted = self.policy.decide(
+            self._candidates(), count(self._model), self._means, self._blocked
+        )
+        if not wanted.remove and not wanted.expand:
+            self._note("kept", wanted.why, loss)
+            return None
+        try:
+            receipt = self._do(wanted)
+        except TrackerError as error:
+            for name in (*wanted.remove, *wanted.expand):
+                self._blocked[name] = self.policy.patience
+            self._note("refused", str(error), loss)
+            return None
+        names = (*wanted.remove, *wanted.expand)
+        self._open = (self.steps, lately, names, self._surgeon.undo)
+        self._note("pruned" if wanted.remove else "expanded", wanted.why, loss)
+        return receipt
+
+    def _do(self, wanted: Requests) -> Receipt:
+        if wanted.remove:
+            units = {name: list(gone) for name, gone in wanted.remove.items()}
+            return self._surgeon.prune_units(units, compensate=True)
+        ((layer, number),) = wanted.expand.items()
+        return self._surgeon.expand_layer(layer, number, seed=self.steps)
+
+    def _judge(self) -> None:
+        """Whether the last change kept what it promised; if not, it is taken back with the steps since."""
+        assert self._open is not None
+        _, before, names, undo = self._open
+        self._open = None
+        after = self._mean(self.policy.settle // 2)
+        if after <= before * (1 + self.policy.regret):
+            return
+        try:
+            undo()
+        except TrackerError:
+            return  # something else was changed since
+        for name in names:
+            self._blocked[name] = self.policy.patience
+        self._note("undone", f"the loss rose from {before:.4f} to {after:.4f}", after)
+
+    def _candidates(self) -> list[Candidate]:
+        """The groups that can shrink by themselves, and what that is predicted to cost."""
+        groups, problems, _ = problems_of(self._surgeon._tracker, Limits(floor=self.policy.floor))
+        shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        found = []
+        for group, problem in zip(groups, problems, strict=True):
+            selection = backward(
+                problem.covariance,
+                problem.weight,
+                problem.units,
+                problem.protected,
+                count=problem.count,
+                mean=problem.mean,
+            )
+            errors = (selection.errors / max(selection.total, 1e-300)).tolist()
+            cost = 0.0
+            for (name, dim), indices in group.members[0].items():
+                if name in shapes:
+                    size = 1
+                    for n in shapes[name]:
+                        size *= n
+                    cost += size * len(indices) / shapes[name][dim]
+            layer = group.layers[0] if group.layers else group.name
+            order = tuple(u for u in selection.order if u < group.size)
+            found.append(Candidate(group.name, layer, group.size, order, tuple(errors), cost))
+        return found
+
+    def _mean(self, last: int | None = None) -> float:
+        """Mean loss of the last steps; one read for all of them."""
+        taken = self._recent if last is None else self._recent[-last:]
+        mean = float(torch.stack(taken).mean()) if taken else float("nan")
+        if last is None:
+            self._recent = []
+            self.losses.append((self.steps, mean))
+        return mean
+
+    def _note(self, what: str, why: str, loss: float) -> None:
+        layers = self._surgeon._tracker.current.layers
+        widths = {name: len(layer.ids) for name, layer in layers.items()}
+        self.life.append(Decision(self.steps, what, why, loss, count(self._model), widths))
