@@ -100,7 +100,7 @@ def plan_compression(
         removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
         removed = _nearer(removed, paths, [s.exact for s in found], cost, budget)
         units = {
-            g.name: _chosen(p, s.order, n, g.size)
+            g.name: chosen_units(p, g, n, s.order)
             for g, p, s, n in zip(groups, problems, found, removed, strict=True)
             if n
         }
@@ -270,9 +270,11 @@ def _same_input(a: Read, b: Read, one: Consumer, other: Consumer) -> bool:
     )
 
 
-def _chosen(problem: Problem, order: Sequence[int], remove: int, size: int) -> list[int]:
-    """The units that go: as the path went or, where few stay, as a second look says."""
-    if size - remove <= 0.15 * size:
+def chosen_units(
+    problem: Problem, group: UnitGroup, remove: int, order: Sequence[int] | None = None
+) -> list[int]:
+    """The units that go: the first of `order` or, where few stay or none is given, as a second look says."""
+    if order is None or group.size - remove <= 0.15 * group.size:
         found = select(
             problem.covariance,
             problem.weight,
