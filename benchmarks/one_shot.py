@@ -166,7 +166,7 @@ def measure(name: str, seed: int, train: Any, test: Any) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| network | removed | method | accuracy | with BN re-estimated | parameters | FLOPs | latency | seconds to remove |",
+        "| network | removed | method | accuracy | with BN re-estimated | parameters | FLOPs | latency | s to remove |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for key in dict.fromkeys((r["net"], r["share"], r["method"]) for r in rows):

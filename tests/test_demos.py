@@ -14,6 +14,7 @@ import pytest
 
 from tracker import NeuronEngine, recommend, reporter
 from tracker.analyzer import LayerFindings
+from tracker.journal.checkpoint import FILES, MANIFEST
 from tracker.statistics import Activity, Covariance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,11 @@ WRITES = {
         "visualizations/evolution.png",
         "visualizations/correlation_fc1.png",
         "visualizations/correlation_fc2.png",
+        "visualizations/changes.png",
+    ],
+    "self_modification_demo": [
+        "visualizations/network_life.png",
+        *(f"checkpoints/self_modified/{name}" for name in (*FILES, MANIFEST)),
     ],
     "simple_reporting_demo": [
         "visualizations/reporting_demo_heatmap.png",
@@ -52,6 +58,8 @@ WRITES = {
         "reports/validation_report_heatmap.png",
     ],
     "optimization_success_validation": ["logs/validation_recommendations.json"],
+    "pruning_success_validation": [],
+    "expansion_success_validation": [],
 }
 SETTINGS = {"TRACKER_DEMO_SAMPLES": "300", "FASHION_MNIST_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
