@@ -141,3 +141,19 @@ def test_our_own_passes_are_seen_by_nobody() -> None:
     model(torch.randn(VECTORS))
     assert len(calls) == 7
     assert other.get_neuron_stats(0)["observations"] == 40
+
+
+def test_a_dropout_before_a_split_is_no_obstacle() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.drop, self.b = nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            u, v = self.drop(torch.relu(self.a(x))).chunk(2, -1)
+            return self.b(u * v)
+
+    model = Split()
+    engine = NeuronEngine()
+    engine.track_model(model, "split", example_inputs=torch.randn(VECTORS))
+    assert [g.size for g in engine.structure.groups if g.prunable] == [4]

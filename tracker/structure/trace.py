@@ -242,7 +242,7 @@ class _Recorder(TorchDispatchMode):
         frame = user_frame(sys._getframe(1))
         source = Source(self.path[-1], frame.f_code.co_filename, frame.f_lineno)
         self.rule(Op(func, args, kwargs, result, self.trace, source))
-        if func.is_view and args[0] in self.trace.undropped:
+        if func.is_view and isinstance(result, Tensor) and args[0] in self.trace.undropped:
             self.trace.undropped[result] = self.trace.undropped[args[0]]
         return result
 
