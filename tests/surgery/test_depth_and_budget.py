@@ -18,7 +18,7 @@ from tests.surgery.subjects import (
     snapshot,
     train,
 )
-from tracker import NeuronEngine, SurgeryError
+from tracker import NeuronEngine, SurgeryError, VerificationError
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,19 @@ def test_compression_meets_its_budget(name: str, of: str) -> None:
     holds_exactly_the_live(model, opt)
     assert 1 in receipt.removed_ids  # the one that says nothing is the first to go
     train(model.train(), opt, x)
+
+
+def test_what_breaks_torch_s_own_fast_path_is_undone() -> None:
+    """An encoder layer's fast path reads the weights of its linear layers itself."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    engine = NeuronEngine()
+    engine.track_model(model, "encoder", example_inputs=x)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(VerificationError, match="does not run"):
+        engine.remove_layer("linear1", force=True)
+    assert equal(dict(model.state_dict()), before)
+    model(x)
 
 
 def test_a_compression_that_cannot_be_met_says_so() -> None:

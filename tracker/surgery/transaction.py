@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracker.errors import SurgeryError, VerificationError
+from tracker.errors import StructureError, SurgeryError, VerificationError
 from tracker.probe import Arguments, arguments, forward_once
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trial import (
@@ -186,8 +186,13 @@ PRESERVING = ("expand_layer", "insert_layer")
 
 def _as_expected(model: nn.Module, inputs: Arguments, expected: object) -> None:
     """The changed model gives what the copy gave: the swap itself went right."""
-    with plain_kernels():
-        difference = relative_difference(forward_once(model, inputs), expected)
+    try:
+        found = forward_once(model, inputs)  # with the kernels that the user runs
+    except StructureError as error:
+        raise VerificationError(
+            f"After the change the model does not run ({error.__cause__ or error}). Everything was undone."
+        ) from error
+    difference = relative_difference(found, expected)
     allowed = max(
         100 * torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()
     )
