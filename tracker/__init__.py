@@ -14,7 +14,10 @@ from tracker.errors import (
     UnknownNeuronError,
     VerificationError,
 )
-from tracker.training import Policy
+from tracker.journal import Entry, Journal
+from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
+from tracker.surgery import Receipt
+from tracker.training import Decision, Policy
 
 NeuronTracker = NeuronEngine
 
@@ -22,16 +25,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Decision",
+    "Entry",
+    "Frozen",
+    "Journal",
     "NeuronEngine",
     "NeuronTracker",
     "NotTrackedError",
     "Policy",
+    "Receipt",
+    "Slice",
     "StatisticsError",
+    "Structure",
     "StructureError",
     "SurgeryError",
     "TrackerError",
+    "UnitGroup",
     "UnknownNeuronError",
     "VerificationError",
     "__version__",
     "apply_journal",
+    "rule",
 ]
