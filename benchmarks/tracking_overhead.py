@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tracker.hooks import Observer, Site, attach
+from tracker.hooks import Observer, Site, attach, detach_sites
 from tracker.layers import Layer
 
 THRESHOLD = 0.01
@@ -133,6 +133,7 @@ class Tracked:
         yield
         for handle in handles:
             handle.remove()
+        detach_sites(self.observer)
 
 
 class PlainStatistics:

@@ -269,3 +269,26 @@ def test_a_layer_without_two_neurons_to_compare(capsys: pytest.CaptureFixture[st
     assert "no correlation and are in no pair: 4" in capsys.readouterr().out
     with pytest.raises(StatisticsError, match="no two neurons to compare"):
         engine.plot_correlation_matrix("0")
+
+
+def test_what_several_others_determine_is_found() -> None:
+    """No pair repeats the other, but one neuron is the sum of two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0].weight[4] = model[0].weight[0] + model[0].weight[1]
+        model[0].weight[5], model[0].bias[5] = 0, 1.0
+    engine = NeuronEngine()
+    engine.track_model(model, "sum")
+    engine.start_tracking(enable_correlation_analysis=True)
+    x = torch.randn(4000, 10)
+    model(x)
+    shares = engine.get_explained_shares()["0"]
+    assert [shares[n] > 0.999 for n in range(5)] == [True, True, False, False, True]
+    assert math.isnan(shares[5])
+    assert engine.find_redundant_neurons(0.99)["0"] == []
+    h = model[0](x).detach().double()
+    others = torch.cat((h[:, [0, 1, 3]], torch.ones(4000, 1)), 1)
+    left = h[:, 2:3] - others @ torch.linalg.lstsq(others, h[:, 2:3]).solution
+    expected = 1 - float(left.var() / h[:, 2].var())
+    assert shares[2] == pytest.approx(expected, abs=1e-3)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tracker.compensation import explained_share
 from tracker.errors import StatisticsError
 from tracker.observation import LayerObservation, Observation
 
@@ -152,3 +153,11 @@ def redundancy_statistics(findings: LayerFindings, threshold: float) -> dict[str
 
 def _mean(values: Tensor) -> float:
     return float(values.mean()) if values.numel() else float("nan")
+
+
+def explained_shares(found: LayerFindings) -> list[float]:
+    """How much of each neuron's variance all the others of its layer explain; NaN for constant ones."""
+    covariance = found.layer.covariance
+    assert covariance is not None
+    moment = covariance.comoment / covariance.count.clamp(min=1)[:, None]
+    return explained_share(moment, covariance.mean).tolist()

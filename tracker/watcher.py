@@ -217,6 +217,18 @@ class NeuronWatcher:
             for name, found in self._correlated().items()
         }
 
+    def get_explained_shares(self) -> dict[str, dict[int, float]]:
+        """{layer name: {neuron id: share of its variance that all others of its layer explain}}.
+
+        The squared multiple correlation: 1.0 for a neuron that the others determine, even where no single one repeats
+        it. NaN for constant neurons. Needs a window with correlation.
+        """
+        shares = {}
+        for name, found in self._correlated().items():
+            values = analyzer.explained_shares(found)
+            shares[name] = dict(zip(found.layer.ids, values, strict=True))
+        return shares
+
     # History
 
     @property
