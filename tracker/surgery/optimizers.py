@@ -40,9 +40,18 @@ def moved(tensor: Tensor, slots: Slots) -> Tensor:
     result = tensor.detach()
     for dim, change in slots.items():
         result = change.take(result, fill=0, dim=dim)
+    return result.clone(memory_format=memory_format(tensor))
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """How a tensor lies in memory. With one channel both would do, and kernels round differently: the plain one."""
+    if tensor.is_contiguous():
+        return torch.contiguous_format
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return result.clone(memory_format=torch.channels_last)
-    return result.clone(memory_format=torch.contiguous_format)
+        return torch.channels_last
+    if tensor.ndim == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def moved_state(
