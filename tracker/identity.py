@@ -85,14 +85,17 @@ class NeuronRegistry:
             )
         entry = self._blocks[block]
         index = entry.local_index(neuron_id)
-        assert index is not None
+        if index is None:
+            raise UnknownNeuronError(
+                f"Neuron {neuron_id} belongs to a model that was not saved with this one: track that model again."
+            )
         return entry, index
 
     def to_dict(self, layers: Mapping[str, LayerIds]) -> dict[str, Any]:
         """Plain data of one model's layers, for JSON."""
         own = {id(entry): name for name, entry in layers.items()}
         blocks = [
-            [start, own.get(id(block), block.layer)]
+            [start, own.get(id(block), "")]  # "": of another model, or long gone
             for start, block in zip(self._starts, self._blocks, strict=True)
         ]
         gone = {str(n): why for n, why in self._gone.items()}
@@ -116,12 +119,9 @@ class NeuronRegistry:
         starts = [start for start, _ in blocks]
         if starts != sorted(set(starts)) or (living and (not starts or starts[0] > min(living))):
             raise ValueError("blocks of ids are out of order")
-        departed: dict[str, LayerIds] = {}
+        other = LayerIds("", "", [])
         self._starts, self._next, self._gone = starts, top, gone
-        self._blocks = [
-            layers.get(name) or departed.setdefault(name, LayerIds(model, name, []))
-            for _, name in blocks
-        ]
+        self._blocks = [layers.get(name, other) for _, name in blocks]
         return layers
 
     def _extend(self, entry: LayerIds, count: int, owner: LayerIds | None = None) -> None:

@@ -237,7 +237,9 @@ class ActivationTracker:
         observer, model = entry.observer, entry.model()
         old_sites, old_layers = list(observer.sites), dict(entry.layers)
         known = {site.name: site for site in observer.sites}
-        layers = {layer.name: layer for layer in find_layers(model)}
+        axes = {name: known[name].axis for name in entry.by_hand if name in known}
+        named = {name: axis for name, axis in axes.items() if axis is not None}
+        layers = {layer.name: layer for layer in find_layers(model, named)}
         gone = [name for name in known if name not in layers]
         born = [layers[name] for name in layers if name not in known]
         removed = [i for name in gone if name in entry.layers for i in entry.layers[name].ids]
