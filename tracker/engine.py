@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,8 @@ from torch import nn
 from tracker import memory
 from tracker.errors import CheckpointError, SurgeryError
 from tracker.journal import read_checkpoint, write_checkpoint
+from tracker.journal.noise import here, restorer
+from tracker.journal.optimizers import check_ownership, load_optimizers
 from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.optimizers import unwrapped
@@ -64,7 +68,8 @@ class NeuronEngine(NeuronSurgeon):
         Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.
         """
         self.stop_self_modification()
-        self._run = SelfModification(self, self._tracker.current.model(), policy or Policy())
+        run = SelfModification(self, self._tracker.current.model(), policy or Policy())
+        self._run, self._clock = run, lambda: run.steps
 
     def step(self, loss: torch.Tensor | float) -> Receipt | None:
         """After each optimizer step: None, or the receipt of what was just changed.
@@ -121,30 +126,27 @@ class NeuronEngine(NeuronSurgeon):
         content = read_checkpoint(path)
         given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         optimizers = [o for o in given if o is not None]
-        model, log = unwrap(fresh_model), UndoLog()
-        try:
-            with torch.inference_mode(False):
-                noise = memory.random_states(content)
-                journal = memory.load_model(model, content, log)
-                memory.load_optimizers(model, unwrapped(optimizers), content, log)
-                facts = content.texts["engine"]
-                engine = cls(**facts["settings"])
-                engine.track_model(model, str(facts["name"]))
-                history = memory.load_tracker(engine._tracker, content)
-        except CheckpointError:
-            log.undo()
-            raise
-        except Exception as error:
-            log.undo()
-            raise CheckpointError(
-                f"The checkpoint {path} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+        model = unwrap(fresh_model)
+        with _all_or_nothing(path) as log:
+            facts = content.texts["engine"]
+            noise = restorer(content.tensors["random"], facts["random"])
+            plain = unwrapped(optimizers)
+            check_ownership(model, plain)
+            journal = memory.load_model(model, content, log)
+            load_optimizers(model, plain, content.tensors["optimizer"], facts["optimizers"], log)
+            engine = cls(**facts["settings"])
+            log.add(engine._let_go)
+            history = memory.load_tracker(engine._tracker, model, content)
         engine.attach_optimizer(*optimizers)
         engine._journals[engine._model_key()] = journal
         if history is not None:
             engine._histories[engine._model_key()] = history
         noise()
         return engine
+
+    def _let_go(self) -> None:
+        for entry in self._tracker.models:
+            entry.detach()
 
 
 def apply_journal(fresh_model: nn.Module, path: str | PathLike[str]) -> nn.Module:
@@ -153,14 +155,24 @@ def apply_journal(fresh_model: nn.Module, path: str | PathLike[str]) -> nn.Modul
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit; the model is as it was.
     """
-    content, log = read_checkpoint(path), UndoLog()
+    content = read_checkpoint(path)
+    with _all_or_nothing(path) as log:
+        memory.load_model(unwrap(fresh_model), content, log)
+    return fresh_model
+
+
+@contextmanager
+def _all_or_nothing(path: str | PathLike[str]) -> Iterator[UndoLog]:
+    """On any error inside, what the log knows and the random states are as they were, and it is a CheckpointError."""
+    log, noise = UndoLog(), here()
     try:
         with torch.inference_mode(False):
-            memory.load_model(unwrap(fresh_model), content, log)
-    except CheckpointError:
+            yield log
+    except BaseException as error:
         log.undo()
-        raise
-    except Exception as error:
-        log.undo()
-        raise CheckpointError(f"The checkpoint {path} cannot be loaded: {error}") from error
-    return fresh_model
+        noise()
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tracker.errors import CheckpointError, TrackerError
 from tracker.history import TrainingHistory
-from tracker.hooks import Window
-from tracker.journal import Checkpoint, Journal
+from tracker.hooks import Site, Window
+from tracker.journal import Checkpoint, Journal, become, lasting, twin_after
+from tracker.journal.inputs import gather_inputs, inputs_from
+from tracker.journal.noise import gather_noise
+from tracker.journal.optimizers import gather_optimizers
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
-from tracker.surgery.newborn import AGE, watch
-from tracker.surgery.undo import UndoLog, writable
-from tracker.tracker import ActivationTracker, Read
+from tracker.structure import Tap
+from tracker.structure.sizes import tensors
+from tracker.surgery.undo import UndoLog
+from tracker.tracker import ActivationTracker, Read, TrackedModel
 
 MODES = {"train": True, "eval": False}
+PASSING = "passing/"  # buffers that are in no state dict
 
 
 def gather(
@@ -32,15 +35,23 @@ def gather(
 ) -> Checkpoint:
     """All of it, as tables of tensors and plain data."""
     entry = tracker.current
-    model = entry.model()
+    model, observer = entry.model(), entry.observer
     weights, aliases = _untied(model)
-    states, groups = _optimizers(model, optimizers)
-    noise, generators = _generators()
+    states, groups = gather_optimizers(model, optimizers)
+    noise, generators = gather_noise()
+    inputs, places = gather_inputs(observer.inputs)
     engine = {
         "name": entry.name,
         "settings": dict(settings),
         "registry": tracker.registry.to_dict(entry.layers),
-        "samples": {str(int(flag)): n for flag, n in entry.observer.samples.items()},
+        "sites": {site.name: _facts(site) for site in observer.sites},
+        "by_hand": sorted(entry.by_hand),
+        "batch_dim": observer.batch_dim,
+        "hooked": entry.hooked,
+        "traced": entry.traced,
+        "recording": observer.recording,
+        "inputs": places,
+        "samples": {str(int(flag)): n for flag, n in observer.samples.items()},
         "correlated": entry.correlated,
         "mode": entry.mode,
         "history": history.to_dict() if history.epochs else None,
@@ -48,28 +59,64 @@ def gather(
         "optimizers": groups,
         "random": generators,
         "training": [name for name, module in model.named_modules() if module.training],
+        "strides": {
+            name: list(t.stride())
+            for name, t in tensors(model).items()
+            if t.stride() != torch.empty(t.shape, device="meta").stride()
+        },
+        "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
     }
     return Checkpoint(
-        {"model": weights, "optimizer": states, "statistics": _seen(tracker), "random": noise},
+        {
+            "model": weights,
+            "optimizer": states,
+            "statistics": {**_seen(tracker), **inputs},
+            "random": noise,
+        },
         {"journal": journal.to_dict(), "engine": engine},
     )
 
 
 def load_model(model: nn.Module, content: Checkpoint, log: UndoLog) -> Journal:
-    """Give a freshly built model the shapes and the weights of the checkpoint; all or nothing, by the log.
+    """Give a freshly built model the architecture and the weights of the checkpoint; all or nothing, by the log.
 
     Raises:
         CheckpointError: It is not the model that was saved.
     """
     journal = Journal.from_dict(content.texts["journal"])
-    log.add(journal.replay(model).undo)
-    saved = dict(content.tensors["model"])
-    aliases = _table(content, "aliases")
+    twin = twin_after(model, journal)
+    values = _values(twin, content)
+    become(model, twin, values, journal, log)
+    modules = dict(model.named_modules())
+    parameters = list(model.named_parameters())
+    flags = {name: module.training for name, module in modules.items()}
+    learns = [p.requires_grad for _, p in parameters]
+
+    def back() -> None:
+        for name, flag in flags.items():
+            modules[name].training = flag
+        for (_, parameter), flag in zip(parameters, learns, strict=True):
+            parameter.requires_grad_(flag)
+
+    log.add(back)
+    training = set(_part(content, "training", list))
+    frozen = set(_part(content, "frozen", list))
+    for name, module in modules.items():
+        module.training = name in training
+    for name, parameter in parameters:
+        parameter.requires_grad_(name not in frozen)
+    return journal
+
+
+def _values(twin: nn.Module, content: Checkpoint) -> dict[str, Tensor]:
+    """The saved tensors under all their names, once they are found to be those of the twin."""
+    saved = {n: t for n, t in content.tensors["model"].items() if not n.startswith(PASSING)}
+    aliases = _part(content, "aliases", dict)
     for name, target in aliases.items():
-        if target not in saved:
+        if target not in content.tensors["model"] or name in saved:
             raise CheckpointError(f"{name} is said to be {target!r}, which is not there.")
-        saved[name] = saved[target]
-    own = model.state_dict(keep_vars=True)
+        saved[name] = content.tensors["model"][target]
+    own = lasting(twin)
     if set(own) != set(saved):
         odd = sorted(set(own) ^ set(saved))
         raise CheckpointError(
@@ -81,93 +128,65 @@ def load_model(model: nn.Module, content: Checkpoint, log: UndoLog) -> Journal:
                 f"The checkpoint is of another model: {name} is {tuple(tensor.shape)} {tensor.dtype} and was "
                 f"{tuple(saved[name].shape)} {saved[name].dtype}."
             )
-    with writable():
-        for name, tensor in own.items():
-            _swap(tensor, saved[name], log)
-    modules = dict(model.named_modules())
-    flags = {name: module.training for name, module in modules.items()}
-
-    def back() -> None:
-        for name, flag in flags.items():
-            modules[name].training = flag
-
-    log.add(back)
-    training = set(content.texts["engine"].get("training", ()))
-    for name, module in modules.items():
-        module.training = name in training
-    return journal
-
-
-def load_optimizers(
-    model: nn.Module, optimizers: Sequence[Optimizer], content: Checkpoint, log: UndoLog
-) -> None:
-    """Give optimizers back what they knew of the model's parameters.
-
-    Raises:
-        CheckpointError: There are others than were saved, or they hold other parameters.
-    """
-    saved = content.texts["engine"]["optimizers"]
-    if not optimizers:
-        return
-    if len(saved) != len(optimizers):
-        raise CheckpointError(f"{len(saved)} optimizers were saved, and {len(optimizers)} given.")
-    parameters = dict(model.named_parameters())
-    states: dict[tuple[int, str], dict[str, Any]] = {}
-    for key, value in content.tensors["optimizer"].items():
-        place, _, rest = key.partition("/")
-        name, _, what = rest.rpartition("/")
-        states.setdefault((int(place), name), {})[what] = value.clone()
-    for number, (optimizer, facts) in enumerate(zip(optimizers, saved, strict=True)):
-        if facts["class"] != type(optimizer).__name__:
+    first: dict[int, str] = {}
+    for name, tensor in own.items():
+        if first.setdefault(id(tensor), name) != aliases.get(name, name):
             raise CheckpointError(
-                f"The optimizer was a {facts['class']} and is a {type(optimizer).__name__}."
+                f"The checkpoint is of another model: {name} is tied to {first[id(tensor)]}, and was to "
+                f"{aliases.get(name, 'nothing')}, or the other way round."
             )
-        if len(facts["groups"]) != len(optimizer.param_groups):
-            raise CheckpointError("The optimizer has another number of parameter groups.")
-        fresh: dict[Any, dict[str, Any]] = {}
-        for name, numbers in facts["numbers"].items():
-            if name not in parameters:
-                raise CheckpointError(f"The optimizer knew {name}, which the model does not have.")
-            fresh.setdefault(parameters[name], {}).update(numbers)
-        for (n, name), values in states.items():
-            if n == number:
-                target = parameters[name]
-                device = target.device
-                moved = {k: v if k == "step" else v.to(device) for k, v in values.items()}
-                fresh.setdefault(target, {}).update(moved)
-        _keep_optimizer(optimizer, log)
-        optimizer.state.clear()
-        optimizer.state.update(fresh)
-        for group, options in zip(optimizer.param_groups, facts["groups"], strict=True):
-            group["params"] = [parameters[name] for name in options["names"]]
-            group.update(
-                {
-                    k: tuple(v) if isinstance(group.get(k), tuple) else v
-                    for k, v in options["options"].items()
-                }
-            )
-        if any(AGE in state for state in fresh.values()):
-            watch(optimizer)
+    # Caches of a forward pass: those of the same shape; others will be made again.
+    for name, tensor in tensors(twin).items():
+        value = content.tensors["model"].get(PASSING + name)
+        if value is not None and name not in own and value.shape == tensor.shape:
+            saved[name] = value.to(tensor.dtype)
+    # As they lay in memory: kernels round by that.
+    for name, strides in _part(content, "strides", dict).items():
+        if name in saved:
+            saved[name] = _laid_out(saved[name], tuple(map(_whole, strides)))
+    return saved
 
 
-def load_tracker(tracker: ActivationTracker, content: Checkpoint) -> TrainingHistory | None:
-    """Ids, statistics and history of the tracker's current model, which nobody else has seen yet.
+def _laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    order = sorted(zip(strides, value.shape, strict=True))
+    place = 1
+    for stride, size in order:
+        if size > 1 and stride != place:
+            raise CheckpointError(f"A tensor of {tuple(value.shape)} cannot lie at {strides}.")
+        place *= size
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
+
+
+def load_tracker(
+    tracker: ActivationTracker, model: nn.Module, content: Checkpoint
+) -> TrainingHistory | None:
+    """Track a model, and give the tracker back its ids, statistics and history, as if it had never been away.
 
     Raises:
         CheckpointError: They do not fit the model.
     """
-    facts, entry = content.texts["engine"], tracker.current
+    facts, sites = content.texts["engine"], _part(content, "sites", dict)
     try:
-        layers = tracker.registry.restore_from(facts["registry"], entry.name)
-        widths = {name: len(ids.ids) for name, ids in entry.layers.items()}
-        if widths and {n: len(layer.ids) for n, layer in layers.items() if n in widths} != widths:
-            raise ValueError("layers have other widths")
-        entry.layers = layers
-        entry.neuron_map = {name: layer.ids for name, layer in layers.items()}
-        entry.observer.samples = {bool(int(k)): int(n) for k, n in facts["samples"].items()}
-        entry.correlated = entry.observer.correlate = bool(facts["correlated"])
-        entry.mode = facts["mode"]
+        axes = {name: _whole(sites[name]["axis"]) for name in facts["by_hand"]}
+        entry = tracker.track(model, str(facts["name"]), None, axes, _whole(facts["batch_dim"]))
+        observer = entry.observer
+        if {site.name for site in observer.sites} != set(sites):
+            raise ValueError("it observed other layers than the model has")
+        for site in observer.sites:
+            _place(site, sites[site.name], model)
+        _give_ids(tracker, entry, facts["registry"])
+        observer.inputs = inputs_from(content.tensors["statistics"], facts["inputs"])
+        observer.samples = {bool(int(k)): _whole(n) for k, n in facts["samples"].items()}
+        entry.correlated = observer.correlate = bool(facts["correlated"])
+        if facts["mode"] not in (*MODES, "all", None):
+            raise ValueError(f"{facts['mode']!r} is no mode")
+        entry.mode, entry.traced = facts["mode"], bool(facts["traced"])
+        if facts["hooked"]:
+            tracker.hook()
+        elif observer.inputs is not None:
+            entry.detach()  # nothing has to be waited for at the model's door
         _restore_seen(tracker, content.tensors["statistics"])
+        observer.recording = bool(facts["recording"] and facts["hooked"])
         history = facts["history"]
         return None if history is None else TrainingHistory.from_dict(history)
     except TrackerError:
@@ -178,127 +197,76 @@ def load_tracker(tracker: ActivationTracker, content: Checkpoint) -> TrainingHis
         ) from error
 
 
-def random_states(content: Checkpoint) -> Callable[[], None]:
-    """Check the states of the random generators; what is returned sets them.
+def _place(site: Site, facts: Mapping[str, Any], model: nn.Module) -> None:
+    neurons, axis = facts["neurons"], facts["axis"]
+    if neurons is not None:
+        neurons, axis = _whole(neurons), _whole(axis)
+        if site.neurons not in (None, neurons):
+            raise ValueError(f"{site.name} has {site.neurons} neurons, and not {neurons}")
+        site.neurons, site.axis = neurons, axis
+    if facts["tap"] is not None:
+        module, along, positions, reader = facts["tap"]
+        model.get_submodule(module), model.get_submodule(reader)
+        site.tap = Tap(module, _whole(along), _whole(positions), reader)
+    site.is_output, site.stopped = bool(facts["is_output"]), bool(facts["stopped"])
+    site.problem = str(facts["problem"])
 
-    Raises:
-        CheckpointError: They are none.
-    """
-    facts = content.texts["engine"]["random"]
-    try:
-        noise = {k: v.clone() for k, v in content.tensors["random"].items()}
-        version, words, gauss = facts["python"]
-        python = (int(version), tuple(int(w) for w in words), gauss)
-        random.Random().setstate(python)
-        kind, position, has_gauss, cached = facts["numpy"]
-        keys = noise["numpy"].numpy().astype(np.uint32)
-        numpy = (kind, keys, int(position), int(has_gauss), float(cached))
-        np.random.RandomState(0).set_state(numpy)
-        torch.Generator().set_state(noise["torch"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"The random states cannot be read: {error}") from error
 
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(noise["torch"])
+def _give_ids(tracker: ActivationTracker, entry: TrackedModel, data: Mapping[str, Any]) -> None:
+    layers = tracker.registry.restore_from(data, entry.name)
+    widths = {site.name: site.neurons for site in entry.observer.sites if site.neurons is not None}
+    if {name: len(layer.ids) for name, layer in layers.items()} != widths:
+        raise ValueError("layers have other widths")
+    entry.layers = layers
+    entry.neuron_map = {name: layer.ids for name, layer in layers.items()}
 
-    return restore
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor once, and the other names of those that have several."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"{name or 'The model'} keeps an extra state beside its tensors: it cannot be saved."
+            )
     weights: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} of the state dict is no tensor: it cannot be saved.")
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
+    own = lasting(model)
+    for name, tensor in own.items():
+        if (target := first.setdefault(id(tensor), name)) != name:
+            aliases[name] = target
         else:
-            first[id(tensor)] = name
             weights[name] = tensor.detach().clone()
+    for name, tensor in tensors(model).items():
+        if name not in own:
+            weights[PASSING + name] = tensor.detach().clone()
     return weights, aliases
 
 
-def _optimizers(
-    model: nn.Module, optimizers: Sequence[Optimizer]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    facts: list[dict[str, Any]] = []
-    for number, optimizer in enumerate(optimizers):
-        numbers: dict[str, dict[str, Any]] = {}
-        for parameter, state in optimizer.state.items():
-            name = names.get(id(parameter))
-            if name is None:
-                raise CheckpointError("The optimizer holds a parameter that is not the model's.")
-            numbers[name] = {}
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{number}/{name}/{key}"] = value.detach().clone()
-                elif value is None or isinstance(value, (int, float, str)):
-                    numbers[name][key] = value
-                else:
-                    raise CheckpointError(
-                        f"The state {key!r} of {type(optimizer).__name__} is a {type(value).__name__}: it cannot be "
-                        "saved."
-                    )
-        groups = [
-            {
-                "names": [names[id(p)] for p in group["params"]],
-                "options": {k: _plain(v) for k, v in group.items() if k != "params"},
-            }
-            for group in optimizer.param_groups
-        ]
-        facts.append({"class": type(optimizer).__name__, "groups": groups, "numbers": numbers})
-    return tensors, facts
+def _facts(site: Site) -> dict[str, Any]:
+    tap = site.tap
+    return {
+        "neurons": site.neurons,
+        "axis": site.axis,
+        "tap": None if tap is None else [tap.module, tap.axis, tap.positions, tap.reader],
+        "is_output": site.is_output,
+        "problem": site.problem,
+        "stopped": site.stopped,
+    }
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _keep_optimizer(optimizer: Optimizer, log: UndoLog) -> None:
-    state = dict(optimizer.state)
-    groups = [dict(group) for group in optimizer.param_groups]
-
-    def back() -> None:
-        optimizer.state.clear()
-        optimizer.state.update(state)
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.clear()
-            group.update(before)
-
-    log.add(back)
-
-
-def _swap(tensor: Tensor, value: Tensor, log: UndoLog) -> None:
-    old, gradient = tensor.detach(), tensor.grad
-
-    def back() -> None:
-        tensor.grad = None
-        tensor.set_(old)  # type: ignore[call-overload]
-        tensor.grad = gradient
-
-    log.add(back)
-    tensor.grad = None
-    form = (
-        torch.channels_last
-        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        else torch.contiguous_format
-    )
-    tensor.set_(value.to(tensor.device).clone(memory_format=form))  # type: ignore[call-overload]
-
-
-def _table(content: Checkpoint, key: str) -> dict[str, Any]:
-    table = content.texts["engine"].get(key) if isinstance(content.texts["engine"], dict) else None
-    if not isinstance(table, dict):
+def _part(content: Checkpoint, key: str, kind: type) -> Any:
+    facts = content.texts["engine"]
+    part = facts.get(key) if isinstance(facts, dict) else None
+    if not isinstance(part, kind):
         raise CheckpointError(f"The engine's part of the checkpoint has no {key!r}.")
-    return table
+    return part
 
 
 def _seen(tracker: ActivationTracker) -> dict[str, Tensor]:
@@ -328,9 +296,12 @@ def _parts(key: str, value: Covariance) -> dict[str, Tensor]:
 
 def _restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> None:
     entry = tracker.current
+    model = entry.model()
     sites = {site.name: site for site in entry.observer.sites}
     whole: dict[str, dict[str, Tensor]] = {}
     for key, value in tables.items():
+        if key.startswith("input."):
+            continue
         kind, mode, rest = key.split("/", 2)
         if kind == "activity":
             site = sites[rest]
@@ -344,19 +315,11 @@ def _restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> N
     for key, parts in whole.items():
         kind, mode, name = key.split("/", 2)
         covariance = Covariance(parts["count"], parts["mean"], parts["comoment"])
+        width = tensors(model)[name].shape[int(mode)] if kind == "read" else sites[name].neurons
+        n = len(covariance.count)
+        if covariance.mean.shape != (n,) or covariance.comoment.shape != (n, n) or n != width:
+            raise ValueError(f"the covariance of {name} has another shape")
         if kind == "read":
             entry.reads[name] = Read(int(mode), covariance)
         else:
             sites[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
-
-
-def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    version, words, gauss = random.getstate()
-    state: Any = np.random.get_state(legacy=True)
-    kind, keys, position, has_gauss, cached = state
-    noise = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
-    facts = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, int(position), int(has_gauss), float(cached)],
-    }
-    return noise, facts

@@ -12,8 +12,7 @@ from torch import nn
 
 from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
-from tracker.journal import Entry, Journal
-from tracker.journal.entries import fingerprint
+from tracker.journal import Entry, Journal, When, fingerprint
 from tracker.probe import Arguments, arguments
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
@@ -47,6 +46,7 @@ class NeuronSurgeon(NeuronWatcher):
         self._followers: list[nn.Module] = []
         self._undo: UndoLog | None = None
         self._journals: dict[int, Journal] = {}  # by position of the model
+        self._clock: Callable[[], int] | None = None  # steps of a run, for the journal
 
     @property
     def structure(self) -> Structure:
@@ -334,7 +334,10 @@ class NeuronSurgeon(NeuronWatcher):
             )
         if log is not None:
             journal = self.journal
-            journal.add(Entry.of(drawn, receipt, before, fingerprint(model)))
+            epochs = self.history.epochs
+            step = self._clock() if self._clock is not None else None
+            when = When(len(journal) + 1, step, epochs[-1].epoch if epochs else None)
+            journal.add(Entry.of(drawn, receipt, (before, fingerprint(model)), when))
             log.add(journal.take_back)
             self._undo = log
         return receipt

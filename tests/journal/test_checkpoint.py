@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.surgery.subjects import MODELS, OPTIMIZERS, equal, snapshot, train
@@ -113,7 +115,7 @@ def test_the_journal_tells_what_was_done_and_forgets_what_was_undone() -> None:
     engine.prune_neurons({"0": [0]})
     engine.expand_layer("0", 2)
     assert [e.operation for e in engine.journal] == ["prune_units", "expand_layer"]
-    assert "1 neurons gone" in str(engine.journal)
+    assert "1 neuron gone" in str(engine.journal)
     engine.undo()
     assert len(engine.journal) == 1
     assert engine.journal[0].removed_ids == (0,)
@@ -136,18 +138,12 @@ def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     """Change a JSON file and make its hash right again: the content itself must be refused."""
 
     def do(folder: Path) -> None:
-        import hashlib
-
         file = folder / name
         data = json.loads(file.read_text())
         data = change(data) or data
         file.write_text(json.dumps(data))
         if name != "manifest.json":
-            manifest = json.loads((folder / "manifest.json").read_text())
-            facts = manifest["files"][name]
-            facts["bytes"] = file.stat().st_size
-            facts["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-            (folder / "manifest.json").write_text(json.dumps(manifest))
+            rehash(folder, name)
 
     return do
 
@@ -169,6 +165,87 @@ def flip(name: str, at: float) -> Callable[[Path], None]:
     return do
 
 
+def retable(name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Change tensors of a file and make its hash right again."""
+
+    def do(folder: Path) -> None:
+        file = folder / name
+        table = load_file(str(file))
+        table = {k: v.clone() for k, v in table.items()}
+        change(table)
+        save_file(table, str(file))
+        rehash(folder, name)
+
+    return do
+
+
+def rehash(folder: Path, name: str) -> None:
+    file = folder / name
+    manifest = json.loads((folder / "manifest.json").read_text())
+    facts = manifest["files"][name]
+    facts["bytes"] = file.stat().st_size
+    facts["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def deep(folder: Path) -> None:
+    (folder / J).write_text("[" * 10**6 + "]" * 10**6)
+    rehash(folder, J)
+
+
+def huge_number(folder: Path) -> None:
+    (folder / J).write_text('{"schema_version": 1, "entries": ' + "9" * 10**5 + "}")
+    rehash(folder, J)
+
+
+def pipe(folder: Path) -> None:
+    (folder / M).unlink()
+    os.mkfifo(folder / M)
+
+
+def device(folder: Path) -> None:
+    (folder / J).unlink()
+    (folder / J).symlink_to("/dev/zero")
+
+
+def link(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    (folder / "model.safetensors").symlink_to(folder / "elsewhere")
+
+
+def folder_for_a_file(folder: Path) -> None:
+    (folder / J).unlink()
+    (folder / J).mkdir()
+
+
+def endless_header(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[:8] = (2**62).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(bytes(data))
+    rehash(folder, "model.safetensors")
+
+
+def claims_more_than_is_there(folder: Path) -> None:
+    header = b'{"0.weight":{"dtype":"F32","shape":[100000,100000],"data_offsets":[0,40000000000]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    rehash(folder, "model.safetensors")
+
+
+def wide_for_long(data: Any) -> None:
+    """A thousand entries that each claim the widest axis, and fingerprints that fit."""
+    entry = data["entries"][1]
+    wide = {
+        **entry,
+        "slots": {"0.weight": {"0": [[-1, 2**24]], "1": [[-1, 2**24]]}},
+        "before": entry["after"],
+    }
+    data["entries"] += [{**wide, "number": 3 + i, "after": entry["after"]} for i in range(1000)]
+
+
+def nested(depth: int) -> Any:
+    return {"tuple": [nested(depth - 1)]} if depth else {"value": 1}
+
+
 def gone(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -185,6 +262,8 @@ FILES = (
 )  # fmt: skip
 J, G, M = "journal.json", "engine.json", "manifest.json"
 FOREIGN = [["", ["__class__"], "__init__", None, 3]]
+BYPASS = {"kind": "Bypass", "returns": "tensor", "passes": "input"}
+BLOCK = {"kind": "ReluIdentity", "layer": "Linear", "width": 9}
 GIGANTIC = {"0.inserted": {"kind": "ReluIdentity", "layer": "Linear", "width": 10**9}}
 HOSTILE: dict[str, Callable[[Path], None]] = {
     **{f"no {f}": gone(f) for f in FILES},
@@ -230,6 +309,73 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "random states of text": edit(G, lambda d: put(d, "random", "python", value="x")),
     "a history of text": edit(G, lambda d: put(d, "history", value="x")),
     "engine is a list": edit(G, lambda d: [1]),
+    "a pipe for a manifest": pipe,
+    "a device for a journal": device,
+    "a link for the weights": link,
+    "a folder for a journal": folder_for_a_file,
+    "JSON without end": deep,
+    "a number without end": huge_number,
+    "a header without end": endless_header,
+    "weights that are not there": claims_more_than_is_there,
+    "a size that is true": edit(M, lambda d: put(d, "files", J, "bytes", value=True)),
+    "gigantic axes a thousand times": edit(J, wide_for_long),
+    "numbers out of order": edit(J, lambda d: put(d, "entries", 1, "number", value=1)),
+    "entries that do not follow": edit(J, lambda d: put(d, "entries", 1, "before", value=d["entries"][0]["before"])),
+    "a field too many": edit(J, lambda d: put(d, "entries", 0, "code", value="import os")),
+    "a promise of nobody": edit(J, lambda d: put(d, "entries", 0, "promise", value="better")),
+    "a time of nobody": edit(J, lambda d: put(d, "entries", 0, "time", value="yesterday")),
+    "an empty axis": edit(J, lambda d: put(d, "entries", 0, "slots", "0.weight", "0", value=[])),
+    "training for an attribute": edit(
+        J, lambda d: put(d, "entries", 0, "attributes", value=[["", [], "training", None, 0]])),
+    "hooks for an attribute": edit(
+        J, lambda d: put(d, "entries", 0, "attributes", value=[["0", [], "_forward_hooks", None, 7]])),
+    "a layer for an attribute": edit(
+        J, lambda d: put(d, "entries", 0, "attributes", value=[["", ["_modules", "0"], "in_features", None, 7]])),
+    "the model bypassed": edit(
+        J, lambda d: put(d, "entries", 0, "modules", value={"": BYPASS})),
+    "a bypass of nobody": edit(
+        J, lambda d: put(d, "entries", 0, "modules", value={"9": BYPASS})),
+    "a layer in the place of another": edit(
+        J, lambda d: put(d, "entries", 0, "modules", value={"2": BLOCK})),
+    "a parameter held twice": edit(
+        G, lambda d: put(d, "optimizers", 0, "groups", 0, "names", 1, value="0.weight")),
+    "parameters among the options": edit(
+        G, lambda d: put(d, "optimizers", 0, "groups", 0, "options", "params", value=[])),
+    "a learning rate of text": edit(G, lambda d: put(d, "optimizers", 0, "groups", 0, "options", "lr", value="fast")),
+    "a learning rate of NaN": edit(
+        G, lambda d: put(d, "optimizers", 0, "groups", 0, "options", "lr", value=float("nan"))),
+    "optimizers of text": edit(G, lambda d: put(d, "optimizers", value="Adam")),
+    "sites of another model": edit(G, lambda d: put(d, "sites", "ghost", value=d["sites"]["0"])),
+    "a tap at no module": edit(G, lambda d: put(d, "sites", "0", "tap", value=["nope", -1, 1, "nope"])),
+    "a ghost of a layer": edit(G, lambda d: put(d, "registry", "layers", "ghost", value=[])),
+    "inputs of nobody": edit(G, lambda d: put(d, "inputs", value={"os.system": ["true"]})),
+    "inputs without end": edit(
+        G, lambda d: put(d, "inputs", value=nested(300))),
+    "strides without end": edit(G, lambda d: put(d, "strides", "0.weight", value=[2**40, 2**40])),
+    "a mode of nobody": edit(G, lambda d: put(d, "mode", value="turbo")),
+    "a batch of text": edit(G, lambda d: put(d, "batch_dim", value="x")),
+    "a weight of another shape": retable("model.safetensors", lambda t: t.update({"0.weight": torch.zeros(1, 1)})),
+    "a weight of another dtype": retable(
+        "model.safetensors", lambda t: t.update({"0.weight": t["0.weight"].double()})),
+    "a weight too many": retable("model.safetensors", lambda t: t.update(more=torch.zeros(1))),
+    "a weight too few": retable("model.safetensors", lambda t: t.pop("0.weight")),
+    "moments of another shape": retable(
+        "optimizer.safetensors", lambda t: t.update({"0/0.weight/exp_avg": torch.zeros(1, 6)})),
+    "moments of nobody": retable(
+        "optimizer.safetensors", lambda t: t.update({"0/nope/exp_avg": torch.zeros(1)})),
+    "moments of a tenth optimizer": retable(
+        "optimizer.safetensors", lambda t: t.update({"9/0.weight/exp_avg": torch.zeros(11, 6)})),
+    "statistics of another shape": retable(
+        "statistics.safetensors", lambda t: t.update({next(k for k in t if "activity" in k): torch.zeros(9, 1)})),
+    "statistics of nobody": retable(
+        "statistics.safetensors", lambda t: t.update({"activity/train/nope": torch.zeros(9, 4)})),
+    "half a covariance": retable(
+        "statistics.safetensors", lambda t: t.pop(next(k for k in t if k.endswith("/comoment")))),
+    "a covariance of another shape": retable(
+        "statistics.safetensors",
+        lambda t: t.update({next(k for k in t if k.endswith("/comoment")): torch.zeros(2, 2).double()})),
+    "no noise": retable("random.safetensors", lambda t: t.clear()),
+    "noise of another length": retable("random.safetensors", lambda t: t.update(torch=torch.zeros(3).byte())),
 }  # fmt: skip
 
 
@@ -248,14 +394,32 @@ def test_hostile_files_change_nothing(name: str, saved: Path, tmp_path: Path) ->
     HOSTILE[name](folder)
     model, opt, x = fresh("mlp", "Adam")
     train(model, opt, x)
-    before, noise = copy.deepcopy(snapshot(model, opt)), torch.get_rng_state()
+    before, noise = copy.deepcopy(snapshot(model, opt)), states_of_noise()
+    hooks, options = hooks_of(model, opt), copy.deepcopy(groups_of(opt))
     start = time.perf_counter()
     with pytest.raises(CheckpointError) as caught:
         NeuronEngine.load_checkpoint(folder, model, opt)
     assert time.perf_counter() - start < 2
     assert str(caught.value)
     assert equal(snapshot(model, opt), before)
-    assert torch.equal(torch.get_rng_state(), noise)
+    assert equal(states_of_noise(), noise)
+    assert hooks_of(model, opt) == hooks
+    assert groups_of(opt) == options
+
+
+def states_of_noise() -> list[Any]:
+    numpy: Any = np.random.get_state()
+    return [torch.get_rng_state(), random.getstate(), numpy[1].tolist(), numpy[2:]]
+
+
+def hooks_of(model: nn.Module, opt: torch.optim.Optimizer) -> list[list[Any]]:
+    tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks)]
+    tables += [opt._optimizer_step_pre_hooks, opt._optimizer_step_post_hooks]
+    return [list(t.values()) for t in tables]
+
+
+def groups_of(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
 
 
 def test_another_model_is_refused(saved: Path) -> None:
@@ -290,7 +454,7 @@ while True:
 
 @pytest.mark.parametrize(
     "times",
-    [8, pytest.param(200, marks=pytest.mark.skipif(not LONG, reason="TRACKER_LONG=1 runs it"))],
+    [20, pytest.param(200, marks=pytest.mark.skipif(not LONG, reason="TRACKER_LONG=1 runs it"))],
 )
 def test_a_kill_leaves_the_old_or_the_new(times: int, tmp_path: Path) -> None:
     path, draw = tmp_path / "run", random.Random(0)

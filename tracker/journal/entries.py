@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from tracker.errors import CheckpointError
+from tracker.journal.replay import become, described, twin_after
+from tracker.journal.runs import Runs
 from tracker.slotmap import SlotMap
 from tracker.structure.ints import Attribute
-from tracker.structure.sizes import tensors
-from tracker.surgery.apply import apply
-from tracker.surgery.depth import Bypass, ReluIdentity, ResidualBlock
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import Receipt
 from tracker.surgery.undo import UndoLog
@@ -26,74 +23,73 @@ SCHEMA_VERSION = 1
 OPERATIONS = (
     "prune_units", "merge_neurons", "expand_layer", "recycle_neurons", "insert_layer", "remove_layer", "compress",
 )  # fmt: skip
-LAYERS = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
-WIDEST = 2**24  # slots of an axis, at most: a larger claim is not believed
+PROMISES = ("exact", "masked", "changed")
+MOST = 100_000  # entries
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One change: what it was, what it promised, and its structural part."""
+    """One change: what it was, what it promised, and its structural part.
 
+    number: From 1. step, epoch: Of the run that modifies itself, and the last one logged; None where unknown.
+    units: Group name → units that went. slots: tensor → dimension → where its slots come from. layers: the same of
+    tracked layers' neurons. attributes: integers of the model's code. modules: what took the place of others.
+    before, after: Fingerprints of the model's shapes.
+    """
+
+    number: int
     operation: str
     time: str
+    step: int | None
+    epoch: int | None
     promise: str
     output_difference: float | None
+    units: Mapping[str, tuple[int, ...]]
     removed_ids: tuple[int, ...]
     added_ids: tuple[int, ...]
     parameters_before: int
     parameters_after: int
-    before: str  # fingerprints of the model's shapes
+    before: str
     after: str
-    slots: Mapping[str, Mapping[int, SlotMap]]
+    slots: Mapping[str, Mapping[int, Runs]]
+    layers: Mapping[str, Runs]
     attributes: Mapping[Attribute, int]
     modules: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def of(cls, plan: Plan, receipt: Receipt, before: str, after: str) -> Entry:
-        """The entry of a change that was made."""
+    def of(cls, plan: Plan, receipt: Receipt, prints: tuple[str, str], when: When) -> Entry:
+        """The entry of a change that was made; `prints`: fingerprints of the model before and after."""
         return cls(
+            when.number,
             plan.operation,
             datetime.now().astimezone().isoformat(timespec="seconds"),
+            when.step,
+            when.epoch,
             receipt.promise,
             receipt.output_difference,
+            {group: tuple(units) for group, units in receipt.units.items()},
             tuple(receipt.removed_ids),
             tuple(receipt.added_ids),
             receipt.parameters_before,
             receipt.parameters_after,
-            before,
-            after,
-            plan.tensors,
-            plan.attributes,
-            {name: _described(module) for name, module in plan.modules.items()},
+            *prints,
+            {name: _all_runs(dims) for name, dims in plan.tensors.items()},
+            _all_runs(plan.layers),
+            dict(plan.attributes),
+            {name: described(module) for name, module in plan.modules.items()},
         )
-
-    def replay(self, model: nn.Module) -> UndoLog:
-        """Change the shapes of a model in this way once more; fresh content is zero.
-
-        Raises:
-            CheckpointError: The model is not the one that was changed.
-        """
-        if fingerprint(model) != self.before:
-            raise CheckpointError(
-                f"The journal does not fit this model: before {self.operation} its tensors had other names or shapes. "
-                "Build the model with the code and the sizes that it had at first."
-            )
-        plan = Plan(
-            (), self.slots, {}, (), {}, attributes=self.attributes, modules=self._modules(model)
-        )
-        log, _ = apply(plan, [model], [], keep=True)
-        if fingerprint(model) != self.after:
-            log.undo()
-            raise CheckpointError(f"The journal's {self.operation} gives other shapes than it did.")
-        return log
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON: tracker/schemas/journal.schema.json describes it."""
         return {
+            "number": self.number,
             "operation": self.operation,
             "time": self.time,
+            "step": self.step,
+            "epoch": self.epoch,
             "promise": self.promise,
             "output_difference": self.output_difference,
+            "units": {group: list(units) for group, units in self.units.items()},
             "removed_ids": list(self.removed_ids),
             "added_ids": list(self.added_ids),
             "parameters_before": self.parameters_before,
@@ -101,9 +97,10 @@ class Entry:
             "before": self.before,
             "after": self.after,
             "slots": {
-                name: {str(dim): _runs(slots) for dim, slots in dims.items()}
+                name: {str(dim): _plain(runs) for dim, runs in dims.items()}
                 for name, dims in self.slots.items()
             },
+            "layers": {name: _plain(runs) for name, runs in self.layers.items()},
             "attributes": [
                 [a.module, list(a.owner), a.name, a.index, value]
                 for a, value in self.attributes.items()
@@ -119,47 +116,70 @@ class Entry:
             CheckpointError: It is none.
         """
         try:
-            if data["operation"] not in OPERATIONS:
-                raise ValueError(f"unknown operation {data['operation']!r}")
-            slots = {
-                str(name): {int(dim): _slots(runs) for dim, runs in dims.items()}
-                for name, dims in data["slots"].items()
-            }
-            attributes = {
-                Attribute(_text(m), tuple(map(_text, owner)), _text(name), _index(i)): _whole(value)
-                for m, owner, name, i, value in data["attributes"]
-            }
-            difference = data["output_difference"]
+            if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+                raise ValueError("other fields than an entry has")
             return cls(
-                data["operation"],
-                _text(data["time"]),
-                _text(data["promise"]),
-                None if difference is None else float(difference),
-                tuple(map(_whole, data["removed_ids"])),
-                tuple(map(_whole, data["added_ids"])),
-                _whole(data["parameters_before"]),
-                _whole(data["parameters_after"]),
-                _text(data["before"]),
-                _text(data["after"]),
-                slots,
-                attributes,
-                {_text(name): dict(spec) for name, spec in data["modules"].items()},
+                number=_whole(data["number"]),
+                operation=_one_of(OPERATIONS, data["operation"]),
+                time=_time(data["time"]),
+                step=_optional(data["step"]),
+                epoch=None if data["epoch"] is None else operator.index(data["epoch"]),
+                promise=_one_of(PROMISES, data["promise"]),
+                output_difference=_number(data["output_difference"]),
+                units={_text(g): _ids(units) for g, units in data["units"].items()},
+                removed_ids=_ids(data["removed_ids"]),
+                added_ids=_ids(data["added_ids"]),
+                parameters_before=_whole(data["parameters_before"]),
+                parameters_after=_whole(data["parameters_after"]),
+                before=_text(data["before"]),
+                after=_text(data["after"]),
+                slots={
+                    _text(name): {int(dim): Runs.of_plain(runs) for dim, runs in dims.items()}
+                    for name, dims in data["slots"].items()
+                },
+                layers={_text(name): Runs.of_plain(runs) for name, runs in data["layers"].items()},
+                attributes={
+                    Attribute(
+                        _text(m), tuple(map(_text, owner)), _text(name), _optional(index)
+                    ): _whole(value)
+                    for m, owner, name, index, value in data["attributes"]
+                },
+                modules={_text(name): _spec(spec) for name, spec in data["modules"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"An entry of the journal cannot be read: {error}") from error
 
     def __str__(self) -> str:
         """For people."""
-        did = []
+        did = [f"{len(units)} of {group!r}" for group, units in list(self.units.items())[:3]]
+        if len(self.units) > 3:
+            did.append(f"and {len(self.units) - 3} more groups")
+        did += [f"{name.rpartition('.')[0]} followed by a new layer" for name in self._inserted()]
+        did += [f"{name} bypassed" for name in self.modules if name not in self._inserted()]
         if self.removed_ids:
-            did.append(f"{len(self.removed_ids)} neurons gone")
+            did.append(_counted(len(self.removed_ids), "gone"))
         if self.added_ids:
-            did.append(f"{len(self.added_ids)} neurons new")
-        parameters = f"parameters {self.parameters_before:,} -> {self.parameters_after:,}"
-        return f"{self.time}  {self.operation}: {', '.join(did) or 'no neurons'}; {parameters}; {self.promise}"
+            did.append(_counted(len(self.added_ids), "new"))
+        when = [self.time]
+        when += [] if self.epoch is None else [f"epoch {self.epoch}"]
+        when += [] if self.step is None else [f"step {self.step}"]
+        difference = self.output_difference
+        measured = "not measured" if difference is None else f"difference {difference:.1e}"
+        return (
+            f"{self.number}. {self.operation} ({', '.join(when)}): {', '.join(did) or 'no neurons'}; "
+            f"parameters {self.parameters_before:,} -> {self.parameters_after:,}; {self.promise}, {measured}"
+        )
 
-    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {name: _built(model, name, spec) for name, spec in self.modules.items()}
+    def _inserted(self) -> list[str]:
+        return [name for name, spec in self.modules.items() if spec["kind"] != "Bypass"]
+
+
+class When(NamedTuple):
+    """When a change was made."""
+
+    number: int
+    step: int | None
+    epoch: int | None
 
 
 @dataclass(slots=True)
@@ -177,22 +197,23 @@ class Journal:
         self.entries.pop()
 
     def replay(self, model: nn.Module) -> UndoLog:
-        """Change a freshly built model in all these ways; all or nothing.
+        """Give a freshly built model the architecture that these changes led to; all or nothing.
+
+        Tensors that change their shape are zero afterwards, weights belong to checkpoints.
 
         Raises:
-            CheckpointError: It is not the model that was changed.
+            CheckpointError: It is not the model that was changed; it is as it was.
         """
-        log = UndoLog()
+        twin, log = twin_after(model, self.entries), UndoLog()
         try:
-            for entry in self.entries:
-                log.add(entry.replay(model).undo)
+            become(model, twin, {}, self.entries, log)
         except BaseException:
             log.undo()
             raise
         return log
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON: tracker/schemas/journal.schema.json describes it."""
         return {"schema_version": SCHEMA_VERSION, "entries": [e.to_dict() for e in self.entries]}
 
     @classmethod
@@ -208,7 +229,19 @@ class Journal:
             raise CheckpointError(
                 f"A journal of schema {data.get('schema_version')!r} cannot be read: {SCHEMA_VERSION} can."
             )
-        return cls([Entry.from_dict(entry) for entry in data["entries"]])
+        if len(data["entries"]) > MOST:
+            raise CheckpointError(f"A journal of more than {MOST:,} entries is not believed.")
+        entries = [Entry.from_dict(entry) for entry in data["entries"]]
+        for number, entry in enumerate(entries, start=1):
+            if entry.number != number:
+                raise CheckpointError(
+                    f"Entry {number} of the journal says that it is {entry.number}."
+                )
+            if number > 1 and entry.before != entries[number - 2].after:
+                raise CheckpointError(
+                    f"Entry {number} of the journal does not follow the one before."
+                )
+        return cls(entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -221,78 +254,48 @@ class Journal:
 
     def __str__(self) -> str:
         """For people."""
-        if not self.entries:
-            return "Nothing was changed so far."
-        return "\n".join(f"{i}. {entry}" for i, entry in enumerate(self.entries, start=1))
+        return "\n".join(map(str, self.entries)) or "Nothing was changed so far."
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes and dtypes of a model's tensors."""
-    text = "\n".join(
-        f"{name} {tuple(tensor.shape)} {tensor.dtype}"
-        for name, tensor in sorted(tensors(model).items())
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
+def _all_runs(table: Mapping[Any, SlotMap]) -> dict[Any, Runs]:
+    return {key: Runs.of(slots) for key, slots in table.items()}
 
 
-def _runs(slots: SlotMap) -> list[list[int]]:
-    """[first, count] of consecutive old slots; first is -1 for fresh ones."""
-    runs: list[list[int]] = []
-    for source in slots.source:
-        s = -1 if source is None else source
-        if runs and (s == -1 == runs[-1][0] or (s >= 0 <= runs[-1][0] and s == sum(runs[-1]))):
-            runs[-1][1] += 1
-        else:
-            runs.append([s, 1])
-    return runs
+def _plain(runs: Runs) -> list[list[int]]:
+    return [list(part) for part in runs.parts]
 
 
-def _slots(runs: Sequence[Sequence[int]]) -> SlotMap:
-    if sum(_whole(count) for _, count in runs) > WIDEST:
-        raise ValueError("an axis of more slots than any model has")
-    parts = (
-        itertools.repeat(None, count) if first == -1 else range(_whole(first), first + count)
-        for first, count in runs
-    )
-    return SlotMap(tuple(itertools.chain.from_iterable(parts)))
+def _counted(number: int, what: str) -> str:
+    return f"{number} neuron{'' if number == 1 else 's'} {what}"
 
 
-def _described(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, Bypass):
-        return {"kind": "Bypass", "returns": module.returns, "passes": module.passes}
-    layer: Any = module.linear if isinstance(module, ReluIdentity) else module.into
-    width = layer.weight.shape[0]
-    return {"kind": type(module).__name__, "layer": type(layer).__name__, "width": width}
+def _one_of(known: Sequence[str], value: Any) -> str:
+    if value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return str(value)
 
 
-def _built(model: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:
-    try:
-        kind = spec["kind"]
-        if kind == "Bypass":
-            if spec["returns"] not in ("tensor", "tuple") or spec["passes"] not in (
-                "input",
-                "zero",
-            ):
-                raise ValueError("an unknown bypass")
-            return Bypass(spec["returns"], spec["passes"])
-        parent = model.get_submodule(name.rpartition(".")[0])
-        mate = next(parent.parameters(recurse=False))
-        width = _whole(spec["width"])
-        if width != mate.shape[0] and width not in mate.shape:
-            raise ValueError(f"a layer of {width} behind one of {mate.shape[0]}")
-        options: dict[str, Any] = {"device": mate.device, "dtype": mate.dtype}
-        make = LAYERS[spec["layer"]]
-        more = () if make is nn.Linear else (1,)
-        with torch.random.fork_rng(devices=[]):
-            if kind == "ReluIdentity":
-                return ReluIdentity(make(width, width, *more, **options))
-            if kind == "ResidualBlock":
-                return ResidualBlock(
-                    make(width, width, *more, **options), make(width, width, *more, **options)
-                )
-        raise ValueError(f"unknown module {kind!r}")
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        raise CheckpointError(f"The journal's module {name!r} cannot be built: {error}") from error
+def _time(value: Any) -> str:
+    datetime.fromisoformat(_text(value))
+    return str(value)
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def _ids(values: Any) -> tuple[int, ...]:
+    return tuple(map(_whole, values))
+
+
+def _spec(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
+        raise ValueError(f"{data!r} is no module")
+    return dict(data)
 
 
 def _text(value: Any) -> str:
@@ -307,5 +310,5 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _index(value: Any) -> int | None:
+def _optional(value: Any) -> int | None:
     return None if value is None else _whole(value)

@@ -1,0 +1,216 @@
+"""Do the changes of a journal once more: on a twin without values first, and on the model only if all of it fits."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from tracker.errors import CheckpointError
+from tracker.structure.ints import Attribute, missing, shadow
+from tracker.structure.sizes import adapt, tensors
+from tracker.structure.twins import FreeHeadsAttention, liberate
+from tracker.surgery.depth import INSERTED, Bypass, ReluIdentity, ResidualBlock, replace_module
+from tracker.surgery.undo import UndoLog, writable
+
+if TYPE_CHECKING:
+    from tracker.journal.entries import Entry
+
+LAYERS = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
+BLOCKS = ("ReluIdentity", "ResidualBlock")
+
+
+def lasting(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers: caches that a forward pass makes are no part of a model."""
+    passing = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: t for name, t in tensors(model).items() if name not in passing}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes and dtypes of a model's parameters and persistent buffers."""
+    text = "\n".join(
+        f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+        for name, tensor in sorted(lasting(model).items())
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def twin_after(model: nn.Module, entries: Iterable[Entry]) -> nn.Module:
+    """A copy of the model without values, after these changes. The model is not touched.
+
+    Raises:
+        CheckpointError: An entry does not fit the model.
+    """
+    held = {id(t): t for t in tensors(model).values()}
+    try:
+        twin = copy.deepcopy(model, {key: _valueless(t) for key, t in held.items()})
+    except Exception as error:
+        raise CheckpointError(f"This {type(model).__name__} cannot be copied: {error}") from error
+    for number, entry in enumerate(entries, start=1):
+        what = f"Entry {number} of the journal, {entry.operation},"
+        if fingerprint(twin) != entry.before:
+            raise CheckpointError(
+                f"{what} does not fit this model: its tensors then had other names or shapes. Build the model with "
+                "the code and the sizes that it had at first."
+            )
+        try:
+            _change(twin, entry)
+        except Exception as error:
+            raise CheckpointError(f"{what} does not fit this model: {error}") from error
+        if fingerprint(twin) != entry.after:
+            raise CheckpointError(f"{what} gives other shapes than it did.")
+    return twin
+
+
+def become(
+    model: nn.Module,
+    twin: nn.Module,
+    values: Mapping[str, Tensor],
+    entries: Iterable[Entry],
+    log: UndoLog,
+) -> None:
+    """Give the model the architecture of its twin, and these values; zeros where there are none and shapes changed.
+
+    `values` were compared with the twin. The `Parameter` objects stay; the log takes everything back.
+    """
+    entries = list(entries)
+    device = next((t.device for t in tensors(model).values()), torch.device("cpu"))
+    with writable():
+        for name in dict.fromkeys(name for entry in entries for name in entry.modules):
+            path, _, child = name.rpartition(".")
+            parent, theirs = _module(model, path), _module(twin, name)
+            if (
+                parent is not None
+                and theirs is not None
+                and parent._modules.get(child) is not theirs
+            ):
+                near = next(parent.parameters(recurse=False), None)
+                own = theirs.to_empty(device=device if near is None else near.device)
+                replace_module(model, name, own, [], log)
+        shapes = {name: tensor.shape for name, tensor in tensors(twin).items()}
+        for name, tensor in tensors(model).items():
+            if name in values:
+                _swap(tensor, values[name], log)
+            elif tensor.shape != shapes[name]:
+                _swap(tensor, torch.zeros(shapes[name], dtype=tensor.dtype), log)
+        for name, module in twin.named_modules():
+            mine = model.get_submodule(name)
+            if isinstance(module, FreeHeadsAttention) and type(mine) is not type(module):
+                _liberate(mine, log)
+        named = dict.fromkeys(a for entry in entries for a in entry.attributes)
+        log.add(adapt(model, {a: _value(twin, a) for a in named if not missing(twin, {a: 0})}))
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+    """Plain data from which a module that came with a change can be made again."""
+    if isinstance(module, Bypass):
+        return {"kind": "Bypass", "returns": module.returns, "passes": module.passes}
+    layer: Any = module.linear if isinstance(module, ReluIdentity) else module.into
+    width = layer.weight.shape[0]
+    return {"kind": type(module).__name__, "layer": type(layer).__name__, "width": width}
+
+
+def _change(twin: nn.Module, entry: Entry) -> None:
+    held = tensors(twin)
+    for name, dims in entry.slots.items():
+        shape = list(held[name].shape) if name in held else []
+        for dim, runs in dims.items():
+            if not 0 <= dim < len(shape) or runs.reach > shape[dim] or not runs.size:
+                raise ValueError(f"{name} has no such slots of dimension {dim}")
+            shape[dim] = runs.size
+        held[name].data = torch.empty(shape, dtype=held[name].dtype, device="meta")
+    if entry.attributes:
+        known = shadow(twin)[1]
+        unknown = next((a for a in entry.attributes if a not in known), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{unknown} of {unknown.module or 'the model'} is no integer of its code"
+            )
+    adapt(twin, entry.attributes)
+    for name, spec in entry.modules.items():
+        replace_module(twin, name, _built(twin, name, spec), [], UndoLog())
+
+
+def _built(twin: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:
+    path, _, child = name.rpartition(".")
+    kind = spec["kind"]
+    if kind == "Bypass":
+        if not name or _module(twin, name) is None:
+            raise ValueError(f"there is no {name!r} to bypass")
+        if spec["returns"] not in ("tensor", "tuple") or spec["passes"] not in ("input", "zero"):
+            raise ValueError("an unknown bypass")
+        return Bypass(spec["returns"], spec["passes"])
+    mate = _module(twin, path)
+    if kind not in BLOCKS or child != INSERTED or not isinstance(mate, nn.Linear | _ConvNd):
+        raise ValueError(f"unknown module {kind!r} at {name!r}")
+    width, make = spec["width"], LAYERS[spec["layer"]]
+    if INSERTED in mate._modules or width != _width(mate):
+        raise ValueError(f"no layer of {width!r} can stand behind {path!r}")
+    options: dict[str, Any] = {"device": "meta", "dtype": mate.weight.dtype}
+    more = () if make is nn.Linear else (1,)
+    with torch.random.fork_rng(devices=[]):
+        layers = [make(width, width, *more, **options) for _ in range(1 + BLOCKS.index(kind))]
+    return (ReluIdentity, ResidualBlock)[BLOCKS.index(kind)](*layers)
+
+
+def _width(layer: nn.Module) -> int:
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+
+
+def _valueless(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
+        raise CheckpointError(f"A {type(tensor).__name__} cannot be restored in place.")
+    empty = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _value(twin: nn.Module, attribute: Attribute) -> int:
+    holder: Any = twin.get_submodule(attribute.module)
+    for name in attribute.owner:
+        holder = vars(holder)[name]
+    value = vars(holder)[attribute.name]
+    return int(value if attribute.index is None else value[attribute.index])
+
+
+def _liberate(module: nn.Module, log: UndoLog) -> None:
+    kind, before = type(module), dict(vars(module))
+
+    def back() -> None:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(before)
+
+    log.add(back)
+    liberate(module)
+
+
+def _swap(tensor: Tensor, value: Tensor, log: UndoLog) -> None:
+    old, gradient = tensor.detach(), tensor.grad
+
+    def back() -> None:
+        tensor.grad = None  # its shape must fit at every moment
+        tensor.set_(old)  # type: ignore[call-overload]
+        tensor.grad = gradient
+
+    log.add(back)
+    tensor.grad = None
+    # A saved value lies in memory as it did: kernels round by that.
+    tensor.set_(value.to(tensor.device).clone(memory_format=torch.preserve_format))  # type: ignore[call-overload]
