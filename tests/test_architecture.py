@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "tracker"
 # Each room may import from rooms before it.
 ORDER = [
     "errors",
+    "schema",
     "slotmap",
     "statistics",
     "compensation",
@@ -34,6 +35,8 @@ ORDER = [
     "surgeon",
     "training",
     "engine",
+    "inspection",
+    "__main__",
     "__init__",
 ]
 

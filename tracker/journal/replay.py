@@ -37,9 +37,13 @@ def lasting(model: nn.Module) -> dict[str, Tensor]:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of the names, shapes and dtypes of a model's parameters and persistent buffers."""
+    return fingerprint_of(lasting(model))
+
+
+def fingerprint_of(table: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a model that has these parameters and persistent buffers."""
     text = "\n".join(
-        f"{name} {tuple(tensor.shape)} {tensor.dtype}"
-        for name, tensor in sorted(lasting(model).items())
+        f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(table.items())
     )
     return hashlib.sha256(text.encode()).hexdigest()
 

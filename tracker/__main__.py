@@ -1,0 +1,63 @@
+"""`python -m tracker show|diff|validate PATH`: what checkpoints, journals and reports on the disk say.
+
+show PATH       what it holds, for people
+diff ONE TWO    how two of a kind differ; the exit status is 1 if they do
+validate PATH   whether it is whole and as its schema says; the exit status is 1 if not
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from tracker.errors import TrackerError
+from tracker.inspection import differences, find, shown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 for a difference or a damaged file, 2 for a wrong call."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tracker",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show|diff|validate")
+    commands.add_parser("show", help="tell what it holds").add_argument("path")
+    both = commands.add_parser("diff", help="tell how two of a kind differ")
+    both.add_argument("path")
+    both.add_argument("other")
+    commands.add_parser("validate", help="check that it is whole").add_argument("path", nargs="+")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.command == "show":
+            _say(shown(find(asked.path)))
+            return 0
+        if asked.command == "diff":
+            found = differences(find(asked.path), find(asked.other))
+            _say("\n".join(found) or "No difference.")
+            return int(bool(found))
+    except TrackerError as error:
+        _say(error, sys.stderr)
+        return 1
+    return max(_validated(path) for path in asked.path)
+
+
+def _validated(path: str) -> int:
+    try:
+        _say(f"{path}: {find(path).kind}, whole and as its schema says")
+    except TrackerError as error:
+        _say(f"{path}: {error}", sys.stderr)
+        return 1
+    return 0
+
+
+def _say(text: object, stream: TextIO | None = None) -> None:
+    """Names come from files: what would steer a terminal is shown, and not sent to it."""
+    plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
+    print(plain, file=stream or sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
