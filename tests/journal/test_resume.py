@@ -47,6 +47,41 @@ def test_a_window_goes_on(name: str, given: bool, tmp_path: Path) -> None:
     assert mine == theirs
 
 
+AFTER: dict[str, Callable[[NeuronEngine, Tensor], Any]] = {
+    "prune": lambda e, x: e.prune_neurons({"0": [2, 4]}),
+    "merge": lambda e, x: e.merge_neurons(
+        [tuple(e.track_model(e._tracker.current.model())["0"][:2])]
+    ),
+    "expand": lambda e, x: e.expand_layer("0", 2),
+    "recycle": lambda e, x: e.recycle_neurons({"0": [1]}),
+    "insert": lambda e, x: e.insert_layer(e.structure.groups[-1].layers[0]),
+    "calibrate": lambda e, x: e.calibrate([x[:9]]),
+    "compress": lambda e, x: e.compress(0.7, progress=False),
+    "undo": lambda e, x: e.undo(),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW fused"])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_all_changes_after_the_break(name: str, optimizer: str, tmp_path: Path) -> None:
+    model, opt, engine, x = begun(name, optimizer)
+    for change in ("prune", "insert", "expand"):
+        CHANGES[change](engine)
+        train(model, opt, x)
+    engine.calibrate([x])
+    engine.save_checkpoint(tmp_path / "run")
+    other, other_opt, _ = fresh(name, optimizer)
+    resumed = NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
+    for what, change in AFTER.items():
+        told = [str(change(each, x)) for each in (engine, resumed)]
+        assert told[0] == told[1], what
+        for _ in range(2):
+            assert train(model, opt, x) == train(other, other_opt, x), what
+    assert equal(dict(model.state_dict()), dict(other.state_dict()))
+    assert statistics(engine) == statistics(resumed)
+    assert [e.removed_ids for e in engine.journal] == [e.removed_ids for e in resumed.journal]
+
+
 def test_the_structure_is_there_without_a_pass(tmp_path: Path) -> None:
     model, _, engine, _ = begun("mlp")
     engine.save_checkpoint(tmp_path / "run")
