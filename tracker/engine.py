@@ -104,8 +104,15 @@ class NeuronEngine(NeuronSurgeon):
             "correlation_threshold": self.correlation_threshold,
             "observe": self._tracker.observe_at,
         }
+        run = self._run
+        goes_on = run is not None and run.model is self._tracker.current.model()
         content = memory.gather(
-            self._tracker, unwrapped(self._optimizers), self.history, self.journal, settings
+            self._tracker,
+            unwrapped(self._optimizers),
+            self.history,
+            self.journal,
+            settings,
+            run.gather() if run is not None and goes_on else (None, {}),
         )
         return write_checkpoint(path, content)
 
@@ -136,7 +143,12 @@ class NeuronEngine(NeuronSurgeon):
             load_optimizers(model, plain, content.tensors["optimizer"], facts["optimizers"], log)
             engine = cls(**facts["settings"])
             log.add(engine._let_go)
-            history = memory.load_tracker(engine._tracker, model, content)
+            history, seen = memory.load_tracker(engine._tracker, model, content)
+            if facts["run"] is not None:
+                engine.start_self_modification(Policy.from_dict(facts["run"]["policy"]))
+                assert engine._run is not None
+                log.add(engine.stop_self_modification)
+                engine._run.go_on(facts["run"], seen)
         engine.attach_optimizer(*optimizers)
         engine._journals[engine._model_key()] = journal
         if history is not None:

@@ -32,8 +32,9 @@ def gather(
     history: TrainingHistory,
     journal: Journal,
     settings: Mapping[str, Any],
+    run: tuple[Mapping[str, Any] | None, Mapping[str, Read]] = (None, {}),
 ) -> Checkpoint:
-    """All of it, as tables of tensors and plain data."""
+    """All of it, as tables of tensors and plain data. run: of one that modifies itself, and what it observed."""
     entry = tracker.current
     model, observer = entry.model(), entry.observer
     weights, aliases = _untied(model)
@@ -51,6 +52,7 @@ def gather(
         "traced": entry.traced,
         "recording": observer.recording,
         "inputs": places,
+        "run": run[0],
         "samples": {str(int(flag)): n for flag, n in observer.samples.items()},
         "correlated": entry.correlated,
         "mode": entry.mode,
@@ -70,7 +72,7 @@ def gather(
         {
             "model": weights,
             "optimizer": states,
-            "statistics": {**_seen(tracker), **inputs},
+            "statistics": {**_seen(tracker), **_reads("run", run[1]), **inputs},
             "random": noise,
         },
         {"journal": journal.to_dict(), "engine": engine},
@@ -159,8 +161,8 @@ def _laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def load_tracker(
     tracker: ActivationTracker, model: nn.Module, content: Checkpoint
-) -> TrainingHistory | None:
-    """Track a model, and give the tracker back its ids, statistics and history, as if it had never been away.
+) -> tuple[TrainingHistory | None, dict[str, Covariance]]:
+    """Track a model, and give the tracker back its ids and statistics; its history, and what a run had observed.
 
     Raises:
         CheckpointError: They do not fit the model.
@@ -185,10 +187,10 @@ def load_tracker(
             tracker.hook()
         elif observer.inputs is not None:
             entry.detach()  # nothing has to be waited for at the model's door
-        _restore_seen(tracker, content.tensors["statistics"])
+        seen = _restore_seen(tracker, content.tensors["statistics"])
         observer.recording = bool(facts["recording"] and facts["hooked"])
         history = facts["history"]
-        return None if history is None else TrainingHistory.from_dict(history)
+        return None if history is None else TrainingHistory.from_dict(history), seen
     except TrackerError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -281,8 +283,13 @@ def _seen(tracker: ActivationTracker) -> dict[str, Tensor]:
                     found.update(
                         _parts(f"covariance/{mode}/{site.name}", window.covariance.value())
                     )
-    for name, read in tracker.current.reads.items():
-        found.update(_parts(f"read/{read.dim}/{name}", read.covariance))
+    return found | _reads("read", tracker.current.reads)
+
+
+def _reads(kind: str, reads: Mapping[str, Read]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, read in reads.items():
+        found.update(_parts(f"{kind}/{read.dim}/{name}", read.covariance))
     return found
 
 
@@ -294,8 +301,12 @@ def _parts(key: str, value: Covariance) -> dict[str, Tensor]:
     }
 
 
-def _restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> None:
+def _restore_seen(
+    tracker: ActivationTracker, tables: Mapping[str, Tensor]
+) -> dict[str, Covariance]:
+    """Give the statistics back; what a run had observed is returned."""
     entry = tracker.current
+    reads: dict[str, dict[str, Read]] = {"read": entry.reads, "run": {}}
     model = entry.model()
     sites = {site.name: site for site in entry.observer.sites}
     whole: dict[str, dict[str, Tensor]] = {}
@@ -315,11 +326,16 @@ def _restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> N
     for key, parts in whole.items():
         kind, mode, name = key.split("/", 2)
         covariance = Covariance(parts["count"], parts["mean"], parts["comoment"])
-        width = tensors(model)[name].shape[int(mode)] if kind == "read" else sites[name].neurons
+        width = (
+            tensors(model)[name].shape[int(mode)]
+            if kind in ("read", "run")
+            else sites[name].neurons
+        )
         n = len(covariance.count)
         if covariance.mean.shape != (n,) or covariance.comoment.shape != (n, n) or n != width:
             raise ValueError(f"the covariance of {name} has another shape")
-        if kind == "read":
-            entry.reads[name] = Read(int(mode), covariance)
+        if kind in ("read", "run"):
+            reads[kind][name] = Read(int(mode), covariance)
         else:
             sites[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
+    return {name: read.covariance for name, read in reads["run"].items()}

@@ -352,6 +352,10 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "inputs without end": edit(
         G, lambda d: put(d, "inputs", value=nested(300))),
     "strides without end": edit(G, lambda d: put(d, "strides", "0.weight", value=[2**40, 2**40])),
+    "a run of text": edit(G, lambda d: put(d, "run", value="x")),
+    "a run of nobody": edit(G, lambda d: put(d, "run", value={"policy": {}})),
+    "a policy of nobody": edit(G, lambda d: put(d, "run", value={"policy": {"evil": 1}})),
+    "a policy of text": edit(G, lambda d: put(d, "run", value={"policy": {"warm_up": "x"}})),
     "a mode of nobody": edit(G, lambda d: put(d, "mode", value="turbo")),
     "a batch of text": edit(G, lambda d: put(d, "batch_dim", value="x")),
     "a weight of another shape": retable("model.safetensors", lambda t: t.update({"0.weight": torch.zeros(1, 1)})),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.surgery.subjects import holds_exactly_the_live, mlp, prepared
+from tests.surgery.subjects import MODELS, OPTIMIZERS, holds_exactly_the_live, mlp, prepared
 from tracker import NeuronEngine, Policy, SurgeryError
 from tracker.training.policy import Candidate
 
@@ -140,3 +141,36 @@ def test_a_step_without_a_start_says_so() -> None:
     _model, _, engine, _ = prepared("mlp")
     with pytest.raises(SurgeryError, match="start_self_modification"):
         engine.step(0.5)
+
+
+@pytest.mark.parametrize("at", [3, 19, 23, 30, 41])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_a_resumed_run_does_what_it_would_have_done(at: int, name: str, tmp_path: Path) -> None:
+    policy = Policy(**QUICK, tolerance=0.02, grow=True, plateau=0.9, regret=1e9)
+    model, opt, engine, x = prepared(name)
+    target = torch.randn(len(x), model(x).shape[1])
+
+    def go(model: nn.Module, opt: Any, engine: NeuronEngine, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            loss = (model(x) - target).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            engine.step(loss)
+            losses.append(float(loss.detach()))
+        return losses
+
+    engine.start_self_modification(policy)
+    go(model, opt, engine, at)
+    opt.zero_grad()
+    engine.save_checkpoint(tmp_path / "run")
+    torch.manual_seed(1)
+    other = MODELS[name][0]()
+    other_opt = OPTIMIZERS["Adam"](other.parameters())
+    resumed = NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
+    assert go(model, opt, engine, 40) == go(other, other_opt, resumed, 40)
+    assert str(resumed.life) == str(engine.life)
+    assert len(engine.journal) > 0
+    assert [e.step for e in resumed.journal] == [e.step for e in engine.journal]
+    assert all(e.step is not None for e in engine.journal)

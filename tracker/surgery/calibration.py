@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,15 @@ class Watcher:
         """Take the hooks off; what was seen, by consumer's weight."""
         while self._handles:
             self._handles.pop().remove()
+        return self.seen()
+
+    def seen(self) -> dict[str, Read]:
+        """What was seen so far."""
         return {w: Read(self._dims[w], stream.value()) for w, stream in self._streams.items()}
+
+    def go_on(self, seen: Mapping[str, Covariance]) -> None:
+        """Have seen this already."""
+        self._streams = {w: CovarianceStream.resumed(value) for w, value in seen.items()}
 
     def _add(self, one: Consumer, rows: Tensor) -> None:
         if one.weight not in self._streams:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tracker.compensation import backward
 from tracker.errors import TrackerError
+from tracker.statistics import Covariance
 from tracker.surgery import Receipt
 from tracker.surgery.calibration import Watcher, consumers
 from tracker.surgery.compression import Limits, problems_of
 from tracker.surgery.transaction import count
+from tracker.tracker import Read
 from tracker.training.policy import Candidate, Policy, Requests
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ class SelfModification:
         self.policy, self.life = policy, list[Decision]()
         self.steps = 0
         self.losses: list[tuple[int, float]] = []  # (step, mean loss since the last entry)
-        self._surgeon, self._model = surgeon, model
+        self._surgeon, self.model = surgeon, model
         self._recent: list[Tensor] = []
         self._means: list[float] = []  # before each look
         self._blocked: dict[str, int] = {}
@@ -63,6 +66,41 @@ class SelfModification:
             self._begin_to_observe()
         return None
 
+    def gather(self) -> tuple[dict[str, Any], dict[str, Read]]:
+        """Where the run is, as plain data, and what it observed since it began to look.
+
+        A change that awaits its verdict is not among it: nothing could take it back later.
+        """
+        data = {
+            "policy": self.policy.to_dict(),
+            "steps": self.steps,
+            "losses": [list(pair) for pair in self.losses],
+            "recent": [float(loss) for loss in self._recent],
+            "means": list(self._means),
+            "blocked": dict(self._blocked),
+            "life": [asdict(decision) for decision in self.life],
+            "observes": self._watch is not None,
+        }
+        return data, {} if self._watch is None else self._watch.seen()
+
+    def go_on(self, data: Mapping[str, Any], seen: Mapping[str, Covariance]) -> None:
+        """Go on where `gather` was called.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is nothing that `gather` gave.
+        """
+        life = [Decision(**decision) for decision in data["life"]]
+        self.steps = operator.index(data["steps"])
+        self.losses = [(operator.index(step), float(loss)) for step, loss in data["losses"]]
+        self._recent = [torch.tensor(float(loss)) for loss in data["recent"]]
+        self._means = [float(mean) for mean in data["means"]]
+        self._blocked = {str(n): operator.index(looks) for n, looks in data["blocked"].items()}
+        self.life[:] = life
+        if data["observes"]:
+            self._begin_to_observe()
+            assert self._watch is not None
+            self._watch.go_on(seen)
+
     def stop(self) -> None:
         """Observe no more."""
         if self._watch is not None:
@@ -71,8 +109,8 @@ class SelfModification:
 
     def _begin_to_observe(self) -> None:
         groups = [g for g in self._surgeon.structure.groups if g.prunable and g.exact]
-        wanted, _ = consumers(self._model, groups)
-        self._watch = Watcher(self._model, wanted)
+        wanted, _ = consumers(self.model, groups)
+        self._watch = Watcher(self.model, wanted)
 
     def _look(self) -> Receipt | None:
         if self._watch is None:
@@ -85,7 +123,7 @@ class SelfModification:
         self._means.append(loss)
         self._blocked = {name: n - 1 for name, n in self._blocked.items() if n > 1}
         wanted = self.policy.decide(
-            self._candidates(), count(self._model), self._means, self._blocked
+            self._candidates(), count(self.model), self._means, self._blocked
         )
         if not wanted.remove and not wanted.expand:
             self._note("kept", wanted.why, loss)
@@ -128,7 +166,7 @@ class SelfModification:
     def _candidates(self) -> list[Candidate]:
         """The groups that can shrink by themselves, and what that is predicted to cost."""
         groups, problems, _ = problems_of(self._surgeon._tracker, Limits(floor=self.policy.floor))
-        shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         found = []
         for group, problem in zip(groups, problems, strict=True):
             selection = backward(
@@ -164,4 +202,4 @@ class SelfModification:
     def _note(self, what: str, why: str, loss: float) -> None:
         layers = self._surgeon._tracker.current.layers
         widths = {name: len(layer.ids) for name, layer in layers.items()}
-        self.life.append(Decision(self.steps, what, why, loss, count(self._model), widths))
+        self.life.append(Decision(self.steps, what, why, loss, count(self.model), widths))

@@ -148,4 +148,12 @@ class Policy:
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
             raise SurgeryError(f"A policy has no {sorted(unknown)[0]!r}.")
+        usual = cls()
+        for name, value in data.items():
+            kind = type(getattr(usual, name))
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if kind is type(None):  # a bound
+                fits = value is None or type(value) is int
+            if not fits:
+                raise SurgeryError(f"{name} of a policy is not {value!r}.")
         return cls(**data)
