@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -13,11 +14,13 @@ from torch import nn
 
 from tracker import memory
 from tracker.errors import CheckpointError, SurgeryError
-from tracker.journal import read_checkpoint, write_checkpoint
+from tracker.journal import Entry, become, read_checkpoint, twin_after, write_checkpoint
+from tracker.journal.carry import carry
 from tracker.journal.noise import here, restorer
 from tracker.journal.optimizers import check_ownership, load_optimizers
 from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
+from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import unwrapped
 from tracker.tracker import unwrap
 from tracker.training import Decision, Policy, SelfModification
@@ -61,6 +64,7 @@ class NeuronEngine(NeuronSurgeon):
     ) -> None:
         super().__init__(activation_threshold, correlation_threshold, observe=observe)
         self._run: SelfModification | None = None
+        self._carried: set[int] = set()  # models whose state_dict carries the journal, by position
 
     def start_self_modification(self, policy: Policy | None = None) -> None:
         """Let the current model change itself while it trains, as the policy says; call `step` after each step.
@@ -90,6 +94,46 @@ class NeuronEngine(NeuronSurgeon):
     def life(self) -> list[Decision]:
         """What was decided so far, and why: changes, refusals, and looks at which nothing was to be done."""
         return [] if self._run is None else self._run.life
+
+    def carry_journal(self) -> None:
+        """Have the current model's `state_dict` carry its journal, and `load_state_dict` replay one.
+
+        Call it after `track_model`, before the load. Then checkpoints of other frameworks load into freshly built
+        models: architecture, weights and ids. Optimizer state is loaded by the framework, after the model's.
+        """
+        model, key = self._tracker.current.model(), self._model_key()
+        if key not in self._carried:
+            self._carried.add(key)
+            journal, this, held = self.journal, weakref.ref(self), weakref.ref(model)
+
+            def replay(entry: Entry) -> None:
+                engine, own = this(), held()
+                assert own is not None
+                if engine is None:  # nobody asks for ids any more
+                    become(own, twin_after(own, [entry]), {}, [entry], UndoLog())
+                else:
+                    engine._replay(own, entry)
+                journal.add(entry)
+
+            carry(model, lambda: journal, replay)
+
+    def _replay(self, model: nn.Module, entry: Entry) -> None:
+        tracker, plain = self._tracker, unwrapped(self._optimizers)
+        before, tracker.current = tracker.current, tracker.tracked(model)
+        try:
+            become(model, twin_after(model, [entry]), {}, [entry], UndoLog(), plain)
+            layers = {name: runs.slots() for name, runs in entry.layers.items()}
+            tracker.current.reads = {}
+            tracker.reslot(layers, {}, entry.reason)
+            if entry.modules:
+                tracker.resite(entry.reason)
+            for optimizer in plain:  # moments of another shape would be read beyond their end
+                for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
+                    del optimizer.state[parameter]
+                watch(optimizer)  # the ages of young slots come with its state
+        finally:
+            tracker.current = before
+        self._undo = None
 
     def save_checkpoint(self, path: str | PathLike[str]) -> Path:
         """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.
@@ -159,6 +203,14 @@ class NeuronEngine(NeuronSurgeon):
     def _let_go(self) -> None:
         for entry in self._tracker.models:
             entry.detach()
+
+
+def _shape(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Size:
+    """The shape that an optimizer's state of a parameter was made for."""
+    known = [
+        v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.ndim
+    ]
+    return known[0].shape if known else parameter.shape
 
 
 def apply_journal(fresh_model: nn.Module, path: str | PathLike[str]) -> nn.Module:

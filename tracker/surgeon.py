@@ -21,6 +21,8 @@ from tracker.surgery.calibration import collect, consumers
 from tracker.surgery.compression import Limits, plan_compression
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
+from tracker.surgery.newborn import AGE, watch
+from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.receipt import joined
 from tracker.surgery.removal import plan_pruning
@@ -62,6 +64,9 @@ class NeuronSurgeon(NeuronWatcher):
         self._optimizers += [
             o for o in optimizers if not any(o is known for known in self._optimizers)
         ]
+        for optimizer in unwrapped(optimizers):
+            if any(AGE in state for state in optimizer.state.values()):
+                watch(optimizer)  # its state was loaded, with young slots in it
 
     def attach_follower(self, *models: nn.Module) -> None:
         """Have these copies of the model (an EMA, say) change alike."""

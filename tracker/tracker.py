@@ -94,6 +94,23 @@ class ActivationTracker:
             raise NotTrackedError("No model is tracked yet. Call track_model(model) first.")
         return self._current
 
+    @current.setter
+    def current(self, entry: TrackedModel) -> None:
+        self._current = entry
+
+    def tracked(self, model: nn.Module) -> TrackedModel:
+        """What is known of a model.
+
+        Raises:
+            NotTrackedError: Nothing.
+        """
+        entry = self._known(unwrap(model))
+        if entry is None:
+            raise NotTrackedError(
+                f"This {type(model).__name__} is not tracked. Call track_model(model) before its hooks are registered."
+            )
+        return entry
+
     def track(
         self,
         model: nn.Module,
@@ -142,11 +159,7 @@ class ActivationTracker:
 
     def hook(self, model: nn.Module | None = None) -> None:
         """Put hooks on a tracked model (the current one), and make it the current one."""
-        entry = self.current if model is None else self._known(unwrap(model))
-        if entry is None:
-            raise NotTrackedError(
-                f"This {type(model).__name__} is not tracked. Call track_model(model) before its hooks are registered."
-            )
+        entry = self.current if model is None else self.tracked(model)
         entry.detach()
         entry.handles, entry.hooked = attach(entry.observer, entry.model()), True
         self._current = entry

@@ -170,6 +170,13 @@ class Entry:
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,}; {self.promise}, {measured}"
         )
 
+    @property
+    def reason(self) -> str:
+        """Why neurons left with it."""
+        return f"removed by {self.operation}" + (
+            f" (group {', '.join(self.units)})" if self.units else ""
+        )
+
     def _inserted(self) -> list[str]:
         return [name for name, spec in self.modules.items() if spec["kind"] != "Bypass"]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
 
 from tracker.errors import CheckpointError
 from tracker.structure.ints import Attribute, missing, shadow
@@ -81,6 +82,7 @@ def become(
     values: Mapping[str, Tensor],
     entries: Iterable[Entry],
     log: UndoLog,
+    optimizers: Sequence[Optimizer] = (),
 ) -> None:
     """Give the model the architecture of its twin, and these values; zeros where there are none and shapes changed.
 
@@ -99,7 +101,7 @@ def become(
             ):
                 near = next(parent.parameters(recurse=False), None)
                 own = theirs.to_empty(device=device if near is None else near.device)
-                replace_module(model, name, own, [], log)
+                replace_module(model, name, own, optimizers, log)
         shapes = {name: tensor.shape for name, tensor in tensors(twin).items()}
         for name, tensor in tensors(model).items():
             if name in values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,3 +63,11 @@ class Runs:
     def reach(self) -> int:
         """Old slots that there must be, at least."""
         return max((first + count for first, count in self.parts if first != FRESH), default=0)
+
+    def slots(self) -> SlotMap:
+        """The slot map itself."""
+        parts = (
+            itertools.repeat(None, count) if first == FRESH else range(first, first + count)
+            for first, count in self.parts
+        )
+        return SlotMap(tuple(itertools.chain.from_iterable(parts)))

@@ -1,0 +1,121 @@
+"""A model's own `state_dict` carries the journal, and loading one replays it: so the ways of other frameworks work.
+
+Without this library such a state dict has one unexpected key, and tensors of other shapes than the model's code makes.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.errors import CheckpointError
+from tracker.journal.entries import Entry, Journal
+from tracker.journal.replay import lasting, twin_after
+
+KEY = "_tracker_journal"
+LARGEST = 2**28  # bytes of a journal
+
+
+def carry(
+    model: nn.Module, journal: Callable[[], Journal], replay: Callable[[Entry], None]
+) -> None:
+    """Put both hooks on a model, once.
+
+    journal: Of the model, now. replay: Changes the model, and what knows it, by one more entry.
+    """
+    model.register_state_dict_post_hook(Saving(journal))
+    model.register_load_state_dict_pre_hook(Loading(model, journal, replay))
+
+
+class Saving:
+    """Adds the journal to a state dict; a model that was never changed has none."""
+
+    def __init__(self, journal: Callable[[], Journal]) -> None:
+        self._journal = journal
+
+    def __deepcopy__(self, memo: object) -> Silent:
+        return Silent()
+
+    def __reduce__(self) -> tuple[type[Silent], tuple[()]]:
+        return Silent, ()
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> None:
+        """Hook of `state_dict`."""
+        journal = self._journal()
+        if len(journal):
+            text = json.dumps(journal.to_dict()).encode()
+            state[prefix + KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+class Loading:
+    """Changes the model as the journal of a state dict says, before its tensors are loaded."""
+
+    def __init__(
+        self, model: nn.Module, journal: Callable[[], Journal], replay: Callable[[Entry], None]
+    ) -> None:
+        self._model, self._journal, self._replay = weakref.ref(model), journal, replay
+
+    def __deepcopy__(self, memo: object) -> Silent:
+        return Silent()
+
+    def __reduce__(self) -> tuple[type[Silent], tuple[()]]:
+        return Silent, ()
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: object
+    ) -> None:
+        """Hook of `load_state_dict`.
+
+        Raises:
+            CheckpointError: The journal cannot be read or does not lead on from here; the model is as it was.
+        """
+        model = self._model()
+        if model is None or prefix + KEY not in state:
+            return
+        asked, known = read(state.pop(prefix + KEY)), self._journal()
+        if len(known) > len(asked) or asked.entries[: len(known)] != known.entries:
+            raise CheckpointError(
+                "This state dict is of a model that was changed in other ways. Load it into a freshly built one."
+            )
+        entries = asked.entries[len(known) :]
+        twin = twin_after(model, entries)
+        for name, tensor in lasting(twin).items():
+            saved = state.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.shape != tensor.shape:
+                raise CheckpointError(
+                    f"The state dict's {name} is {tuple(saved.shape)}, and {tuple(tensor.shape)} by its journal."
+                )
+        for entry in entries:
+            self._replay(entry)
+
+
+class Silent:
+    """What the hooks become when their model is copied: nothing."""
+
+    _from_public_api = True  # torch then asks for no return value
+
+    def __call__(self, *args: object) -> None:
+        """Do nothing."""
+
+
+def read(table: Any) -> Journal:
+    """The journal of a tensor of bytes.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    if not isinstance(table, Tensor) or table.dtype != torch.uint8 or table.ndim != 1:
+        raise CheckpointError(f"{KEY} of the state dict is no journal.")
+    if table.numel() > LARGEST:
+        raise CheckpointError(f"{KEY} of the state dict is larger than {LARGEST} bytes.")
+    try:
+        return Journal.from_dict(json.loads(bytes(table.cpu().numpy())))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{KEY} of the state dict is no journal: {error}") from error
