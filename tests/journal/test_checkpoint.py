@@ -24,6 +24,7 @@ from torch import nn
 
 from tests.surgery.subjects import MODELS, OPTIMIZERS, equal, snapshot, train
 from tracker import CheckpointError, NeuronEngine, TrackerError, apply_journal
+from tracker.journal import checkpoint
 
 ROOT = Path(__file__).parents[2]
 LONG = bool(os.environ.get("TRACKER_LONG"))
@@ -444,6 +445,47 @@ def test_what_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not overwritten"):
         engine.save_checkpoint(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (os, "fsync"),
+        (Path, "rename"),
+        (Path, "mkdir"),
+        (Path, "write_text"),
+        (checkpoint, "save_file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_fault_leaves_the_old_or_the_new(
+    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the n-th call, for n = 1, 2, ... until all goes well."""
+    _model, _, engine, _ = begun("mlp")
+    engine.save_checkpoint(tmp_path / "run")
+    engine.prune_neurons({"0": [0]})
+    real, faults, failed = getattr(owner, name), 0, True
+    while failed:
+        calls = iter([True] * faults)
+
+        def full(*args: Any, calls: Any = calls, **kwargs: Any) -> Any:
+            if next(calls, False):
+                return real(*args, **kwargs)
+            monkeypatch.setattr(owner, name, real)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(owner, name, full)
+        try:
+            engine.save_checkpoint(tmp_path / "run")
+            failed = False
+        except CheckpointError:
+            faults += 1
+        monkeypatch.setattr(owner, name, real)
+        other, opt, _ = fresh("mlp", "Adam")
+        assert len(NeuronEngine.load_checkpoint(tmp_path / "run", other, opt).journal) in (0, 1)
+        assert [p.name for p in tmp_path.iterdir() if "new" in p.name] == []
+    assert faults
 
 
 KILLED = """
