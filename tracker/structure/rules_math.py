@@ -35,6 +35,23 @@ def addmm(op: Op) -> None:
     _add_bias(op, bias, range(-op.out.ndim, 0))
 
 
+@rule("aten::mv", "aten::dot", "aten::vdot")
+def mv(op: Op) -> None:
+    """(n, k) (k) → (n); (k) (k) → a number."""
+    a, b = op.args[0], op.args[1]
+    contract(op, a, -1, b, 0)
+    op.give(op.out, op.axes(a)[:-1])
+
+
+@rule("aten::addmv")
+def addmv(op: Op) -> None:
+    """A product with a vector, and a bias."""
+    bias, a, b = op.args[0], op.args[1], op.args[2]
+    contract(op, a, -1, b, 0)
+    op.give(op.out, op.axes(a)[:-1])
+    _add_bias(op, bias, [-1])
+
+
 def _matmul(op: Op, a: Tensor, b: Tensor) -> None:
     contract(op, a, -1, b, -2)
     batch = [together(op, [op.axes(a)[d], op.axes(b)[d]]) for d in range(a.ndim - 2)]
@@ -156,30 +173,49 @@ def softmax(op: Op) -> None:
     op.give(op.out, op.axes(x))
 
 
-@rule("aten::sum", "aten::mean", "aten::amax", "aten::amin", "aten::var", "aten::any", "aten::all")
+_NEUTRAL = ("aten::sum", "aten::nansum", "aten::count_nonzero")
+
+
+@rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::mean", "aten::amax", "aten::amin", "aten::aminmax",
+      "aten::var", "aten::var_mean", "aten::std", "aten::std_mean", "aten::prod", "aten::logsumexp", "aten::any",
+      "aten::all")  # fmt: skip
 def reduction(op: Op) -> None:
     """Dimensions go; only a sum does not see how many indices there were."""
-    x, out = op.args[0], op.out
-    dims = op.arg(1, "dim", None)
+    _reduce(op, op.arg(1, "dim", None), op.func._schema.name in _NEUTRAL)
+
+
+@rule("aten::linalg_vector_norm", "aten::norm")
+def vector_norm(op: Op) -> None:
+    """Like a sum: a zero more or less does not change it, if the power is not negative."""
+    power = op.arg(1, "ord" if "linalg" in op.func._schema.name else "p", 2)
+    _reduce(op, op.arg(2, "dim", None), power is None or power >= 0)
+
+
+def _reduce(op: Op, dims: int | Sequence[int] | None, neutral: bool) -> None:
+    x = op.args[0]
     dims = (
-        list(range(x.ndim))
-        if dims is None or dims == []
-        else [dims]
-        if isinstance(dims, int)
-        else dims
+        range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     )
-    gone = {d % x.ndim for d in dims}
+    gone = {d % x.ndim for d in dims} if x.ndim else set()
     axes = op.axes(x)
     for d in gone:
-        if op.func._schema.name != "aten::sum":
+        if not neutral:
             op.labels.mark_inexact(axes[d], op.why("reduced over"))
-    keep = out.ndim == x.ndim
-    op.give(out, [None if d in gone else a for d, a in enumerate(axes) if keep or d not in gone])
+    for out in tensors_of(op.result):
+        keep = out.ndim == x.ndim
+        stay = [None if d in gone else a for d, a in enumerate(axes) if keep or d not in gone]
+        op.give(out, stay)
 
 
-@rule("aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices", "aten::avg_pool1d", "aten::avg_pool2d",
-      "aten::avg_pool3d", "aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d",
-      "aten::upsample_nearest1d", "aten::upsample_nearest2d", "aten::upsample_bilinear2d")  # fmt: skip
+@rule("aten::max_pool1d", "aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices",
+      "aten::avg_pool1d", "aten::avg_pool2d", "aten::avg_pool3d", "aten::adaptive_avg_pool1d",
+      "aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d", "aten::adaptive_max_pool1d",
+      "aten::adaptive_max_pool2d", "aten::adaptive_max_pool3d", "aten::upsample_nearest1d", "aten::upsample_nearest2d",
+      "aten::upsample_nearest3d", "aten::_upsample_nearest_exact1d", "aten::_upsample_nearest_exact2d",
+      "aten::_upsample_nearest_exact3d", "aten::upsample_linear1d", "aten::upsample_bilinear2d",
+      "aten::upsample_bicubic2d", "aten::upsample_trilinear3d", "aten::_upsample_bilinear2d_aa",
+      "aten::_upsample_bicubic2d_aa", "aten::reflection_pad1d", "aten::reflection_pad2d", "aten::reflection_pad3d",
+      "aten::replication_pad1d", "aten::replication_pad2d", "aten::replication_pad3d")  # fmt: skip
 def pool(op: Op) -> None:
     """Channels stay, positions are mixed."""
     x = op.args[0]
@@ -197,5 +233,7 @@ def embedding(op: Op) -> None:
     weight, index = op.args[0], op.args[1]
     rows, dims = op.axes(weight)
     op.labels.freeze(rows, op.why("rows are picked by data"))
+    for axis in op.axes(index):
+        op.labels.freeze(axis, op.why("it picks rows"))
     data: list[Axis] = [None] * index.ndim
     op.give(op.out, [*data, dims])

@@ -57,6 +57,7 @@ class Op:
     result: Any
     trace: Trace
     source: Source
+    before: tuple[tuple[int, ...], tuple[int, ...], int] = ((), (), 0)  # layout of the first input
 
     @property
     def labels(self) -> Labels:
@@ -237,11 +238,14 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        x = args[0] if args else None
+        plain = isinstance(x, Tensor) and x.layout is torch.strided
+        before = (tuple(x.shape), x.stride(), x.storage_offset()) if plain else ((), (), 0)
         result = func(*args, **kwargs)
         self.trace.operations += 1
         frame = user_frame(sys._getframe(1))
         source = Source(self.path[-1], frame.f_code.co_filename, frame.f_lineno)
-        self.rule(Op(func, args, kwargs, result, self.trace, source))
+        self.rule(Op(func, args, kwargs, result, self.trace, source, before))
         if func.is_view and isinstance(result, Tensor) and args[0] in self.trace.undropped:
             self.trace.undropped[result] = self.trace.undropped[args[0]]
         return result
