@@ -235,7 +235,7 @@ def _alike(op: Op, dim: int, parts: Sequence[Tensor]) -> list[Axis]:
     return axes
 
 
-@rule("aten::gather", "aten::take_along_dim")
+@rule("aten::gather")
 def gather(op: Op) -> None:
     """For each place of the index one value along a dimension."""
     x, dim, index = op.args[0], op.args[1], op.args[2]

@@ -238,9 +238,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args else None
-        plain = isinstance(x, Tensor) and x.layout is torch.strided
-        before = (tuple(x.shape), x.stride(), x.storage_offset()) if plain else ((), (), 0)
+        before = _layout(args)
         result = func(*args, **kwargs)
         self.trace.operations += 1
         frame = user_frame(sys._getframe(1))
@@ -249,6 +247,14 @@ class _Recorder(TorchDispatchMode):
         if func.is_view and isinstance(result, Tensor) and args[0] in self.trace.undropped:
             self.trace.undropped[result] = self.trace.undropped[args[0]]
         return result
+
+
+def _layout(args: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, strides and offset of the first input, which an operation in place may change."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or first.layout is not torch.strided:
+        return (), (), 0
+    return tuple(first.shape), first.stride(), int(first.storage_offset())
 
 
 def user_frame(frame: FrameType | None) -> FrameType:
