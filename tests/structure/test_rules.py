@@ -137,7 +137,7 @@ PASSES: dict[str, tuple[Callable[..., Any], ...]] = {
     ),
     "index to the front": (
         rows,
-        lambda h: h.unflatten(0, (2, 2)).mT[:, AT[0] % 2, :, AT[1]],
+        lambda h: h.permute(2, 0, 1).unsqueeze(2)[:, AT[0], :, AT[1]].squeeze(-1),
     ),
     "index by a matrix": (rows, lambda h: h[:, AT]),
     "index_select": (rows, lambda h: h.index_select(1, torch.tensor([3, 1]))),
