@@ -23,19 +23,23 @@ class Labels:
     """A union-find over labels in which a label may also stand for several others (it dies when any of them does)."""
 
     def __init__(self) -> None:
-        self._parent = np.zeros(1, dtype=np.int64)
+        self._count = 1  # 0 is no label
+        self._parent = np.zeros(1024, dtype=np.int64)  # with room for more
         self._parts: dict[int, Row] = {}  # root → the labels that it stands for
-        self._composite = np.zeros(1, dtype=bool)
+        self._composite = np.zeros(1024, dtype=bool)
         self.frozen: dict[int, str] = {}  # root → why it can never die
         self.inexact: dict[int, str] = {}  # root → what sees that it died, other than a zero
         self.summed: dict[int, str] = {}  # root → where values of several makers are added up
 
     def fresh(self, n: int) -> np.ndarray:
         """An axis of n indices, each of which can die on its own."""
-        start = len(self._parent)
-        new = np.arange(start, start + n)
-        self._parent = np.concatenate((self._parent, new))
-        self._composite = np.concatenate((self._composite, np.zeros(n, dtype=bool)))
+        start, self._count = self._count, self._count + n
+        if self._count > len(self._parent):
+            more = max(self._count, 2 * len(self._parent)) - len(self._parent)
+            self._parent = np.concatenate((self._parent, np.zeros(more, dtype=np.int64)))
+            self._composite = np.concatenate((self._composite, np.zeros(more, dtype=bool)))
+        new = np.arange(start, self._count)
+        self._parent[new] = new
         return new[:, None]
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
@@ -48,12 +52,18 @@ class Labels:
                 return found
             found = above
 
+    def _root(self, label: int) -> int:
+        parent, root = self._parent, label
+        while (above := int(parent[root])) != root:
+            root = above
+        return root
+
     def leaves(self, labels: Iterable[int]) -> Row:
         """What a set of labels comes down to: roots that stand for nothing else."""
         found: set[int] = set()
         stack = [int(label) for label in labels if label]
         while stack:
-            root = int(self.roots(np.array(stack.pop())))
+            root = self._root(stack.pop())
             if root in self._parts:
                 stack.extend(self._parts[root])
             elif root:
@@ -68,26 +78,38 @@ class Labels:
     def rows(self, axis: np.ndarray) -> list[Row]:
         """The label set of each index, resolved."""
         roots = self.roots(axis)
-        if axis.shape[1] == 1 and not self._composite[roots].any():
-            return [frozenset((r,)) if r else frozenset() for r in roots[:, 0].tolist()]
-        return [self.leaves(row) for row in roots.tolist()]
+        if not self._composite[roots].any():
+            if axis.shape[1] == 1:
+                return [frozenset((r,)) if r else frozenset() for r in roots[:, 0].tolist()]
+            return [frozenset(row) - {0} for row in roots.tolist()]
+        known: dict[tuple[int, ...], Row] = {}
+        found = []
+        for row in map(tuple, roots.tolist()):
+            if row not in known:
+                known[row] = self.leaves(row)
+            found.append(known[row])
+        return found
+
+    def every(self, axis: np.ndarray) -> Row:
+        """All labels on an axis, resolved."""
+        return self.leaves(np.unique(self.roots(axis)).tolist())
 
     def freeze(self, axis: Axis, reason: str) -> None:
         """No index of this axis can die from now on."""
         if axis is not None:
-            for label in frozenset().union(*self.rows(axis)):
+            for label in self.every(axis):
                 self.frozen.setdefault(label, reason)
 
     def mark_inexact(self, axis: Axis, reason: str) -> None:
         """Removal of an index of this axis is seen by more than consumers that read zero in its place."""
         if axis is not None:
-            for label in frozenset().union(*self.rows(axis)):
+            for label in self.every(axis):
                 self.inexact.setdefault(label, reason)
 
     def mark_summed(self, axis: Axis, reason: str) -> None:
         """Values of several makers are added up along this axis: no maker's own value is read."""
         if axis is not None:
-            for label in frozenset().union(*self.rows(axis)):
+            for label in self.every(axis):
                 self.summed.setdefault(label, reason)
 
     def unify(self, a: Axis, b: Axis, reason: str) -> Axis:
@@ -98,6 +120,8 @@ class Labels:
             return None
         if a is b:
             return a
+        if self._unify_each(a, b):
+            return a
         pairs = [(x, y) for x, y in zip(self.rows(a), self.rows(b), strict=True) if x != y]
         if all(len(x) == len(y) == 1 for x, y in pairs):
             for x, y in pairs:
@@ -105,6 +129,26 @@ class Labels:
         elif pairs:
             self._unify_sets(pairs, reason)
         return a
+
+    def _unify_each(self, a: np.ndarray, b: np.ndarray) -> bool:
+        """Unify at once, where each index has one label and none of them meets two others."""
+        left, right = self.simple(a), self.simple(b)
+        if left is None or right is None or not left.shape == right.shape == (len(a), 1):
+            return False
+        apart = left[:, 0] != right[:, 0]
+        pairs = np.stack((left[apart, 0], right[apart, 0]))
+        if not pairs.size:
+            return True
+        if not pairs.all() or len(np.unique(pairs)) < pairs.size:
+            return False
+        pairs.sort(axis=0)
+        self._parent[pairs[1]] = pairs[0]
+        for table in (self.frozen, self.inexact, self.summed):
+            if table:
+                for stays, goes in pairs.T.tolist():
+                    if goes in table:
+                        table.setdefault(stays, table.pop(goes))
+        return True
 
     def _unify_sets(self, pairs: list[tuple[Row, Row]], reason: str) -> None:
         # Two factorisations of one axis: factors that occur at the same indices are the same.
@@ -126,7 +170,7 @@ class Labels:
                     self.frozen.setdefault(label, reason)
 
     def _unite(self, a: int, b: int) -> None:
-        a, b = (int(self.roots(np.array(x))) for x in (a, b))
+        a, b = self._root(a), self._root(b)
         if a in self._parts or b in self._parts:
             left, right = self.leaves((a,)), self.leaves((b,))
             if left != right:
