@@ -27,6 +27,7 @@ class Labels:
         self._parent = np.zeros(1024, dtype=np.int64)  # with room for more
         self._parts: dict[int, Row] = {}  # root → the labels that it stands for
         self._composite = np.zeros(1024, dtype=bool)
+        self._known: dict[tuple[int, ...], Row] = {}  # roots → leaves, until anything is united
         self.frozen: dict[int, str] = {}  # root → why it can never die
         self.inexact: dict[int, str] = {}  # root → what sees that it died, other than a zero
         self.summed: dict[int, str] = {}  # root → where values of several makers are added up
@@ -82,8 +83,7 @@ class Labels:
             if axis.shape[1] == 1:
                 return [frozenset((r,)) if r else frozenset() for r in roots[:, 0].tolist()]
             return [frozenset(row) - {0} for row in roots.tolist()]
-        known: dict[tuple[int, ...], Row] = {}
-        found = []
+        known, found = self._known, []
         for row in map(tuple, roots.tolist()):
             if row not in known:
                 known[row] = self.leaves(row)
@@ -142,6 +142,7 @@ class Labels:
         if not pairs.all() or len(np.unique(pairs)) < pairs.size:
             return False
         pairs.sort(axis=0)
+        self._known.clear()
         self._parent[pairs[1]] = pairs[0]
         for table in (self.frozen, self.inexact, self.summed):
             if table:
@@ -178,6 +179,7 @@ class Labels:
             return
         if a != b:
             a, b = min(a, b), max(a, b)
+            self._known.clear()
             self._parent[b] = a
             for table in (self.frozen, self.inexact, self.summed):
                 if b in table:
@@ -185,6 +187,7 @@ class Labels:
 
     def _refine(self, label: int, parts: Row) -> None:
         """`label` stands for `parts` from now on."""
+        self._known.clear()
         self._parts[label] = parts
         self._composite[label] = True
         for table in (self.frozen, self.inexact, self.summed):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -53,25 +54,26 @@ class _Index:
 
     def __init__(self, trace: Trace, calls: list[Call]) -> None:
         self._trace = trace
-        self._by_first: dict[Row, list[tuple[Call, int, list[Row]]]] = {}
+        self._by_first: dict[Row, list[tuple[Call, int, np.ndarray]]] = {}
         for call in calls:
-            for axis, rows in self._labelled(call):
-                self._by_first.setdefault(rows[0], []).append((call, axis, rows))
+            for d, axis in self._labelled(call):
+                (first,) = trace.labels.rows(axis[:1])
+                self._by_first.setdefault(first, []).append((call, d, axis))
 
-    def _labelled(self, call: Call) -> Iterator[tuple[int, list[Row]]]:
+    def _labelled(self, call: Call) -> Iterator[tuple[int, np.ndarray]]:
         for d, axis in enumerate(call.axes or ()):
             if axis is not None:
                 assert call.axes is not None
-                yield d - len(call.axes), self._trace.labels.rows(axis)
+                yield d - len(call.axes), axis
 
     def find(self, layer: str, rows: list[Row]) -> Tap | None:
         """The first input in which these neurons lie, and only they."""
-        for call, axis, found in self._by_first.get(rows[0], ()):
-            positions, rest = divmod(len(found), len(rows))
+        for call, d, axis in self._by_first.get(rows[0], ()):
+            positions, rest = divmod(len(axis), len(rows))
             if not rest and call.module != layer:
                 laid_out = [row for row in rows for _ in range(positions)]
-                if found == laid_out:
-                    return Tap(call.door or call.module, axis, positions, call.module)
+                if self._trace.labels.rows(axis) == laid_out:
+                    return Tap(call.door or call.module, d, positions, call.module)
         return None
 
 

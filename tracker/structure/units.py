@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tracker.errors import SurgeryError
 from tracker.layers import known_width
+from tracker.structure.axes import Labels
 from tracker.structure.trace import Trace
 
 Place = tuple[str, int]  # a tensor's key in the state dict, and a dimension
@@ -116,15 +118,15 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
         for dim, axis in enumerate(trace.parameters[name]):
             if axis is None:
                 continue
-            for index, row in enumerate(labels.rows(axis)):
-                if row and row <= labels.frozen.keys():
-                    frozen.setdefault((name, dim), labels.frozen[min(row)])
-                for label in row:
-                    members.setdefault(label, {}).setdefault((name, dim), []).append(index)
+            lying, why = _lying(labels, axis)
+            if why:
+                frozen[name, dim] = why
+            for label, indices in lying.items():
+                members.setdefault(label, {})[name, dim] = indices
     alike: dict[tuple[object, ...], list[int]] = {}
     for label, places in members.items():
         # What lies in buffers alone (positions of a mask that this input did not reach) is no unit.
-        if label not in labels.frozen and any(tensor in weights for tensor, _ in places):
+        if any(tensor in weights for tensor, _ in places):
             shape = tuple((place, len(indices)) for place, indices in places.items())
             alike.setdefault((shape, label in labels.inexact), []).append(label)
     groups = []
@@ -138,6 +140,27 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
     saved = trace.model.state_dict().keys()
     groups = [replace(g, unsaved=frozenset(t for t, _ in g.roles) - saved) for g in groups]
     return _named(groups), [Frozen(t, d, why) for (t, d), why in frozen.items()]
+
+
+def _lying(labels: Labels, axis: np.ndarray) -> tuple[dict[int, list[int]], str]:
+    """The indices of each label that can die, and why the first index that cannot does not, or ""."""
+    frozen, why = labels.frozen, ""
+    found: dict[int, list[int]] = {}
+    single = labels.simple(axis) if axis.shape[1] == 1 else None
+    if single is not None:
+        for index, label in enumerate(single[:, 0].tolist()):
+            if label in frozen:
+                why = why or frozen[label]
+            elif label:
+                found.setdefault(label, []).append(index)
+        return found, why
+    for index, row in enumerate(labels.rows(axis)):
+        if row and row <= frozen.keys():
+            why = why or frozen[min(row)]
+        for label in row:
+            if label not in frozen:
+                found.setdefault(label, []).append(index)
+    return found, why
 
 
 def coverage(model: nn.Module, groups: Iterable[UnitGroup]) -> float:
