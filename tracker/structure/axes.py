@@ -83,12 +83,35 @@ class Labels:
             if axis.shape[1] == 1:
                 return [frozenset((r,)) if r else frozenset() for r in roots[:, 0].tolist()]
             return [frozenset(row) - {0} for row in roots.tolist()]
+        return self._each(map(tuple, roots.tolist()))
+
+    def _each(self, rows: Iterable[tuple[int, ...]]) -> list[Row]:
         known, found = self._known, []
-        for row in map(tuple, roots.tolist()):
+        for row in rows:
             if row not in known:
                 known[row] = self.leaves(row)
             found.append(known[row])
         return found
+
+    def sets(self, axis: np.ndarray) -> np.ndarray:
+        """The label set of each index, resolved and in order, filled up with 0."""
+        roots = self.roots(axis)
+        composite = self._composite[roots].any()
+        if axis.shape[1] == 1 and not composite:
+            return roots
+        if composite:
+            roots = np.concatenate([self._resolved(column) for column in roots.T], axis=1)
+        none = np.iinfo(np.int64).max  # behind all others
+        found = np.sort(np.where(roots, roots, none), axis=1)
+        found[:, 1:][found[:, 1:] == found[:, :-1]] = none
+        found.sort(axis=1)
+        found[found == none] = 0
+        return found[:, : max(1, int((found != 0).sum(axis=1).max(initial=0)))]
+
+    def _resolved(self, roots: np.ndarray) -> np.ndarray:
+        different, at = np.unique(roots, return_inverse=True)
+        leaves = self._pack(self._each((label,) for label in different.tolist()))
+        return leaves[at.reshape(-1)]
 
     def every(self, axis: np.ndarray) -> Row:
         """All labels on an axis, resolved."""

@@ -280,8 +280,4 @@ def _resolved(labels: Labels, axis: np.ndarray) -> np.ndarray:
     """Leaf labels of each index, filled up with 0."""
     if (roots := labels.simple(axis)) is not None:
         return roots.astype(np.int32)
-    rows = labels.rows(axis)
-    matrix = np.zeros((len(rows), max([1, *map(len, rows)])), dtype=np.int32)
-    for i, row in enumerate(rows):
-        matrix[i, : len(row)] = sorted(row)
-    return matrix
+    return labels.sets(axis).astype(np.int32)

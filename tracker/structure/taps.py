@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from tracker.layers import find_layers
-from tracker.structure.axes import Axis, Row
+from tracker.structure.axes import Axis
 from tracker.structure.trace import Call, Trace
 
 
@@ -41,9 +41,12 @@ def find_taps(trace: Trace) -> Mapping[str, Tap]:
     for layer in find_layers(trace.model):
         if layer.flattened > 1 or times[layer.name] > 1:
             continue
-        rows = _neurons(trace, layer.name, layer.module)
-        if rows and all(rows) and not any(row & trace.labels.summed.keys() for row in rows):
-            tap = inputs.find(layer.name, rows)
+        axis = _neurons(trace, layer.name, layer.module)
+        if axis is None:
+            continue
+        sets = trace.labels.sets(axis)
+        if sets[:, 0].all() and trace.labels.summed.keys().isdisjoint(np.unique(sets).tolist()):
+            tap = inputs.find(layer.name, sets)
             if tap is not None:
                 taps[layer.name] = tap
     return taps
@@ -54,11 +57,11 @@ class _Index:
 
     def __init__(self, trace: Trace, calls: list[Call]) -> None:
         self._trace = trace
-        self._by_first: dict[Row, list[tuple[Call, int, np.ndarray]]] = {}
+        self._by_first: dict[bytes, list[tuple[Call, int, np.ndarray]]] = {}
         for call in calls:
             for d, axis in self._labelled(call):
-                (first,) = trace.labels.rows(axis[:1])
-                self._by_first.setdefault(first, []).append((call, d, axis))
+                (first,) = trace.labels.sets(axis[:1])
+                self._by_first.setdefault(first[first > 0].tobytes(), []).append((call, d, axis))
 
     def _labelled(self, call: Call) -> Iterator[tuple[int, np.ndarray]]:
         for d, axis in enumerate(call.axes or ()):
@@ -66,26 +69,27 @@ class _Index:
                 assert call.axes is not None
                 yield d - len(call.axes), axis
 
-    def find(self, layer: str, rows: list[Row]) -> Tap | None:
+    def find(self, layer: str, sets: np.ndarray) -> Tap | None:
         """The first input in which these neurons lie, and only they."""
-        for call, d, axis in self._by_first.get(rows[0], ()):
-            positions, rest = divmod(len(axis), len(rows))
-            if not rest and call.module != layer:
-                laid_out = [row for row in rows for _ in range(positions)]
-                if self._trace.labels.rows(axis) == laid_out:
-                    return Tap(call.door or call.module, d, positions, call.module)
+        labels = self._trace.labels
+        for call, d, axis in self._by_first.get(sets[0][sets[0] > 0].tobytes(), ()):
+            positions, rest = divmod(len(axis), len(sets))
+            if rest or call.module == layer:
+                continue
+            if np.array_equal(labels.sets(axis), np.repeat(sets, positions, axis=0)):
+                return Tap(call.door or call.module, d, positions, call.module)
         return None
 
 
-def _neurons(trace: Trace, name: str, module: nn.Module) -> list[Row]:
-    """Label sets of a layer's neurons; empty where no tensor of its own shows them."""
+def _neurons(trace: Trace, name: str, module: nn.Module) -> Axis:
+    """The axis of a layer's neurons; None where no tensor of its own shows them."""
     made = 1 if isinstance(module, nn.Embedding | _ConvTransposeNd) or hasattr(module, "nf") else 0
     own = {"bias": 0, "weight": made, "parametrizations.weight.original0": 0, "weight_g": 0}
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.Bilinear):
-        return []
+        return None
     for tensor, dim in own.items():
         axes = trace.parameters.get(f"{name}.{tensor}")
         axis: Axis = axes[dim] if axes else None
         if axis is not None:
-            return trace.labels.rows(axis)
-    return []
+            return axis
+    return None
