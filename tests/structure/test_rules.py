@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tracker import NeuronEngine
 from tracker.structure import trace_structure
+from tracker.structure.axes import Labels
 
 HIDDEN = 16
 
@@ -359,3 +361,29 @@ def test_what_writes_in_other_strides_is_not_followed() -> None:
     found = trace_structure(model, x, trial=False)
     assert hidden(found) == []
     assert any("as_strided_" in f.reason for f in found.frozen)
+
+
+def test_sets_are_rows_and_uniting_at_once_is_uniting_one_by_one() -> None:
+    """Of axes with one label and with several, before and after they stand for others."""
+    labels = Labels()
+    plain, wide = labels.fresh(6), labels.merge([2, 3], [labels.fresh(2), labels.fresh(3)])
+    other = labels.fresh(6)
+    labels.freeze(other[2:3], "kept")
+    labels.unify(plain, other[::-1], "at once")
+    labels.unify(plain[:2], plain[2:4], "one meets two")
+    assert labels.rows(plain)[:4] == labels.rows(other[::-1])[:4] == labels.rows(plain[[2, 3]]) * 2
+    assert [bool(row & labels.frozen.keys()) for row in labels.rows(plain)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    labels.unify(wide, labels.fresh(6), "factors")
+    labels.unify(other, wide, "composite")
+    for axis in (plain, other, wide, np.concatenate((wide, plain.repeat(2, axis=1)))):
+        rows = labels.rows(axis)
+        assert [frozenset(row) - {0} for row in labels.sets(axis).tolist()] == rows
+        assert rows == [labels.leaves(row) for row in axis.tolist()]
+        assert labels.every(axis) == frozenset().union(*rows)
