@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from tracker.errors import SurgeryError
+from tracker.statistics import Covariance
 from tracker.surgery.calibration import consumers, reads_of
 from tracker.surgery.plan import Mix, Plan, plan_removal, units_of
 from tracker.surgery.takeover import gains
@@ -23,7 +23,8 @@ def plan_merge(
 ) -> tuple[Plan, list[str]]:
     """The plan that folds the second neuron of each pair, given as (layer, local index), into the first.
 
-    A consumer sees a·keep + c in the place of drop: a = cov(keep, drop) / var(keep), c = mean(drop) − a·mean(keep).
+    A consumer sees a·keep + c in the place of drop: a = cov(keep, drop) / var(keep), c = mean(drop) − a·mean(keep);
+    without a bias to hold c, a·keep with a = E[keep·drop] / E[keep²].
 
     Raises:
         SurgeryError: A pair is not of one group of units, or a neuron is dropped twice.
@@ -75,11 +76,10 @@ def plan_merge(
         matrix = torch.zeros((len(source), len(stay)), dtype=torch.float64)
         shift = torch.zeros(len(source), dtype=torch.float64)
         for row, (drop_, keep_) in enumerate(zip(source, into, strict=True)):
-            slope, offset, lost = _affine(covariance.comoment, covariance.mean, keep_, drop_)
+            slope, offset, lost = _best(covariance, keep_, drop_, one.bias is not None)
             matrix[row, stay.index(keep_)] = slope
+            shift[row] = offset
             exact = exact and lost <= ROUNDING
-            shift[row] = offset if one.bias is not None else 0.0
-            exact = exact and (one.bias is not None or abs(offset) <= ROUNDING)
         mixes.append(
             Mix(
                 one.weight,
@@ -103,11 +103,18 @@ def plan_merge(
     return merged, [f"not folded: {problem}" for problem in problems]
 
 
-def _affine(comoment: Tensor, mean: Tensor, keep: int, drop: int) -> tuple[float, float, float]:
-    """Slope and offset of the best affine map, and the share of variance that it leaves unexplained."""
-    var_keep, var_drop = float(comoment[keep, keep]), float(comoment[drop, drop])
-    both = float(comoment[keep, drop])
-    slope = both / var_keep if var_keep > 0 else 0.0
-    left = var_drop - slope * both
-    lost = left / var_drop if var_drop > 0 else 0.0
-    return slope, float(mean[drop]) - slope * float(mean[keep]), max(lost, 0.0)
+def _best(covariance: Covariance, keep: int, drop: int, affine: bool) -> tuple[float, float, float]:
+    """Slope and offset of the best map, and the share of drop's variance that it leaves unexplained.
+
+    Where no bias could hold an offset it is 0, and second moments take the place of variances.
+    """
+    comoment, mean = covariance.comoment, covariance.mean
+    at = torch.tensor([keep, drop])
+    moments = comoment[at[:, None], at].double()
+    if not affine:
+        moments = torch.addr(moments, mean[at], mean[at], alpha=int(covariance.count.max()))
+    of_keep, both, of_drop = (float(moments[i]) for i in ((0, 0), (0, 1), (1, 1)))
+    slope = both / of_keep if of_keep > 0 else 0.0
+    lost = (of_drop - slope * both) / of_drop if of_drop > 0 else 0.0
+    offset = float(mean[drop]) - slope * float(mean[keep]) if affine else 0.0
+    return slope, offset, max(lost, 0.0)
