@@ -279,7 +279,8 @@ def _moved(value: Tensor, slots: Mapping[int, SlotMap]) -> Tensor:
 
 def _growing(structure: Structure, layer: str) -> UnitGroup:
     """The group whose units a layer makes, where fresh ones can be added without a trace."""
-    groups = [g for g in structure.groups if layer in g.layers]
+    made = [g for g in structure.groups if layer in g.layers]
+    groups = [g for g in made if any(name == layer for name, _ in g.neurons(g.size - 1))]
     lonely = [g for g in groups if g.size == 1]
     ready = [g for g in groups if g.prunable and g.exact] or lonely
     # Of heads and their dimensions, heads: a new one is a whole.
@@ -287,6 +288,8 @@ def _growing(structure: Structure, layer: str) -> UnitGroup:
     if ready and any(role == "reads" for role in ready[0].roles.values()):
         return ready[0]
     why = "no group of units is made by it: print(engine.structure) shows the groups"
+    if made:
+        why = f"the units of {made[0].name!r}, which it makes, are not counted as its neurons"
     for group in groups:
         why = group.reason or group.inexact_reason or "nothing that we know reads its units"
     for frozen in structure.frozen:
