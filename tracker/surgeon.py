@@ -23,6 +23,8 @@ from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, pl
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.newborn import AGE, watch
 from tracker.surgery.optimizers import unwrapped
+from tracker.surgery.newborn import watch
+from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.receipt import joined
 from tracker.surgery.removal import plan_pruning
@@ -64,6 +66,8 @@ class NeuronSurgeon(NeuronWatcher):
         self._optimizers += [
             o for o in optimizers if not any(o is known for known in self._optimizers)
         ]
+        for optimizer in unwrapped(optimizers):
+            watch(optimizer)  # a state that is loaded into it may be that of a model that grew
         for optimizer in unwrapped(optimizers):
             if any(AGE in state for state in optimizer.state.values()):
                 watch(optimizer)  # its state was loaded, with young slots in it

@@ -71,7 +71,8 @@ class _After:
             for parameter in group["params"]:
                 if parameter in values:
                     state = optimizer.state[parameter]
-                    age = state[AGE] = state[AGE] + 1
+                    # Loading a state gives it the parameter's dtype, and bfloat16 cannot count beyond 256.
+                    age = state[AGE] = state[AGE].float() + 1
                     factor = _correction(age, *group["betas"]).to(parameter.dtype)
                     old = values[parameter]
                     parameter.copy_(
