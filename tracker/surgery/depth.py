@@ -279,6 +279,11 @@ def _chain(
     added: dict[str, Tensor] = {}
     lost = total = 0.0
     for reader in readers:
+        if len(probe.inputs[reader]) != len(before[reader]):
+            raise SurgeryError(
+                f"Without {name!r}, {reader!r} is not reached: what stands between does not take tensors as they are "
+                f"before {name!r}."
+            )
         linear: Any = model.get_submodule(reader)
         if not probe.inputs[reader]:
             raise SurgeryError(
