@@ -101,7 +101,7 @@ def test_every_layer_of_the_zoo_grows_unnoticed_or_not_at_all(name: str) -> None
             try:
                 receipt = engine.expand_layer(layer, count)
             except (SurgeryError, VerificationError) as error:
-                assert str(error), layer
+                assert str(error), layer  # noqa: PT017
                 assert equal(everything(model, optimizer, engine), before), layer
                 continue
             assert relative_difference(output(model, inputs), every) <= 1e-6, layer
