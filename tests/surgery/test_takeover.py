@@ -202,6 +202,18 @@ def test_several_superfluous_units_at_once(name: str) -> None:
     assert apart(model, before, x) <= 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_few_observations_prove_nothing(rows: int) -> None:
+    """One row makes every unit a constant, two rows put any two units on a line."""
+    torch.manual_seed(0)
+    for change in ("prune", "merge"):
+        model = nn.Sequential(nn.Linear(6, WIDE), nn.Tanh(), nn.Linear(WIDE, 3)).double()
+        engine = NeuronEngine()
+        a, b = engine.track_model(model, "m", torch.randn(rows, 6).double())["0"][:2]
+        receipt = engine.prune_neurons([a]) if change == "prune" else engine.merge_neurons([(a, b)])
+        assert receipt.promise == "changed"
+
+
 # Closed forms
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tracker.compensation.linear import (
     EXACT,
+    SPARE,
     TINY,
     basis,
     cholesky,
@@ -30,7 +31,7 @@ class Solution:
     shift:     (r,)
     explained: (r,): R² of each removed column
     error:     expected squared error of the consumers' outputs, summed over them
-    exact:     every removed column is explained up to rounding
+    exact:     every removed column is explained up to rounding, by enough observations to tell
     """
 
     weight: Tensor
@@ -95,7 +96,8 @@ def compensate(
     change = torch.zeros_like(w)
     change[:, keep], change[:, gone] = w[:, gone] @ mixing, -w[:, gone]
     error = max(float(((change @ c) * change).sum()), 0.0)
-    return Solution(new, moved, mixing, shift, explained, error, bool((dependent | dead).all()))
+    exact = bool((dependent | dead).all()) and (count is None or count >= SPARE)
+    return Solution(new, moved, mixing, shift, explained, error, exact)
 
 
 def residual(covariance: Tensor, weight: Tensor, kept: Sequence[int], ridge: float = 0.0) -> float:

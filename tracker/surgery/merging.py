@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from tracker.compensation.linear import SPARE
 from tracker.errors import SurgeryError
 from tracker.statistics import Covariance
 from tracker.surgery.calibration import consumers, reads_of
@@ -64,6 +65,7 @@ def plan_merge(
     mixes, exact = [], not problems
     for one in able:
         covariance = reads[one.weight].covariance
+        exact = exact and int(covariance.count.max()) >= SPARE
         source: list[int] = []
         into: list[int] = []
         for group, gone in plan.choice:
