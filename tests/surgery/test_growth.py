@@ -181,6 +181,21 @@ def test_undo_gives_back_every_bit(operation: str) -> None:
         assert equal(everything(model, optimizer, engine), before)
 
 
+def test_undo_after_a_step_gives_back_what_the_optimizer_remembered() -> None:
+    """Of all that the change touched: moments and the step count that they belong to."""
+    model = mlp()
+    optimizer, engine = trained(model, X)
+    old, state = weights(model), memory(model, optimizer)
+    engine.expand_layer("0", 2)
+    train(model, X, optimizer)
+    engine.undo()
+    for key in ("0.weight", "0.bias", "2.weight"):
+        assert torch.equal(weights(model)[key], old[key])
+        assert equal(memory(model, optimizer)[key], state[key])
+    train(model, X, optimizer)
+    assert holds_the_live(model, optimizer)
+
+
 @pytest.mark.parametrize(
     ("layer", "count", "why"),
     [

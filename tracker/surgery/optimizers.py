@@ -68,8 +68,10 @@ def moved_state(
         return None, ""
     fresh: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
+        if not isinstance(value, Tensor):
             fresh[key] = value
+        elif value.ndim == 0:
+            fresh[key] = value.clone()  # the old one is for undo, and steps count in place
         elif _follows(value, parameter):
             scaled = _scaled(key, value, change)
             slots = {d: s for d, s in change.slots.items() if value.shape[d] > 1}
