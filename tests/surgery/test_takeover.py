@@ -180,6 +180,17 @@ def test_superfluous_units_go_without_a_trace(name: str, kind: str, bias: bool) 
         assert difference <= 1e-6
 
 
+@pytest.mark.parametrize("kind", ["dead", "constant", "double"])
+def test_the_promise_does_not_lean_on_the_trial(kind: str) -> None:
+    """Zeros are padded around a constant: that is known without running anything."""
+    model, unit = planted("padded", kind, True)
+    engine = NeuronEngine()
+    engine.track_model(model, "padded", fresh("padded", 1))
+    receipt = engine.prune_neurons({"0": [unit]}, verify=False)
+    assert receipt.output_difference is None
+    assert receipt.promise == ("changed" if kind == "constant" else "exact")
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv", "gated"])
 def test_several_superfluous_units_at_once(name: str) -> None:
     """What a unit goes into may not go itself: of two copies and their original, one stays."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from tracker.compensation.linear import EXACT
 from tracker.hooks import tensors_in
 from tracker.probe import Arguments, arguments, forward_once, is_probing, quiet_copy
 from tracker.statistics import Covariance, CovarianceStream
@@ -23,6 +24,7 @@ class Consumer:
     reads, makes: Dimensions of `weight` along its input features, and along its outputs.
     axis: Of its input, along which the features lie.
     bias: Its key, or None where there is none that could take a constant over.
+    padded: With zeros: near the border a constant that it reads is none, and the bias takes it over inside only.
     """
 
     module: str
@@ -31,6 +33,11 @@ class Consumer:
     makes: int
     axis: int
     bias: str | None
+    padded: bool = False
+
+    def passes_on(self, shift: Tensor, second_moment: Tensor) -> bool:
+        """Whether constants for features of such second moments can be taken over exactly."""
+        return not self.padded or bool((shift.square() <= EXACT * second_moment).all())
 
 
 def consumer(model: nn.Module, place: tuple[str, int]) -> Consumer | str:
@@ -53,7 +60,11 @@ def consumer(model: nn.Module, place: tuple[str, int]) -> Consumer | str:
         spatial = len(module.kernel_size)
         # Where outputs overlap unevenly, a constant is no bias. Where zeros are padded it is one inside the map.
         reads, makes = (0, 1) if transposed else (1, 0)
-        found = Consumer(name, weight, reads, makes, -1 - spatial, None if transposed else bias)
+        padded = module.padding != "valid" and any(module.padding)
+        padded = padded and module.padding_mode == "zeros"
+        found = Consumer(
+            name, weight, reads, makes, -1 - spatial, None if transposed else bias, padded
+        )
     elif isinstance(module, nn.Linear):
         found = Consumer(name, weight, 1, 0, -1, bias)
     elif hasattr(module, "nf") and module.weight.ndim == 2:  # transformers' Conv1D

@@ -82,6 +82,8 @@ def plan_merge(
             matrix[row, stay.index(keep_)] = slope
             shift[row] = offset
             exact = exact and lost <= ROUNDING
+        scale = covariance.comoment.diagonal() / covariance.count.max() + covariance.mean.square()
+        exact = exact and one.passes_on(shift, scale[source].to(shift))
         mixes.append(
             Mix(
                 one.weight,

@@ -89,7 +89,8 @@ def solve(one: Consumer, read: Read, weight: Tensor, gone: Sequence[int]) -> tup
         one.bias,
         found.shift,
     )
-    return mix, found.exact
+    scale = covariance.comoment.diagonal() / max(count, 1) + covariance.mean.square()
+    return mix, found.exact and one.passes_on(found.shift, scale[list(gone)])
 
 
 def gains(model: nn.Module, choice: Choice, mixes: Sequence[Mix]) -> dict[str, dict[int, Tensor]]:
