@@ -97,7 +97,7 @@ def test_every_layer_of_the_zoo_grows_unnoticed_or_not_at_all(name: str) -> None
         before = everything(model, optimizer, engine)
         sizes = sum(p.numel() for p in model.parameters())
         width = len(ids[layer])
-        for count in (1, 2, 3, 4, 8):
+        for count in (1, 2, 3, 4, 5, 6, 8, 12):
             try:
                 receipt = engine.expand_layer(layer, count)
             except (SurgeryError, VerificationError) as error:
@@ -400,3 +400,23 @@ def test_constant_units_are_taken_over_by_the_bias() -> None:
     engine.calibrate([X])
     assert engine.recycle_neurons({"0": [2]}).promise == "exact"
     assert relative_difference(output(model, (X,)), every) <= 1e-6
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_memory_format_stays(last: bool) -> None:
+    """A 1×1 kernel, contiguous in both formats, does not turn the model to the other one."""
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU())
+    model.append(nn.Conv2d(5, 2, 1))
+    if last:
+        model = model.to(memory_format=torch.channels_last)
+    strides = [p.stride() for p in model.parameters()]
+    engine = NeuronEngine()
+    engine.track_model(model, "m", IMAGES)
+    engine.expand_layer("0", 2)
+    engine.prune_neurons({"0": [6, 7]}, compensate=False)
+    engine.expand_layer("2", 1)
+    engine.prune_neurons({"2": [5]}, compensate=False)
+    if not last:
+        assert [p.stride() for p in model.parameters()] == strides
+    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) == last for p in kernels)
