@@ -420,3 +420,21 @@ def test_the_memory_format_stays(last: bool) -> None:
         assert [p.stride() for p in model.parameters()] == strides
     kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) == last for p in kernels)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_bn", "resnet_blocks", "depthwise_separable", "conv_flatten"]
+)
+def test_channels_last_has_the_same_structure(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = ZOO[name].build().eval(), ZOO[name].inputs()
+    groups = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        engine = NeuronEngine()
+        engine.track_model(model.to(memory_format=layout), name, inputs)
+        groups.append({g.name: g.size for g in engine.structure.groups if g.prunable})
+    assert groups[0] == groups[1]
+    every = output(model, inputs)
+    layer = engine.structure.groups[-1].layers[0]
+    assert engine.expand_layer(layer, 2).promise == "exact"
+    assert relative_difference(output(model, inputs), every) <= 1e-6
