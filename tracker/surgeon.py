@@ -23,8 +23,6 @@ from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, pl
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.newborn import AGE, watch
 from tracker.surgery.optimizers import unwrapped
-from tracker.surgery.newborn import watch
-from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.receipt import joined
 from tracker.surgery.removal import plan_pruning
@@ -38,14 +36,8 @@ Neurons = Iterable[int] | Mapping[str, Sequence[int]]
 class NeuronSurgeon(NeuronWatcher):
     """All calls that know and change structure, on top of those that look."""
 
-    def __init__(
-        self,
-        activation_threshold: float = 0.01,
-        correlation_threshold: float = 0.9,
-        *,
-        observe: str = "reads",
-    ) -> None:
-        super().__init__(activation_threshold, correlation_threshold, observe=observe)
+    def __init__(self, *thresholds: float, **options: Any) -> None:
+        super().__init__(*thresholds, **options)
         self._optimizers: list[Any] = []
         self._followers: list[nn.Module] = []
         self._undo: UndoLog | None = None

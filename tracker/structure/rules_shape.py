@@ -199,14 +199,3 @@ def pad(op: Op) -> None:
             op.labels.freeze(axes[d], op.why("padded"))
             axes[d] = None
     op.give(op.out, axes)
-
-
-@rule("aten::as_strided_")
-def restride(op: Op) -> None:
-    """Channels last, of maps of one position each, as adaptive average pooling ends."""
-    _, channels, *places = op.out.shape
-    axes = op.axes(op.args[0])
-    if len(axes) == op.out.ndim == 4 and places == [1, 1] and op.out.stride()[:2] == (channels, 1):
-        op.give(op.out, axes)
-    else:
-        unknown(op)

@@ -285,10 +285,6 @@ def _chain(
                 f"before {name!r}."
             )
         linear: Any = model.get_submodule(reader)
-        if not probe.inputs[reader]:
-            raise SurgeryError(
-                f"Without {name!r}, nothing reaches {reader!r}: it cannot be removed."
-            )
         old = torch.cat([x.flatten(0, -2) for x, _ in before[reader]])
         new = torch.cat([x.flatten(0, -2) for x in probe.inputs[reader]])
         if len(old) != len(new):

@@ -53,8 +53,7 @@ def plan_expansion(
     model = entry.model()
     group = _growing(tracker.structure(), layer)
     template = group.size - 1
-    # Units inside a layer (of a recurrent one, say) are counted themselves.
-    own = [i for name, i in group.neurons(template) if name == layer] or [0]
+    own = [i for name, i in group.neurons(template) if name == layer]
     units, rest = divmod(count, len(own))
     if rest:
         raise SurgeryError(
