@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -110,19 +108,6 @@ class UnitGroup:
         return tuple(sorted(self.ids[n] for n in self.neurons(unit) if n in self.ids))
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection inside: many small objects are made, all to be kept, and looked at over and over."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
-
-
-@_uncollected()
 def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
     """Groups of units, in the order in which the forward pass meets them, and all that is frozen."""
     labels = trace.labels
