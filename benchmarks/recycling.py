@@ -4,7 +4,7 @@
     python benchmarks/recycling.py --write     # and docs/recycling.md
 
 Twelve tasks in a row: Fashion-MNIST with the pixels permuted anew, 6,000 samples each for two epochs; 784-128-128-10
-with ReLU, Adam 5e-3, batch 128. A neuron is dormant where the mean of |h| is at most a tenth of its layer's (Sokar et
+with ReLU, Adam 5e-3, batch 64. A neuron is dormant where the mean of |h| is at most a tenth of its layer's (Sokar et
 al., 2023). Every 100 steps the dormant ones are recycled.
 """
 
@@ -33,7 +33,7 @@ from fashion_mnist_mlp import FashionMLP, set_seed
 from tracker import NeuronEngine
 
 PAGE = ROOT / "docs" / "recycling.md"
-TASKS, SAMPLES, EPOCHS, EVERY, BATCH = 12, 6_000, 2, 100, 128
+TASKS, SAMPLES, EPOCHS, EVERY, BATCH = 12, 6_000, 2, 100, 64
 DORMANT = 0.1
 HIDDEN = (("fc1", "fc2"), ("fc2", "fc_out"))  # layers, and what reads them
 Silent = dict[str, list[int]]
