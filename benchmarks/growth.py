@@ -185,7 +185,7 @@ def measure(start: int, to: int, seed: int, data: Batches, test: Any) -> dict[st
     first = [b for b, _ in zip(train, range(50), strict=False)]
     found: dict[str, dict[str, float]] = {}
     calm: list[float] = []
-    for name, change in tqdm(METHODS.items(), desc=f"{start} -> {to}, seed {seed}", leave=False):
+    for name, change in tqdm(METHODS.items(), desc=f"{start} -> {to}, seed {seed}", leave=False, disable=None):
         set_seed(seed + 100)
         own = copy.deepcopy(model)
         optimizer = torch.optim.Adam(own.parameters())
