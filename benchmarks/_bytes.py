@@ -29,7 +29,9 @@ class Block(nn.Module):
         """x: (batch, positions, d)."""
         b, t, _ = x.shape
         y = self.norm1(x)
-        q, k, v = (f(y).view(b, t, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(y).view(b, t, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, -1))
         return x + self.down(self.act(self.up(self.norm2(x))))
@@ -60,7 +62,9 @@ class Source:
 
     def __init__(self) -> None:
         root = Path(sysconfig.get_path("stdlib"))
-        files = sorted(p for p in root.rglob("*.py") if LEFT_OUT.isdisjoint(p.relative_to(root).parts))
+        files = sorted(
+            p for p in root.rglob("*.py") if LEFT_OUT.isdisjoint(p.relative_to(root).parts)
+        )
         parts = [p.read_bytes() for p in files]
         self.train = _tensor(b"".join(p for i, p in enumerate(parts) if i % 10))
         self.test = _tensor(b"".join(parts[::10]))
@@ -84,7 +88,9 @@ def trained(source: Source, seed: int, steps: int) -> nn.Module:
     torch.manual_seed(seed)
     model = GPT()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=steps, pct_start=0.1
+    )
     batches = source.batches(seed, steps)
     for x, y in tqdm(batches, f"Training gpt, seed {seed}", steps, leave=False, disable=None):
         optimizer.zero_grad()

@@ -103,7 +103,7 @@ def grown(directions: bool) -> Callable[[Pair, int, list[Any]], Pair]:
 
 
 def tiny(pair: Pair, to: int, batches: list[Any]) -> Pair:
-    """TINY (Verbockhaven et al., 2024) by gromo's own classes, as its examples drive them: a line search, a new Adam."""
+    """TINY (Verbockhaven et al., 2024) by gromo's own classes, as its examples drive them: line search, new Adam."""
     from gromo.containers.sequential_growing_container import SequentialGrowingModel
     from gromo.modules.linear_growing_module import LinearGrowingModule
     from gromo.utils.training_utils import compute_statistics
@@ -146,7 +146,8 @@ def tiny(pair: Pair, to: int, batches: list[Any]) -> Pair:
     def loss_at(scale: float) -> float:
         model.set_scaling_factor(scale)
         return mean(
-            float(nn.functional.cross_entropy(model.extended_forward(x), y)) for x, y in batches[:20]
+            float(nn.functional.cross_entropy(model.extended_forward(x), y))
+            for x, y in batches[:20]
         )
 
     model.set_scaling_factor(min((0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0), key=loss_at))
@@ -170,7 +171,9 @@ def width(model: nn.Module) -> int:
     return len(next(p for p in model.parameters() if p.ndim == 2))
 
 
-def measure(start: int, to: int, seed: int, data: Batches, test: Any) -> dict[str, dict[str, float]]:
+def measure(
+    start: int, to: int, seed: int, data: Batches, test: Any
+) -> dict[str, dict[str, float]]:
     def batches(order: int) -> Batches:
         return Batches(data.images, data.labels, data.batch_size, data.source, seed=order)
 
@@ -185,7 +188,9 @@ def measure(start: int, to: int, seed: int, data: Batches, test: Any) -> dict[st
     first = [b for b, _ in zip(train, range(50), strict=False)]
     found: dict[str, dict[str, float]] = {}
     calm: list[float] = []
-    for name, change in tqdm(METHODS.items(), desc=f"{start} -> {to}, seed {seed}", leave=False, disable=None):
+    for name, change in tqdm(
+        METHODS.items(), desc=f"{start} -> {to}, seed {seed}", leave=False, disable=None
+    ):
         set_seed(seed + 100)
         own = copy.deepcopy(model)
         optimizer = torch.optim.Adam(own.parameters())

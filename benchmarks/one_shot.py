@@ -163,7 +163,7 @@ def theirs(model: nn.Module, case: Case, part: Part, share: float, taylor: bool)
         else tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=share,  # with 0 it takes no heads either
         ignored_layers=[m for m in model.modules() if isinstance(m, makers) and m not in wanted],
-        num_heads={m: part.heads for m in wanted} if part.heads else {},
+        num_heads=dict.fromkeys(wanted, part.heads) if part.heads else {},
         prune_num_heads=bool(part.heads),
         prune_head_dims=False,
         head_pruning_ratio=share if part.heads else 0.0,
@@ -276,9 +276,7 @@ pruned and dense in turn. Seconds are those of the whole removal: tracing, calib
 
 def write(name: str, content: str, seeds: int) -> None:
     """Put the section of one network into the page; the others stay."""
-    versions = ", ".join(
-        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torch-pruning")
-    )
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torch-pruning"))
     section = (
         f"## {TITLES[name]}\n\n{datetime.date.today()}: {versions}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores ({platform.machine()}), mean of {seeds} seeds.\n\n{content}\n"
@@ -294,7 +292,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="mlp,conv,gpt")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one seed, little training: a smoke test")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, little training: a smoke test"
+    )
     parser.add_argument("--write", action="store_true", help="write sections of docs/one_shot.md")
     options = parser.parse_args()
     if options.quick and options.write:

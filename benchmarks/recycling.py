@@ -131,7 +131,9 @@ def life(method: str, seed: int, data: dict[str, Tensor], tasks: int) -> dict[st
                     start = time.perf_counter()
                     if any(silent.values()):
                         METHODS[method](run, silent, seen)
-                        recycled += sum(map(len, silent.values())) * (METHODS[method] is not nothing)
+                        recycled += sum(map(len, silent.values())) * (
+                            METHODS[method] is not nothing
+                        )
                     seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
         with torch.no_grad():
@@ -152,14 +154,16 @@ def life(method: str, seed: int, data: dict[str, Tensor], tasks: int) -> dict[st
 
 def table(runs: dict[str, list[dict[str, float]]]) -> str:
     lines = [
-        "| method | accuracy, last 5 tasks | all tasks | dormant at the end | recycled | ms per call | share of the time |",
+        "| method | accuracy, last 5 tasks | all tasks | dormant at the end | recycled | ms per call "
+        "| share of the time |",
         "|---|---|---|---|---|---|---|",
     ]
     for method, mine in runs.items():
         row = {k: mean(r[k] for r in mine) for k in mine[0]}
         spread = [r["last 5 tasks"] for r in mine]
         lines.append(
-            f"| {method} | {row['last 5 tasks']:.2%} ({min(spread):.1%} to {max(spread):.1%}) | {row['all tasks']:.2%} | "
+            f"| {method} | {row['last 5 tasks']:.2%} ({min(spread):.1%} to {max(spread):.1%}) "
+            f"| {row['all tasks']:.2%} | "
             f"{row['dormant']:.1%} | {row['recycled']:.0f} | {row['ms']:.1f} | {row['share of time']:.1%} |"
         )
     return "\n".join(lines)
@@ -183,7 +187,8 @@ def main() -> None:
     print(table(runs))
     if options.write:
         PAGE.write_text(
-            f"# Recycling of dormant neurons\n\nWritten by `benchmarks/recycling.py --write` on {datetime.date.today()}: "
+            "# Recycling of dormant neurons\n\n"
+            f"Written by `benchmarks/recycling.py --write` on {datetime.date.today()}: "
             f"torch {torch.__version__}, {os.cpu_count()} cores, one thread, {options.seeds} seeds (in brackets: the "
             f"least and the greatest).\n\nTwelve tasks in a row: Fashion-MNIST with the pixels permuted anew, 6,000 "
             f"samples each for two epochs; 784-128-128-10 with ReLU, Adam 5e-3, batch {BATCH}. A neuron is dormant "
