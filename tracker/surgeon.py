@@ -138,7 +138,10 @@ class NeuronSurgeon(NeuronWatcher):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        asked = list(pairs)
+        try:
+            asked = [(keep, drop) for keep, drop in pairs]
+        except (TypeError, ValueError) as error:
+            raise SurgeryError(f"Pairs are [(keep id, drop id), ...], not {pairs!r}.") from error
         places = self._places([n for pair in asked for n in pair])
         folded = list(zip(places[::2], places[1::2], strict=True))
         return self._change(
@@ -394,6 +397,11 @@ class NeuronSurgeon(NeuronWatcher):
                     )
                 places += [(layer, i) for i in indices]
             return places
+        listed: object = neurons
+        if not isinstance(listed, Iterable) or isinstance(listed, str):
+            raise UnknownNeuronError(
+                f"Neurons are named by a list of ids, or as {{layer: [local indices]}}, not by {neurons!r}."
+            )
         for neuron in neurons:
             entry, index = self._tracker.registry.find(neuron)
             if current.layers.get(entry.layer) is not entry:

@@ -17,7 +17,14 @@ from tests.surgery.subjects import (
     snapshot,
     train,
 )
-from tracker import NeuronEngine, SurgeryError, VerificationError
+from tracker import (
+    NeuronEngine,
+    StructureError,
+    SurgeryError,
+    TrackerError,
+    UnknownNeuronError,
+    VerificationError,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,3 +135,93 @@ def test_recommendations_become_one_change(tmp_path: Any) -> None:
     with pytest.raises(SurgeryError, match="can be read from"):
         engine.apply_recommendations(tmp_path / "nothing.json")
     assert equal(snapshot(model, opt), before)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        self.layer = kind(5, 7, batch_first=True, **options)
+        self.out = nn.Linear(14 if options.get("bidirectional") else 7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layer(x)[0])
+
+
+class Cell(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.layer, self.out = kind(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.layer(step, state)
+        return self.out(state[0] if isinstance(state, tuple) else state)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Recurrent(nn.LSTM),
+        lambda: Recurrent(nn.GRU),
+        lambda: Recurrent(nn.LSTM, bidirectional=True),
+        lambda: Recurrent(nn.LSTM, num_layers=2),
+        lambda: Cell(nn.LSTMCell),
+        lambda: Cell(nn.GRUCell),
+    ],
+)
+def test_hidden_units_of_recurrent_layers_are_neurons(build: Any) -> None:
+    """Their ids leave and come with them, and the window goes on."""
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(4, 6, 5)
+    engine = NeuronEngine()
+    ids = engine.track_model(model, "m", example_inputs=x)
+    engine.start_tracking()
+    with torch.no_grad():
+        expected = model(x)
+    own, width = list(ids["layer"]), len(ids["layer"])
+    seen = engine.get_neuron_stats(own[3])["batches"]
+    group = next(g for g in engine.structure.groups if g.prunable and "layer" in g.layers)
+    receipt = engine.prune_units({group.name: [2]})
+    directions = width // 7
+    assert receipt.removed_ids == [own[2 + 7 * d] for d in range(directions)]
+    assert ids["layer"] == [n for n in own if n not in receipt.removed_ids]
+    assert model.layer.hidden_size == 6
+    with torch.no_grad():
+        model(x)
+    assert engine.get_neuron_stats(own[3])["batches"] == 2 * seen
+    engine.undo()
+    assert ids["layer"] == own
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    grown = engine.expand_layer("layer", 2 * directions)
+    assert grown.promise == "exact"
+    assert len(ids["layer"]) == width + 2 * directions
+    with torch.no_grad():
+        assert apart(model(x), expected) < 1e-5
+
+
+def test_what_makes_no_sense_is_refused_in_words() -> None:
+    model, opt, engine, x = prepared("mlp")
+    before = snapshot(model, opt)
+    calls: list[tuple[Any, type[TrackerError], str]] = [
+        (lambda: engine.prune_neurons(3), UnknownNeuronError, "a list of ids"),  # type: ignore[arg-type]
+        (lambda: engine.prune_neurons("0"), UnknownNeuronError, "a list of ids"),  # type: ignore[arg-type]
+        (lambda: engine.prune_neurons([1.5]), UnknownNeuronError, "an integer"),  # type: ignore[list-item]
+        (lambda: engine.prune_neurons([]), SurgeryError, "Nothing was asked"),
+        (lambda: engine.merge_neurons([(1,)]), SurgeryError, "keep id, drop id"),  # type: ignore[list-item]
+        (lambda: engine.merge_neurons([1, 2]), SurgeryError, "keep id, drop id"),  # type: ignore[list-item]
+        (lambda: engine.compress("half"), SurgeryError, "a share between 0 and 1"),  # type: ignore[arg-type]
+        (lambda: engine.compress(float("nan")), SurgeryError, "a share between 0 and 1"),
+        (lambda: engine.calibrate([torch.randn(3, 99)]), StructureError, "forward pass"),
+    ]
+    for call, kind, why in calls:
+        with pytest.raises(kind, match=why):
+            call()
+    assert equal(snapshot(model, opt), before)
+    with torch.no_grad():
+        model[0].weight[0] = torch.nan
+    broken = NeuronEngine()
+    broken.track_model(model, "broken", example_inputs=x[:8])
+    with pytest.raises(SurgeryError, match="output on the example inputs is not finite"):
+        broken.prune_neurons([1])

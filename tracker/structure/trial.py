@@ -50,6 +50,9 @@ def try_groups(
     inputs = double(arguments(example_inputs))
     failed: dict[str, str] = {}
     with plain_kernels():
+        if not _is_finite(forward_once(bench, inputs)):
+            why = "the model's output on the example inputs is not finite: nothing can be compared"
+            return [replace(g, prunable=False, reason=why) if g.prunable else g for g in groups]
         for exact in (True, False):
             for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
                 _search(bench, inputs, together, integers, failed)
@@ -218,6 +221,10 @@ def relative_difference(found: object, expected: object) -> float:
             scale = y.abs().max().clamp(min=torch.finfo(y.dtype).tiny)
             worst = max(worst, float(((x - y).abs().max() / scale).nan_to_num(torch.inf)))
     return worst
+
+
+def _is_finite(output: object) -> bool:
+    return all(bool(t.isfinite().all()) for t in _outputs(output) if t.is_floating_point())
 
 
 def _some(group: UnitGroup, generator: torch.Generator) -> list[int]:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -43,6 +44,18 @@ class Frozen:
     reason: str
 
 
+class Home(NamedTuple):
+    """A layer whose neurons the indices of a dimension count.
+
+    width: Of one gate, where several lie one behind the other: indices count the same neurons again and again. Else 0.
+    first: Local index of the first of these neurons.
+    """
+
+    layer: str
+    width: int = 0
+    first: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class UnitGroup:
     """Units that are alternatives to each other: the neurons of a layer, say, or the channels of a residual stream."""
@@ -56,7 +69,7 @@ class UnitGroup:
     layers: tuple[str, ...]  # that produce the units
     members: Units = field(repr=False)
     roles: dict[Place, str] = field(repr=False)
-    homes: dict[Place, str | None] = field(repr=False)  # the layer whose neurons the indices count
+    homes: dict[Place, Home | None] = field(repr=False)  # whose neurons the indices count
     multiple_of: int = 1
     ids: Mapping[tuple[str, int], int] = field(default_factory=dict, repr=False)
     unsaved: frozenset[str] = frozenset()  # tensors of the members that are in no state dict
@@ -96,7 +109,7 @@ class UnitGroup:
     def neurons(self, unit: int) -> tuple[tuple[str, int], ...]:
         """(layer, local index) of the neurons that a unit comprises: those that make it, and norms on its way."""
         found = {
-            (home, index)
+            (home.layer, home.first + (index % home.width if home.width else index))
             for place, indices in self.members[unit].items()
             if self.roles[place] != "reads" and (home := self.homes[place]) is not None
             for index in indices
@@ -210,7 +223,7 @@ def _group(trace: Trace, units: Units, inexact: str, summed: bool) -> UnitGroup:
         layers=layers,
         members=units,
         roles=roles,
-        homes={place: _home(trace.model, place[0]) for place in units[0]},
+        homes={place: _home(trace.model, *place) for place in units[0]},
     )
 
 
@@ -219,18 +232,27 @@ def units_place(unit: dict[Place, tuple[int, ...]]) -> str:
     return next(iter(unit))[0]
 
 
-def _home(model: nn.Module, tensor: str) -> str | None:
+def _home(model: nn.Module, tensor: str, dim: int) -> Home | None:
     """The layer whose neurons a tensor's indices count; None where they count something inside it."""
-    layer = tensor.rpartition(".")[0].removesuffix(".parametrizations.weight")
+    layer, _, name = tensor.rpartition(".")
+    layer = layer.removesuffix(".parametrizations.weight")
     outer = layer.rpartition(".")[0]
     if isinstance(model.get_submodule(outer), nn.MultiheadAttention):
-        return outer
+        return Home(outer)
     module = model.get_submodule(layer)
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+    if isinstance(module, nn.RNNCellBase):
+        return Home(layer, module.hidden_size)
+    if isinstance(module, nn.RNNBase):
+        last = f"weight_hh_l{module.num_layers - 1}"  # its hidden state is what the module puts out
+        if dim or module.proj_size or name not in (last, f"{last}_reverse"):
+            return None
+        behind = module.hidden_size if name.endswith("_reverse") else 0
+        return Home(layer, module.hidden_size, behind)
+    if isinstance(module, nn.MultiheadAttention):
         return None
     # Of a custom module with matrices of its own we cannot tell which of their axes is its output's.
     vectors = all(p.ndim == 1 for p in module.parameters(recurse=False))
-    return layer if vectors or known_width(module) is not None else None
+    return Home(layer) if vectors or known_width(module) is not None else None
 
 
 def _role(trace: Trace, place: Place) -> str:

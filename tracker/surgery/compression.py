@@ -69,7 +69,7 @@ def plan_compression(
     """
     if of not in OF:
         raise SurgeryError(f"compress keeps a share of one of {', '.join(OF)}, not of {of!r}.")
-    if not 0 < keep < 1:
+    if not isinstance(keep, float) or not 0 < keep < 1:
         raise SurgeryError(f"keep is a share between 0 and 1, not {keep!r}.")
     entry = tracker.current
     model = entry.model()
