@@ -17,7 +17,7 @@ from tracker.errors import (
 from tracker.journal import Entry, Journal
 from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
 from tracker.surgery import Receipt
-from tracker.training import Decision, Policy
+from tracker.training import Decision, Phases, Policy
 
 NeuronTracker = NeuronEngine
 
@@ -32,6 +32,7 @@ __all__ = [
     "NeuronEngine",
     "NeuronTracker",
     "NotTrackedError",
+    "Phases",
     "Policy",
     "Receipt",
     "Slice",

@@ -23,7 +23,7 @@ from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import unwrapped
 from tracker.tracker import unwrap
-from tracker.training import Decision, Policy, SelfModification
+from tracker.training import Decision, Phases, Policy, SelfModification
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,7 +66,7 @@ class NeuronEngine(NeuronSurgeon):
         self._run: SelfModification | None = None
         self._carried: set[int] = set()  # models whose state_dict carries the journal, by position
 
-    def start_self_modification(self, policy: Policy | None = None) -> None:
+    def start_self_modification(self, policy: Policy | Phases | None = None) -> None:
         """Let the current model change itself while it trains, as the policy says; call `step` after each step.
 
         Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -177,6 +178,17 @@ class NeuronSurgeon(NeuronWatcher):
             return plan_expansion(self._tracker, layer_name, count, directions, seed), []
 
         return self._change(plan, dry_run=dry_run, verify=verify)
+
+    def expand_layers(
+        self, counts: Mapping[str, int], *, seed: int = 0, dry_run: bool = False
+    ) -> Receipt:
+        """Add neurons to several layers ({layer name: count}) as one change; see `expand_layer`.
+
+        Raises:
+            SurgeryError: None of them can grow. Of several, those that can do; the receipt's `skipped` has the others.
+        """
+        steps = [partial(self.expand_layer, n, count, seed=seed) for n, count in counts.items()]
+        return self._change_all("expand_layer", steps, [], dry_run=dry_run)
 
     def recycle_neurons(
         self, neuron_ids: Neurons, *, seed: int = 0, dry_run: bool = False, verify: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.surgery.subjects import MODELS, OPTIMIZERS, holds_exactly_the_live, mlp, prepared
-from tracker import NeuronEngine, Policy, SurgeryError
-from tracker.training.policy import Candidate
+from tracker import NeuronEngine, Phases, Policy, SurgeryError
+from tracker.training.policy import Candidate, Size
 
 QUICK = {"warm_up": 10, "every": 12, "look": 4, "settle": 6, "floor": 2}
 
@@ -131,10 +132,94 @@ def test_policies_are_plain_data() -> None:
             Policy(**bad)
     with pytest.raises(SurgeryError, match="no 'evil'"):
         Policy.from_dict({"evil": 1})
-    one = Candidate("g", "g", 10, tuple(range(9)), (0.0, 0.1, *[5.0] * 7), 3.0)
-    wanted = Policy(tolerance=0.2).decide([one], 100, [1.0], {})
+    phases = Phases([(0, policy), (500, Policy(recycle=True, max_flops=10**6))])
+    assert Policy.from_dict(json.loads(json.dumps(phases.to_dict()))) == phases
+    assert phases.at(499) == (0, policy)
+    assert phases.at(500)[0] == 500
+    for bad in ([], [(1, policy)], [(0, policy), (0, policy)], [(0.0, policy)]):
+        with pytest.raises(SurgeryError, match="Phases begin"):
+            Phases(bad)
+    for broken in ({"phases": 3}, {"phases": [3]}, {"phases": [[0, {}]], "every": 3}):
+        with pytest.raises(SurgeryError, match="hase"):
+            Policy.from_dict(broken)
+
+
+def candidate(name: str = "g", size: int = 10, dead: tuple[int, ...] = ()) -> Candidate:
+    """Two units that nobody misses much, and eight that matter; 3 parameters and 6 FLOPs each."""
+    errors = (0.0, 0.1, *[5.0] * (size - 3))
+    return Candidate(name, name, size, tuple(range(size - 1)), errors, Size(3, 6), dead)
+
+
+def test_what_a_policy_decides() -> None:
+    """Numbers in, requests out: no network needed."""
+    now, one = Size(100, 200), candidate()
+    wanted = Policy(tolerance=0.2).decide([one], now, [1.0], {})
     assert dict(wanted.remove) == {"g": (0, 1)}
-    assert not Policy(tolerance=0.2).decide([one], 100, [1.0], {"g": 1}).remove
+    assert not Policy(tolerance=0.2).decide([one], now, [1.0], {"g": 1}).groups
+    assert not Policy(tolerance=0.2, min_parameters=98).decide([one], now, [1.0], {}).groups
+    assert dict(Policy(tolerance=0.2, min_flops=190).decide([one], now, [1.0], {}).remove) == {
+        "g": (0,)
+    }
+    # Beyond its budget it shrinks beyond the tolerance too, as far as it may at a time and no further than needed.
+    tight = Policy(tolerance=0.0, max_parameters=94)
+    assert dict(tight.decide([one], now, [1.0], {}).remove) == {"g": (0, 1)}
+    assert len(Policy(max_flops=20).decide([one], now, [1.0], {}).remove["g"]) == 5
+    assert len(Policy(max_flops=20, floor=8).decide([one], now, [1.0], {}).remove["g"]) == 2
+    # What says nothing goes, or gets a new start.
+    quiet = candidate(dead=(4,))
+    assert dict(Policy(recycle=True).decide([quiet], now, [1.0], {}).recycle) == {"g": (4,)}
+    assert not Policy(tolerance=0.2).decide([quiet], now, [1.0], {}).recycle
+    # Growth: once the loss stands still, where it pays, within the budget.
+    grow = Policy(shrink=False, grow=True, plateau=0.1, at_most=0.5)
+    busy = Candidate("b", "b", 10, tuple(range(9)), (1.0,) * 9, Size(3, 6))
+    idle = Candidate("i", "i", 10, tuple(range(9)), (0.1,) * 9, Size(3, 6))
+    assert not grow.decide([busy, idle], now, [1.0, 0.8], {}).groups
+    assert dict(grow.decide([busy, idle], now, [1.0, 0.95], {}).expand) == {"b": 5}
+    assert dict(grow.decide([busy, busy], now, [1.0, 0.95], {}).expand) == {"b": 5}
+    for bound, count in (
+        ({"ceiling": 12}, 2),
+        ({"max_parameters": 110}, 3),
+        ({"max_flops": 212}, 2),
+    ):
+        wanted = replace(grow, **bound).decide([busy], now, [1.0, 1.0], {})
+        assert dict(wanted.expand) == {"b": count}
+    assert not replace(grow, ceiling=10).decide([busy], now, [1.0, 1.0], {}).groups
+
+
+def test_what_says_nothing_gets_a_new_start() -> None:
+    model, opt, engine, x = prepared("mlp")
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0.0, -5.0
+    ids = engine.track_model(model)["0"]
+    old, width = ids[1], model[0].out_features
+    expected = model(x).detach()
+    engine.start_self_modification(Policy(**QUICK, recycle=True, shrink=False))
+    for _ in range(10):
+        receipt = engine.step(1.0)  # no training: the function must not move
+        model(x)
+    assert receipt is not None
+    assert receipt.operation == "recycle_neurons"
+    assert [d.what for d in engine.life] == ["kept", "recycled"]
+    assert old in receipt.removed_ids
+    assert old not in ids
+    assert model[0].out_features == width
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    holds_exactly_the_live(model, opt)
+
+
+def test_phases_follow_each_other() -> None:
+    """First it grows, all layers that pay at once; then it shrinks below a bound."""
+    shrink = Policy(**QUICK, max_parameters=200)
+    grow = Policy(
+        **{**QUICK, "warm_up": 4}, shrink=False, grow=True, plateau=1.0, max_parameters=400
+    )
+    model, _, engine, _ = run(Phases([(0, grow), (40, shrink)]), 120)
+    what = [(d.step, d.what) for d in engine.life]
+    assert {w for step, w in what if 0 < step <= 40} == {"expanded", "kept"}
+    assert "pruned" in {w for step, w in what if step > 50}
+    assert min(step for step, _ in what if step > 40) == 50
+    assert max(d.parameters for d in engine.life) > 300
+    assert sum(p.numel() for p in model.parameters()) <= 200
 
 
 def test_a_step_without_a_start_says_so() -> None:

@@ -20,7 +20,7 @@ from tracker.structure.integers import UnsolvableError
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration import Consumer, consumers, reads_of
-from tracker.surgery.flops import flops, flops_by_module
+from tracker.surgery.flops import flops, flops_by_weight
 from tracker.surgery.plan import Plan
 from tracker.surgery.removal import plan_pruning
 from tracker.tracker import ActivationTracker, Read
@@ -295,7 +295,7 @@ def _cost(
     if of == "neurons":
         total = sum(g.size for g in groups)
         return lambda removed: float(total - sum(removed))
-    weights, fixed = _prices(model, inputs) if of == "flops" else _sizes(model)
+    weights, fixed = flops_by_weight(model, inputs) if of == "flops" else _sizes(model)
     held = tensors(model)
     tables = []
     for name, price in weights.items():
@@ -324,17 +324,6 @@ def _cost(
 
 def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
     return {name: float(p.numel()) for name, p in model.named_parameters()}, 0.0
-
-
-def _prices(model: nn.Module, inputs: Arguments) -> tuple[dict[str, float], float]:
-    """FLOPs of each weight, and those that belong to none."""
-    by_module, total = flops_by_module(model, inputs)
-    prices: dict[str, float] = {}
-    for name, module in model.named_modules():
-        own = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
-        if len(own) == 1 and name:
-            prices[f"{name}.{own[0]}"] = float(by_module[name])
-    return prices, total - sum(prices.values())
 
 
 def _achieved(plan: Plan, model: nn.Module, inputs: Arguments, of: str, estimate: float) -> float:

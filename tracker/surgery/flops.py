@@ -46,6 +46,17 @@ def flops_by_module(model: nn.Module, inputs: Arguments) -> tuple[Counter[str], 
     return counter.by_module, counter.total
 
 
+def flops_by_weight(model: nn.Module, inputs: Arguments) -> tuple[dict[str, float], float]:
+    """FLOPs of each layer's weight, by its name, and those that belong to none."""
+    by_module, total = flops_by_module(model, inputs)
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        own = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        if len(own) == 1 and name:
+            found[f"{name}.{own[0]}"] = float(by_module[name])
+    return found, total - sum(found.values())
+
+
 class _Counter(TorchDispatchMode):
     # Not FlopCounterMode: its hooks fail on modules that keep tensors of an earlier graph.
     def __init__(self) -> None:

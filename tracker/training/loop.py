@@ -11,17 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from tracker.compensation import backward
+from tracker.compensation.linear import constant
 from tracker.errors import TrackerError
+from tracker.probe import Arguments, quiet_copy
 from tracker.statistics import Covariance
+from tracker.structure.sizes import tensors
 from tracker.surgery import Receipt
 from tracker.surgery.calibration import Watcher, consumers
-from tracker.surgery.compression import Limits, problems_of
+from tracker.surgery.compression import Limits, Problem, problems_of
+from tracker.surgery.flops import flops_by_weight
 from tracker.surgery.transaction import count
 from tracker.tracker import Read
-from tracker.training.policy import Candidate, Policy, Requests
+from tracker.training.policy import Candidate, Phases, Policy, Requests, Size
 
 if TYPE_CHECKING:
     from tracker.surgeon import NeuronSurgeon
+
+POINTS = 8  # of the loss curve, from one look to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,7 @@ class Decision:
     """One entry of a network's life: what was decided at a step, and why."""
 
     step: int
-    what: str  # "pruned", "expanded", "kept", "undone", "refused"
+    what: str  # "pruned", "expanded", "recycled", "kept", "undone", "refused"
     why: str
     loss: float
     parameters: int
@@ -39,10 +45,11 @@ class Decision:
 class SelfModification:
     """One run of a policy on the current model of a surgeon."""
 
-    def __init__(self, surgeon: NeuronSurgeon, model: nn.Module, policy: Policy) -> None:
+    def __init__(self, surgeon: NeuronSurgeon, model: nn.Module, policy: Policy | Phases) -> None:
         self.policy, self.life = policy, list[Decision]()
         self.steps = 0
         self.losses: list[tuple[int, float]] = []  # (step, mean loss since the last entry)
+        self.accuracies: list[tuple[int, float]] = []  # (step, as logged)
         self._surgeon, self.model = surgeon, model
         self._recent: list[Tensor] = []
         self._means: list[float] = []  # before each look
@@ -53,15 +60,18 @@ class SelfModification:
 
     def step(self, loss: Tensor | float) -> Receipt | None:
         """After each optimizer step; the receipt of what was changed just now, if anything was."""
-        policy = self.policy
+        start, policy = self.policy.at(self.steps)
         self._recent.append(torch.as_tensor(loss).detach().float())
         self.steps += 1
-        since = self.steps - policy.warm_up
+        since = self.steps - start - policy.warm_up
         phase = since % policy.every
+        stretch = max(policy.every // POINTS, 1)
+        if self.steps % stretch == 0:
+            self.losses.append((self.steps, self._mean(stretch)))
         if self._open is not None and self.steps >= self._open[0] + policy.settle:
             self._judge()
         if since >= 0 and phase == 0:
-            return self._look()
+            return self._look(policy)
         if since >= -policy.look and phase == policy.every - policy.look:
             self._begin_to_observe()
         return None
@@ -75,6 +85,7 @@ class SelfModification:
             "policy": self.policy.to_dict(),
             "steps": self.steps,
             "losses": [list(pair) for pair in self.losses],
+            "accuracies": [list(pair) for pair in self.accuracies],
             "recent": [float(loss) for loss in self._recent],
             "means": list(self._means),
             "blocked": dict(self._blocked),
@@ -92,6 +103,7 @@ class SelfModification:
         life = [Decision(**decision) for decision in data["life"]]
         self.steps = operator.index(data["steps"])
         self.losses = [(operator.index(step), float(loss)) for step, loss in data["losses"]]
+        self.accuracies = [(operator.index(n), float(a)) for n, a in data["accuracies"]]
         self._recent = [torch.tensor(float(loss)) for loss in data["recent"]]
         self._means = [float(mean) for mean in data["means"]]
         self._blocked = {str(n): operator.index(looks) for n, looks in data["blocked"].items()}
@@ -112,61 +124,79 @@ class SelfModification:
         wanted, _ = consumers(self.model, groups)
         self._watch = Watcher(self.model, wanted)
 
-    def _look(self) -> Receipt | None:
+    def _look(self, policy: Policy) -> Receipt | None:
         if self._watch is None:
             return None
         tracker = self._surgeon._tracker
         tracker.current.reads = self._watch.stop()
         self._watch = None
-        lately = self._mean(self.policy.settle)
+        lately = self._mean(policy.settle)
         loss = self._mean()
+        self._recent = []
         self._means.append(loss)
         self._blocked = {name: n - 1 for name, n in self._blocked.items() if n > 1}
-        wanted = self.policy.decide(
-            self._candidates(), count(self.model), self._means, self._blocked
-        )
-        if not wanted.remove and not wanted.expand:
+        inputs = tracker.current.observer.inputs
+        assert inputs is not None  # there is a structure
+        by_weight, other = flops_by_weight(quiet_copy(self.model), Arguments(*inputs))
+        candidates = self._candidates(policy, by_weight)
+        now = Size(count(self.model), sum(by_weight.values()) + other)
+        wanted = policy.decide(candidates, now, self._means, self._blocked)
+        if not wanted.groups:
             self._note("kept", wanted.why, loss)
             return None
         try:
             receipt = self._do(wanted)
         except TrackerError as error:
-            for name in (*wanted.remove, *wanted.expand):
-                self._blocked[name] = self.policy.patience
+            for name in wanted.groups:
+                self._blocked[name] = policy.patience
             self._note("refused", str(error), loss)
             return None
-        names = (*wanted.remove, *wanted.expand)
-        self._open = (self.steps, lately, names, self._surgeon.undo)
-        self._note("pruned" if wanted.remove else "expanded", wanted.why, loss)
+        self._open = (self.steps, lately, wanted.groups, self._surgeon.undo)
+        what = "pruned" if wanted.remove else "recycled" if wanted.recycle else "expanded"
+        self._note(what, wanted.why, loss)
         return receipt
 
     def _do(self, wanted: Requests) -> Receipt:
         if wanted.remove:
             units = {name: list(gone) for name, gone in wanted.remove.items()}
             return self._surgeon.prune_units(units, compensate=True)
-        ((layer, number),) = wanted.expand.items()
-        return self._surgeon.expand_layer(layer, number, seed=self.steps)
+        groups = {g.name: g for g in self._surgeon.structure.groups}
+        if wanted.recycle:
+            ids = [
+                i
+                for g, units in wanted.recycle.items()
+                for u in units
+                for i in groups[g].neuron_ids(u)
+            ]
+            return self._surgeon.recycle_neurons(ids, seed=self.steps)
+        growth = {}
+        for name, number in wanted.expand.items():
+            layer = groups[name].layers[0]
+            growth[layer] = number * sum(n == layer for n, _ in groups[name].neurons(0))
+        return self._surgeon.expand_layers(growth, seed=self.steps)
 
     def _judge(self) -> None:
         """Whether the last change kept what it promised; if not, it is taken back with the steps since."""
         assert self._open is not None
         _, before, names, undo = self._open
         self._open = None
-        after = self._mean(self.policy.settle // 2)
-        if after <= before * (1 + self.policy.regret):
+        _, policy = self.policy.at(self.steps - 1)
+        after = self._mean(policy.settle // 2)
+        if after <= before * (1 + policy.regret):
             return
         try:
             undo()
         except TrackerError:
             return  # something else was changed since
         for name in names:
-            self._blocked[name] = self.policy.patience
+            self._blocked[name] = policy.patience
         self._note("undone", f"the loss rose from {before:.4f} to {after:.4f}", after)
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self, policy: Policy, by_weight: Mapping[str, float]) -> list[Candidate]:
         """The groups that can shrink by themselves, and what that is predicted to cost."""
-        groups, problems, _ = problems_of(self._surgeon._tracker, Limits(floor=self.policy.floor))
-        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        groups, problems, _ = problems_of(self._surgeon._tracker, Limits(floor=policy.floor))
+        learnt = {name for name, _ in self.model.named_parameters()}
+        held = {name: t.shape for name, t in tensors(self.model).items()}
         found = []
         for group, problem in zip(groups, problems, strict=True):
             selection = backward(
@@ -178,28 +208,29 @@ class SelfModification:
                 mean=problem.mean,
             )
             errors = (selection.errors / max(selection.total, 1e-300)).tolist()
-            cost = 0.0
+            parameters = flops = 0.0
             for (name, dim), indices in group.members[0].items():
-                if name in shapes:
-                    size = 1
-                    for n in shapes[name]:
-                        size *= n
-                    cost += size * len(indices) / shapes[name][dim]
+                share = len(indices) / held[name][dim]
+                parameters += share * held[name].numel() if name in learnt else 0.0
+                flops += share * by_weight.get(name, 0.0)
             layer = group.layers[0] if group.layers else group.name
             order = tuple(u for u in selection.order if u < group.size)
-            found.append(Candidate(group.name, layer, group.size, order, tuple(errors), cost))
+            cost, dead = Size(parameters, flops), _dead(problem, group.size)
+            found.append(Candidate(group.name, layer, group.size, order, tuple(errors), cost, dead))
         return found
 
     def _mean(self, last: int | None = None) -> float:
-        """Mean loss of the last steps; one read for all of them."""
+        """Mean loss of the last steps since the last look; one read for all of them."""
         taken = self._recent if last is None else self._recent[-last:]
-        mean = float(torch.stack(taken).mean()) if taken else float("nan")
-        if last is None:
-            self._recent = []
-            self.losses.append((self.steps, mean))
-        return mean
+        return float(torch.stack(taken).mean()) if taken else float("nan")
 
     def _note(self, what: str, why: str, loss: float) -> None:
         layers = self._surgeon._tracker.current.layers
         widths = {name: len(layer.ids) for name, layer in layers.items()}
         self.life.append(Decision(self.steps, what, why, loss, count(self.model), widths))
+
+
+def _dead(problem: Problem, size: int) -> tuple[int, ...]:
+    """Units of which every consumer reads a constant."""
+    quiet = constant(problem.covariance, problem.mean)
+    return tuple(u for u, columns in enumerate(problem.units[:size]) if bool(quiet[columns].all()))
