@@ -4,7 +4,8 @@ PYTHON ?= python3
 # Further options for pip, such as --index-url.
 PIP_OPTIONS ?=
 
-MAIN_JOB := demos/training_tracker_demo.py
+# What is watched and changed by hand, then the main job: a network that changes itself.
+MAIN_JOBS := demos/training_tracker_demo.py demos/self_modification_demo.py
 BENCHMARK := benchmarks/tracking_overhead.py
 COVERAGE := benchmarks/coverage.py
 # All models: make coverage COVERAGE_OPTIONS='--resume --write' after pip install '.[zoo]'; hours.
@@ -19,7 +20,7 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 .PHONY: help demo test check bench coverage clean
 
 help:
-	@echo "make demo    train on Fashion-MNIST while every neuron is watched"
+	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
 	@echo "make check   format, lint, types, pytest: before each commit"
 	@echo "make bench   what tracking costs"
@@ -51,8 +52,10 @@ $(VENV)/installed-dev: pyproject.toml $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed
-	@echo "Demo: $(MAIN_JOB)"
-	@$(RUN) $(MAIN_JOB)
+	@for script in $(MAIN_JOBS); do \
+	  echo "Demo: $$script"; \
+	  $(RUN) $$script || { echo "make demo: $$script failed" >&2; exit 1; }; \
+	done
 
 test: $(VENV)/installed-dev
 	@echo "Test: pytest"

@@ -29,3 +29,13 @@ def wrote(*paths: Path) -> None:
     """Say which files were written, as seen from the current folder."""
     for path in paths:
         print(f"Wrote {os.path.relpath(path)}")
+
+
+def section(page: Path, title: str, content: str) -> None:
+    """Put `content` under the heading `title` of a Markdown page, in place of what is there."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    head, found, rest = text.partition(f"## {title}\n")
+    after = rest.find("\n## ")
+    tail = rest[after + 1 :] if found and after >= 0 else ""
+    parts = [head.rstrip(), f"## {title}\n\n{content.strip()}", tail.strip()]
+    page.write_text("\n\n".join(p for p in parts if p) + "\n", encoding="utf-8")

@@ -1,29 +1,70 @@
-"""A network that changes itself while it learns, beside a fixed one: the same data, the same steps.
+"""The main job: a network that changes itself while it learns, beside a fixed one, on the same data.
 
     python demos/self_modification_demo.py            # starts wide (784-512-256-10) and shrinks
     python demos/self_modification_demo.py --grow     # starts narrow (784-16-10) and grows
+    python demos/self_modification_demo.py --seeds 3 --write    # and its table in docs/self_modification.md
 
-Prints what was decided, and accuracy, parameters and training FLOPs of both; leaves a picture of the network's life and
-a checkpoint in outputs/.
+Training is paid in FLOPs, and the learning rate falls with what was spent: where a network is small, its steps are
+cheap. Prints what was decided, and accuracy, parameters and training FLOPs of both; leaves the picture of the network's
+life, an HTML page and a checkpoint in outputs/.
 """
 
 import argparse
-from pathlib import Path
+import datetime
+import math
+from dataclasses import dataclass
+from statistics import mean
 
 import torch
-from _common import CHECKPOINTS, VISUALIZATIONS, quick, wrote
+from _common import CHECKPOINTS, REPORTS, ROOT, VISUALIZATIONS, quick, section, wrote
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from fashion_mnist_mlp import FashionMLP, evaluate, get_data_loaders, set_seed
 from tracker import NeuronEngine, Policy
 
-SHRINK = Policy(
-    warm_up=900, every=300, look=64, tolerance=4e-3, at_most=0.7, floor=8, min_parameters=76_000
+EPOCHS = 5  # of the fixed network
+
+
+@dataclass(frozen=True)
+class Plan:
+    """start, fixed: hidden layers. share: of the fixed network's training FLOPs."""
+
+    title: str
+    start: list[int]
+    fixed: list[int]
+    share: float
+    policy: Policy
+
+
+SHRINK = Plan(
+    "Shrinking, from 784-512-256-10",
+    [512, 256],
+    [512, 256],
+    0.58,
+    Policy(warm_up=200, every=100, look=40, tolerance=4e-3, at_most=0.7, floor=8, max_parameters=80_000,
+           min_parameters=76_000),
+)  # fmt: skip
+GROW = Plan(
+    "Growing, from 784-16-10",
+    [16],
+    [256],
+    1.0,
+    Policy(warm_up=100, every=100, shrink=False, grow=True, plateau=1.0, max_parameters=150_000),
 )
-GROW = Policy(
-    warm_up=100, every=100, look=16, shrink=False, grow=True, plateau=0.5, max_parameters=150_000
-)
+
+
+@dataclass
+class Result:
+    """What came of one training."""
+
+    name: str
+    seed: int
+    accuracy: float
+    parameters: int
+    flops: float
+    steps: int
 
 
 def step_flops(model: nn.Module, images: torch.Tensor) -> int:
@@ -33,91 +74,116 @@ def step_flops(model: nn.Module, images: torch.Tensor) -> int:
     return 3 * counter.get_total_flops()
 
 
-def train(hidden: list[int], policy: Policy | None, epochs: int, seed: int, train_set, test_set):
-    """Train; return model, engine, FLOPs and test accuracy."""
+def train(
+    name: str, hidden: list[int], policy: Policy | None, budget: float, seed: int, data, test
+):
+    """Train until `budget` FLOPs are spent, with or without a policy; return the engine and what came of it."""
     set_seed(seed)
     model = FashionMLP(hidden)
     optimizer = torch.optim.Adam(model.parameters())
+    spent, steps, each = 0.0, 0, 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda _: (1 + math.cos(math.pi * min(spent / budget, 1.0))) / 2
+    )
     engine = NeuronEngine()
-    engine.track_model(model, "FashionMLP", example_inputs=next(iter(test_set))[0][:16])
+    engine.track_model(model, "FashionMLP", example_inputs=next(iter(test))[0][:16])
     engine.attach_optimizer(optimizer)
     if policy is not None:
         engine.start_self_modification(policy)
-    flops, each = 0, 0
-    criterion = nn.CrossEntropyLoss()
-    for _ in range(epochs):
-        model.train()
-        for images, labels in train_set:
-            each = each or step_flops(model, images)
-            loss = criterion(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            flops += each
-            if policy is not None and engine.step(loss) is not None:
-                each = 0
-    return model, engine, flops, evaluate(model, test_set)[1]
+    criterion, epoch = nn.CrossEntropyLoss(), 0
+    with tqdm(total=100, desc=f"{name}, seed {seed}", unit="%", leave=False, disable=None) as bar:
+        while spent < budget:
+            model.train()
+            losses = []
+            for images, labels in data:
+                each = each or step_flops(model, images)
+                loss = criterion(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                spent, steps = spent + each, steps + 1
+                schedule.step()
+                losses.append(loss.detach())
+                if policy is not None and engine.step(loss) is not None:
+                    each = 0
+                if spent >= budget:
+                    break
+            bar.update(min(100, int(100 * spent / budget)) - bar.n)
+            epoch += 1
+            engine.start_tracking()
+            accuracy = evaluate(model, test)[1]
+            engine.log_epoch_statistics(epoch, float(torch.stack(losses).mean()), accuracy)
+            engine.stop_tracking()
+    parameters = sum(p.numel() for p in model.parameters())
+    return engine, Result(name, seed, accuracy, parameters, spent, steps)
 
 
-def picture(engine: NeuronEngine, path: Path) -> Path:
-    """Widths and loss over the steps, with what happened."""
-    import matplotlib.pyplot as plt
+def table(results: list[Result]) -> str:
+    """As Markdown, with the means where there are several seeds."""
+    lines = [
+        "| network | seed | test accuracy | parameters | training FLOPs | steps |",
+        "|---" * 6 + "|",
+    ]
+    full = max(r.flops for r in results)
+    most = max(r.parameters for r in results)
+    for name in dict.fromkeys(r.name for r in results):
+        mine = [r for r in results if r.name == name]
+        rows = [(str(r.seed), r.accuracy, r.parameters, r.flops, r.steps) for r in mine]
+        if len(mine) > 1:
+            rows.append(("mean", *(mean(column) for column in list(zip(*rows, strict=True))[1:])))
+        for seed, accuracy, parameters, flops, steps in rows:
+            lines.append(
+                f"| {name} | {seed} | {accuracy:.2%} | {parameters:,.0f} ({parameters / most:.1%}) "
+                f"| {flops:.3g} ({flops / full:.0%}) | {steps:,.0f} |"
+            )
+    return "\n".join(lines)
 
-    life = engine.life
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5.5), sharex=True, layout="constrained")
-    steps = [d.step for d in life]
-    for layer in life[0].widths:
-        top.step(steps, [d.widths.get(layer, 0) for d in life], where="post", label=layer)
-    top.set_ylabel("neurons")
-    top.legend(loc="upper right")
-    bottom.plot(steps[1:], [d.loss for d in life[1:]], color="#7f7f7f")
-    bottom.set_ylabel("loss between two looks")
-    bottom.set_xlabel("steps")
-    colors = {"pruned": "#d62728", "expanded": "#2ca02c", "undone": "#ff7f0e", "refused": "#9467bd"}
-    for decision in life:
-        if decision.what in colors:
-            for ax in (top, bottom):
-                ax.axvline(decision.step, color=colors[decision.what], alpha=0.4, linewidth=1)
-    top.set_title(
-        "The life of a network (red: pruned, green: expanded, orange: undone)", fontsize=10
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-    return path
+
+def show(engine: NeuronEngine, model_name: str) -> None:
+    """What was decided and why, and the files that are left."""
+    for d in engine.life:
+        if d.what != "kept":
+            print(f"step {d.step:>5}  {d.what:<8} {d.why}; {d.parameters:,} parameters")
+    picture = VISUALIZATIONS / "network_life.png"
+    engine.plot_life(picture)
+    page = engine.save_html_report(REPORTS / "network_life.html")
+    wrote(picture, page, engine.save_checkpoint(CHECKPOINTS / model_name))
+    print(f"python -m tracker show {CHECKPOINTS.relative_to(ROOT) if CHECKPOINTS.is_relative_to(ROOT) else CHECKPOINTS}"
+          f"/{model_name} tells what is in the checkpoint.")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grow", action="store_true", help="start narrow")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/")
     options = parser.parse_args()
-    train_set, test_set = get_data_loaders(
+    plan = GROW if options.grow else SHRINK
+    data, test = get_data_loaders(
         batch_size=128, train_limit=quick(60_000), test_limit=quick(10_000)
     )
-    start, fixed = ([16], [256]) if options.grow else ([512, 256], [512, 256])
-    rows = []
+    print(
+        f"{plan.title}. Data: {data.source}; {data.num_samples:,} to train, {test.num_samples:,} to test"
+    )
+    set_seed(0)
+    budget = EPOCHS * len(data) * step_flops(FashionMLP(plan.fixed), next(iter(data))[0])
+    results = []
     for seed in range(options.seeds):
-        model, engine, flops, accuracy = train(
-            start, GROW if options.grow else SHRINK, options.epochs, seed, train_set, test_set
+        fixed = "-".join(map(str, [784, *plan.fixed, 10]))
+        _, result = train(f"fixed {fixed}", plan.fixed, None, budget, seed, data, test)
+        results.append(result)
+        engine, result = train(
+            "self-modified", plan.start, plan.policy, plan.share * budget, seed, data, test
         )
+        results.append(result)
         if seed == 0:
-            for decision in engine.life:
-                print(
-                    f"step {decision.step:>5}  {decision.what:<8} {decision.why}; {decision.parameters:,} parameters"
-                )
-            wrote(
-                picture(engine, VISUALIZATIONS / "network_life.png"),
-                engine.save_checkpoint(CHECKPOINTS / "self_modified"),
-            )
-        rows.append(("self-modified", seed, accuracy, model, flops))
-        model, _, flops, accuracy = train(fixed, None, options.epochs, seed, train_set, test_set)
-        rows.append((f"fixed {fixed}", seed, accuracy, model, flops))
-    print(f"\n{'':<18} {'seed':>4} {'accuracy':>9} {'parameters':>11} {'training FLOPs':>15}")
-    for name, seed, accuracy, model, flops in rows:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{name:<18} {seed:>4} {accuracy:>9.2%} {parameters:>11,} {flops:>15.3e}")
+            show(engine, "self_modified")
+    print(f"\n{table(results)}")
+    if options.write:
+        measured = f"{datetime.date.today()}, torch {torch.__version__}, {options.seeds} seeds."
+        section(
+            ROOT / "docs" / "self_modification.md", plan.title, f"{measured}\n\n{table(results)}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ ORDER = [
     "memory",
     "surgeon",
     "training",
+    "life",
+    "page",
     "engine",
     "inspection",
     "__main__",

@@ -40,6 +40,7 @@ WRITES = {
     ],
     "self_modification_demo": [
         "visualizations/network_life.png",
+        "reports/network_life.html",
         *(f"checkpoints/self_modified/{name}" for name in (*FILES, MANIFEST)),
     ],
     "simple_reporting_demo": [

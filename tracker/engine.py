@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tracker import memory
-from tracker.errors import CheckpointError, SurgeryError
+from tracker import figures, memory, page
+from tracker.errors import CheckpointError, StatisticsError, SurgeryError
 from tracker.journal import Entry, become, read_checkpoint, twin_after, write_checkpoint
 from tracker.journal.carry import carry
 from tracker.journal.noise import here, restorer
 from tracker.journal.optimizers import check_ownership, load_optimizers
+from tracker.life import life
 from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import unwrapped
+from tracker.surgery.transaction import count
 from tracker.tracker import unwrap
 from tracker.training import Decision, Phases, Policy, SelfModification
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from typing_extensions import Self
 
 
@@ -95,6 +98,55 @@ class NeuronEngine(NeuronSurgeon):
         """What was decided so far, and why: changes, refusals, and looks at which nothing was to be done."""
         return [] if self._run is None else self._run.life
 
+    def log_epoch_statistics(
+        self, epoch: int, train_loss: float | None = None, train_acc: float | None = None
+    ) -> None:
+        """Remember the current window, and the epoch's loss and accuracy, in the history.
+
+        Raises:
+            StatisticsError: Nothing was observed since `start_tracking`.
+        """
+        super().log_epoch_statistics(epoch, train_loss, train_acc)
+        if train_acc is not None and self._own_run is not None:
+            self._own_run.accuracies.append((self._own_run.steps, float(train_acc)))
+
+    def plot_life(self, path: PathLike[str] | str | None = None) -> Figure:
+        """Widths, births and deaths, loss and accuracy since `start_self_modification`; saved to `path` if given.
+
+        Raises:
+            StatisticsError: There was no run, or no step of it.
+        """
+        run = self._own_run
+        if run is None:
+            raise StatisticsError(
+                "There is no life to draw: the current model did not modify itself. Call start_self_modification first."
+            )
+        return figures.save(life(run, self.journal, self._tracker.current.name), path)
+
+    def save_html_report(self, path: PathLike[str] | str) -> Path:
+        """Write one self-contained HTML page: the run's life, layers, training, changes and decisions."""
+        observation, findings = self._findings()
+        current = self._tracker.current
+        return page.write(
+            page.Run(
+                current.name,
+                observation,
+                findings,
+                self.history,
+                self.journal,
+                count(current.model()),
+                "" if current.structure is None else str(current.structure),
+                self._own_run,
+            ),
+            path,
+        )
+
+    @property
+    def _own_run(self) -> SelfModification | None:
+        """The run of the current model."""
+        run = self._run
+        return run if run is not None and run.model is self._tracker.current.model() else None
+
     def carry_journal(self) -> None:
         """Have the current model's `state_dict` carry its journal, and `load_state_dict` replay one.
 
@@ -148,15 +200,14 @@ class NeuronEngine(NeuronSurgeon):
             "correlation_threshold": self.correlation_threshold,
             "observe": self._tracker.observe_at,
         }
-        run = self._run
-        goes_on = run is not None and run.model is self._tracker.current.model()
+        run = self._own_run
         content = memory.gather(
             self._tracker,
             unwrapped(self._optimizers),
             self.history,
             self.journal,
             settings,
-            run.gather() if run is not None and goes_on else (None, {}),
+            (None, {}) if run is None else run.gather(),
         )
         return write_checkpoint(path, content)
 

@@ -36,7 +36,7 @@ def activity_heatmap(observation: Observation, findings: Mapping[str, LayerFindi
     shown = layers[:MAX_LAYERS]
     shapes = [_grid(len(f.layer.ids)) for f in shown]
     heights = [0.45 + 5.0 * rows / max(columns, 16) for rows, columns in shapes]
-    fig = _figure(13, sum(heights) + 1.9)
+    fig = new_figure(13, sum(heights) + 1.9)
     grid = fig.add_gridspec(len(shown), 2, height_ratios=heights)
     for row, (found, shape) in enumerate(zip(shown, shapes, strict=True)):
         left, right = fig.add_subplot(grid[row, 0]), fig.add_subplot(grid[row, 1])
@@ -82,7 +82,7 @@ def correlation_matrix(found: LayerFindings, threshold: float) -> Figure:
         )
     order = moving[cluster_order(r[moving][:, moving], pairs, moving)]
     cells = _pool(r[order][:, order].numpy())
-    fig = _figure(7.2, 6.4)
+    fig = new_figure(7.2, 6.4)
     ax = fig.add_subplot()
     image = ax.imshow(cells, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     n = len(found.layer.ids)
@@ -113,7 +113,7 @@ def evolution(history: TrainingHistory) -> Figure:
     """Loss, accuracy, and how often the neurons of each layer fire, over the logged epochs."""
     if not history.epochs:
         raise StatisticsError("The history is empty. Log epochs with log_epoch_statistics first.")
-    fig = _figure(10, 8)
+    fig = new_figure(10, 8)
     top, middle, bottom = fig.subplots(3, 1, sharex=True, height_ratios=(1, 1.2, 1.2))
     epochs = range(len(history.epochs))
     _line(top, epochs, [e.loss for e in history.epochs], "#d62728")
@@ -202,7 +202,8 @@ def cluster_order(
     return torch.tensor(sorted(range(n), key=lambda i: keys[i]))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -244,7 +244,8 @@ class Policy:
         if not expand:
             return Requests("a larger network would exceed its budget")
         names = ", ".join(c.layer for c in ranked if c.name in expand)
-        return Requests(f"the loss stands still, and full: {names}", expand=expand)
+        still = "the loss stands still" if self.plateau < 1 else "it is time to grow"
+        return Requests(f"{still}, and full: {names}", expand=expand)
 
 
 @dataclass(frozen=True, slots=True)
