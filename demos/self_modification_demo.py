@@ -12,6 +12,7 @@ life, an HTML page and a checkpoint in outputs/.
 import argparse
 import datetime
 import math
+import os
 from dataclasses import dataclass
 from statistics import mean
 
@@ -77,7 +78,7 @@ def step_flops(model: nn.Module, images: torch.Tensor) -> int:
 def train(
     name: str, hidden: list[int], policy: Policy | None, budget: float, seed: int, data, test
 ):
-    """Train until `budget` FLOPs are spent, with or without a policy; return the engine and what came of it."""
+    """Train until `budget` FLOPs are spent, with or without a policy; return model, engine and what came of it."""
     set_seed(seed)
     model = FashionMLP(hidden)
     optimizer = torch.optim.Adam(model.parameters())
@@ -115,7 +116,7 @@ def train(
             engine.log_epoch_statistics(epoch, float(torch.stack(losses).mean()), accuracy)
             engine.stop_tracking()
     parameters = sum(p.numel() for p in model.parameters())
-    return engine, Result(name, seed, accuracy, parameters, spent, steps)
+    return model, engine, Result(name, seed, accuracy, parameters, spent, steps)
 
 
 def table(results: list[Result]) -> str:
@@ -139,17 +140,18 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def show(engine: NeuronEngine, model_name: str) -> None:
-    """What was decided and why, and the files that are left."""
+def show(model: nn.Module, engine: NeuronEngine) -> None:
+    """What was decided and why, what became of the network, and the files that are left."""
     for d in engine.life:
         if d.what != "kept":
             print(f"step {d.step:>5}  {d.what:<8} {d.why}; {d.parameters:,} parameters")
+    print(model)
     picture = VISUALIZATIONS / "network_life.png"
     engine.plot_life(picture)
     page = engine.save_html_report(REPORTS / "network_life.html")
-    wrote(picture, page, engine.save_checkpoint(CHECKPOINTS / model_name))
-    print(f"python -m tracker show {CHECKPOINTS.relative_to(ROOT) if CHECKPOINTS.is_relative_to(ROOT) else CHECKPOINTS}"
-          f"/{model_name} tells what is in the checkpoint.")  # fmt: skip
+    checkpoint = engine.save_checkpoint(CHECKPOINTS / "self_modified")
+    wrote(picture, page, checkpoint)
+    print(f"python -m tracker show {os.path.relpath(checkpoint)}: what is in the checkpoint")
 
 
 def main() -> None:
@@ -170,14 +172,14 @@ def main() -> None:
     results = []
     for seed in range(options.seeds):
         fixed = "-".join(map(str, [784, *plan.fixed, 10]))
-        _, result = train(f"fixed {fixed}", plan.fixed, None, budget, seed, data, test)
+        *_, result = train(f"fixed {fixed}", plan.fixed, None, budget, seed, data, test)
         results.append(result)
-        engine, result = train(
+        model, engine, result = train(
             "self-modified", plan.start, plan.policy, plan.share * budget, seed, data, test
         )
         results.append(result)
         if seed == 0:
-            show(engine, "self_modified")
+            show(model, engine)
     print(f"\n{table(results)}")
     if options.write:
         measured = f"{datetime.date.today()}, torch {torch.__version__}, {options.seeds} seeds."

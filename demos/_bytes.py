@@ -16,14 +16,14 @@ LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2t
 
 
 class Block(nn.Module):
-    """Attention and a GELU layer on a residual stream of width `d`."""
+    """Attention and `hidden` GELU neurons on a residual stream of width `d`."""
 
-    def __init__(self, d: int, heads: int) -> None:
+    def __init__(self, d: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.head_dim = d // heads
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.q, self.k, self.v, self.proj = (nn.Linear(d, d) for _ in range(4))
-        self.up, self.act, self.down = nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)
+        self.up, self.act, self.down = nn.Linear(d, hidden), nn.GELU(), nn.Linear(hidden, d)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, positions, d)."""
@@ -40,10 +40,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The next byte, from those before it."""
 
-    def __init__(self, d: int = 128, heads: int = 4, depth: int = 4) -> None:
+    def __init__(
+        self, d: int = 128, heads: int = 4, depth: int = 4, hidden: int | None = None
+    ) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(256, d), nn.Embedding(WINDOW, d)
-        self.blocks = nn.ModuleList(Block(d, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(d, heads, hidden or 4 * d) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 256)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
