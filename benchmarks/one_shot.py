@@ -134,11 +134,13 @@ def text_case(seed: int, quick: bool) -> Case:
     )  # fmt: skip
 
 
-def ours(model: nn.Module, case: Case, part: Part, share: float, compensate: bool) -> None:
+def ours(
+    model: nn.Module, case: Case, part: Part, share: float, compensate: bool, patches: bool = False
+) -> None:
     """Uniform shares, greedy OBS in each group."""
     engine = NeuronEngine()
     engine.track_model(model, "m", example_inputs=case.pairs[0][0])
-    engine.calibrate(x for x, _ in case.pairs)
+    engine.calibrate((x for x, _ in case.pairs), patches=patches)
     groups, problems, _ = problems_of(engine._tracker, Limits())
     wanted = set(part.layers(model))
     units = {
@@ -174,11 +176,13 @@ def theirs(model: nn.Module, case: Case, part: Part, share: float, taylor: bool)
     model.zero_grad()
 
 
+PATCHES = "tracker, OBS, compensated, patches"  # of convolutions
 METHODS: dict[str, Callable[[nn.Module, Case, Part, float], None]] = {
     "Torch-Pruning, magnitude": lambda m, c, p, s: theirs(m, c, p, s, taylor=False),
     "Torch-Pruning, Taylor": lambda m, c, p, s: theirs(m, c, p, s, taylor=True),
     "tracker, OBS, no compensation": lambda m, c, p, s: ours(m, c, p, s, compensate=False),
     "tracker, OBS, compensated": lambda m, c, p, s: ours(m, c, p, s, compensate=True),
+    PATCHES: lambda m, c, p, s: ours(m, c, p, s, compensate=True, patches=True),
 }
 
 
@@ -224,7 +228,8 @@ def measure(name: str, seed: int, quick: bool) -> list[Row]:
     case = text_case(seed, quick) if name == "gpt" else image_case(name, seed, quick)
     score = case.score(case.dense)
     normed = any(isinstance(m, nn.BatchNorm2d) for m in case.dense.modules())
-    todo = [(p, s, m) for p in PARTS[name] for s in p.shares for m in METHODS]
+    methods = [m for m in METHODS if m != PATCHES or name == "conv"]
+    todo = [(p, s, m) for p in PARTS[name] for s in p.shares for m in methods]
     rows: list[Row] = []
     for part, share, method in tqdm(todo, f"{name}, seed {seed}", leave=False, disable=None):
         model = copy.deepcopy(case.dense)

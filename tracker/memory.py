@@ -289,7 +289,7 @@ def _seen(tracker: ActivationTracker) -> dict[str, Tensor]:
 def _reads(kind: str, reads: Mapping[str, Read]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, read in reads.items():
-        found.update(_parts(f"{kind}/{read.dim}/{name}", read.covariance))
+        found.update(_parts(f"{kind}/{read.dim}*{read.taps}/{name}", read.covariance))
     return found
 
 
@@ -326,8 +326,9 @@ def _restore_seen(
     for key, parts in whole.items():
         kind, mode, name = key.split("/", 2)
         covariance = Covariance(parts["count"], parts["mean"], parts["comoment"])
+        dim, _, taps = mode.partition("*")
         width = (
-            tensors(model)[name].shape[int(mode)]
+            tensors(model)[name].shape[int(dim)] * int(taps)
             if kind in ("read", "run")
             else sites[name].neurons
         )
@@ -335,7 +336,7 @@ def _restore_seen(
         if covariance.mean.shape != (n,) or covariance.comoment.shape != (n, n) or n != width:
             raise ValueError(f"the covariance of {name} has another shape")
         if kind in ("read", "run"):
-            reads[kind][name] = Read(int(mode), covariance)
+            reads[kind][name] = Read(int(dim), covariance, int(taps))
         else:
             sites[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
     return {name: read.covariance for name, read in reads["run"].items()}

@@ -38,6 +38,12 @@ class SlotMap:
         """The map that adds `count` fresh slots behind an axis of `size` slots."""
         return cls((*range(size), *([None] * count)))
 
+    def widened(self, count: int) -> SlotMap:
+        """The same of an axis on which each slot is `count` slots in a row."""
+        return SlotMap(
+            tuple(None if s is None else s * count + i for s in self.source for i in range(count))
+        )
+
     @property
     def size(self) -> int:
         """Slots of the axis after the change."""

@@ -23,6 +23,7 @@ from tracker.surgery.compression import Limits, plan_compression
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.newborn import AGE, watch
+from tracker.surgery.norms import reestimate
 from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.receipt import joined
@@ -69,12 +70,16 @@ class NeuronSurgeon(NeuronWatcher):
         """Have these copies of the model (an EMA, say) change alike."""
         self._followers += [m for m in models if not any(m is known for known in self._followers)]
 
-    def calibrate(self, batches: Iterable[Any], limit: int | None = None) -> int:
+    def calibrate(
+        self, batches: Iterable[Any], limit: int | None = None, *, patches: bool = False
+    ) -> int:
         """Observe what the consumers of prunable groups read, for changes that make up for what goes.
 
         One pass in eval mode over `batches` (or the first `limit`); each is what the model takes: a tensor, a tuple of
         positional arguments, or a dict of keyword arguments. Of an (inputs, targets) pair, as data loaders give, name
-        the inputs: `(x for x, _ in loader)`. Takes (columns)² numbers of 8 bytes for each consumer.
+        the inputs: `(x for x, _ in loader)`. Takes (columns)² numbers of 8 bytes for each consumer. With `patches`,
+        convolutions are fitted place by place of their kernels, not channel by channel: nearer, and slower, since
+        each channel is as many columns as the kernel has places.
 
         Returns:
             Consumers that were observed.
@@ -83,8 +88,25 @@ class NeuronSurgeon(NeuronWatcher):
         groups = [g for g in self.structure.groups if g.prunable]
         wanted, _ = consumers(entry.model(), groups)
         with entry.observer.paused():
-            entry.reads = collect(entry.model(), itertools.islice(batches, limit), wanted)
+            some = itertools.islice(batches, limit)
+            entry.reads = collect(entry.model(), some, wanted, patches=patches)
         return len(entry.reads)
+
+    def reestimate_norms(self, batches: Iterable[Any], limit: int | None = None) -> list[str]:
+        """Take the running statistics of batch norms anew, over `batches` as `calibrate` takes them; `undo` gives back.
+
+        After channels went, the old ones describe another network.
+
+        Returns:
+            Names of these norms.
+
+        Raises:
+            SurgeryError: No norm keeps running statistics, or no batch reached one.
+        """
+        entry = self._tracker.current
+        with entry.observer.paused():
+            names, self._undo = reestimate(entry.model(), itertools.islice(batches, limit))
+        return names
 
     def prune_units(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,14 +28,30 @@ MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What a consumer reads along dimension `dim` of its weight."""
+    """What a consumer reads along dimension `dim` of its weight.
+
+    taps: Columns of each feature, one behind the other: the places of a convolution's kernel, or 1.
+    """
 
     dim: int
     covariance: Covariance
+    taps: int = 1
 
     def reslot(self, slots: SlotMap) -> Read:
         """The same after columns were removed, added or reordered."""
-        return Read(self.dim, self.covariance.reslot(slots))
+        return Read(self.dim, self.covariance.reslot(slots.widened(self.taps)), self.taps)
+
+    def columns(self, features: Iterable[int]) -> list[int]:
+        """Columns of these features."""
+        return [i * self.taps + t for i in features for t in range(self.taps)]
+
+    def of_features(self) -> Covariance:
+        """Covariance of the features at one place: the middle of the kernel."""
+        if self.taps == 1:
+            return self.covariance
+        c = self.covariance
+        at = torch.arange(self.taps // 2, len(c.mean), self.taps)
+        return Covariance(c.count[at], c.mean[at], c.comoment[at[:, None], at])
 
 
 @dataclass(slots=True, eq=False)

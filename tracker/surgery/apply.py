@@ -130,16 +130,16 @@ def _mixed(plan: Plan, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if mix.tensor not in plan.rewritten and mix.bias not in plan.rewritten:
             continue
         old = held[mix.tensor].detach()
-        weight = old.double().movedim(mix.dim, -1).clone()
+        weight = mix.columns(old.double()).clone()
         source = weight[..., list(mix.source)]
         if mix.bias is not None:
-            across = mix.across - (mix.across > mix.dim)
+            across = mix.across - (mix.across > mix.dim) if mix.taps == 1 else 0
             shift = (source @ mix.shift.to(weight.device)).movedim(across, 0)
             shift = shift.reshape(len(shift), -1).sum(1)
             values[mix.bias] = values.get(mix.bias, held[mix.bias].detach().double()) + shift
         if mix.target:
             weight[..., list(mix.target)] += source @ mix.matrix.to(weight.device)
-        values[mix.tensor] = weight.movedim(-1, mix.dim)
+        values[mix.tensor] = mix.weight(weight, old.shape)
     return values
 
 

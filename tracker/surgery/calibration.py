@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from tracker.probe import Arguments, arguments, forward_once, is_probing, quiet_
 from tracker.statistics import Covariance, CovarianceStream
 from tracker.structure import UnitGroup
 from tracker.tracker import ActivationTracker, Read
+
+PATCHES = (
+    4096  # rows of a batch that a convolution's patches give, or four for each of their columns
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,15 @@ class Consumer:
     axis: int
     bias: str | None
     padded: bool = False
+
+    def fits(self, read: Read, weight: Tensor) -> bool:
+        """Whether that is what it reads."""
+        return len(read.covariance.mean) == weight.shape[self.reads] * read.taps
+
+    def matrix(self, weight: Tensor, taps: int) -> Tensor:
+        """Its weight as a matrix whose columns are those of what it reads: (rows, columns) float64."""
+        whole = weight.detach().double().cpu()
+        return whole.movedim(self.reads, -1).flatten(0, -2) if taps == 1 else whole.flatten(1)
 
     def passes_on(self, shift: Tensor, second_moment: Tensor) -> bool:
         """Whether constants for features of such second moments can be taken over exactly."""
@@ -107,11 +121,14 @@ def reads_of(tracker: ActivationTracker, wanted: Iterable[Consumer]) -> dict[str
 
 
 def collect(
-    model: nn.Module, batches: Iterable[Any], wanted: Iterable[Consumer]
+    model: nn.Module, batches: Iterable[Any], wanted: Iterable[Consumer], *, patches: bool = False
 ) -> dict[str, Read]:
-    """One pass over `batches` in eval mode; the inputs of these consumers become covariances."""
+    """One pass over `batches` in eval mode; the inputs of these consumers become covariances.
+
+    patches: Convolutions see all that lies under their kernels, not channels alone.
+    """
     quiet = quiet_copy(model)
-    watcher = Watcher(quiet, wanted, heard=True)
+    watcher = Watcher(quiet, wanted, heard=True, patches=patches)
     for batch in batches:
         forward_once(quiet, arguments(batch))
     return watcher.stop()
@@ -121,19 +138,34 @@ class Watcher:
     """Hooks that turn the inputs of consumers into covariances, until `stop`. `heard`: also in passes of our own."""
 
     def __init__(
-        self, model: nn.Module, wanted: Iterable[Consumer], *, heard: bool = False
+        self,
+        model: nn.Module,
+        wanted: Iterable[Consumer],
+        *,
+        heard: bool = False,
+        patches: bool = False,
     ) -> None:
         self._streams: dict[str, CovarianceStream] = {}
-        self._dims: dict[str, int] = {}
+        self._dims: dict[str, tuple[int, int]] = {}
         self._handles = []
+        self._seen = 0
         for one in wanted:
-            self._dims[one.weight] = one.reads
-
-            def hook(module: nn.Module, args: object, kwargs: object, one: Consumer = one) -> None:
-                if heard or not is_probing():
-                    self._add(one, _rows(tensors_in((args, kwargs))[0], one.axis))
-
             module = model.get_submodule(one.module)
+            taps = kernel_places(module) if patches else 1
+            self._dims[one.weight] = one.reads, taps
+
+            def hook(
+                module: nn.Module,
+                args: object,
+                kwargs: object,
+                one: Consumer = one,
+                taps: int = taps,
+            ) -> None:
+                if heard or not is_probing():
+                    tensor = tensors_in((args, kwargs))[0]
+                    rows = _rows(tensor, one.axis) if taps == 1 else self._patches(module, tensor)
+                    self._add(one, rows)
+
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def stop(self) -> dict[str, Read]:
@@ -144,7 +176,11 @@ class Watcher:
 
     def seen(self) -> dict[str, Read]:
         """What was seen so far."""
-        return {w: Read(self._dims[w], stream.value()) for w, stream in self._streams.items()}
+        found = {}
+        for weight, stream in self._streams.items():
+            dim, taps = self._dims[weight]
+            found[weight] = Read(dim, stream.value(), taps)
+        return found
 
     def go_on(self, seen: Mapping[str, Covariance]) -> None:
         """Have seen this already."""
@@ -154,6 +190,30 @@ class Watcher:
         if one.weight not in self._streams:
             self._streams[one.weight] = CovarianceStream(rows.shape[1], rows.device)
         self._streams[one.weight].add(rows)
+
+    def _patches(self, module: Any, tensor: Tensor) -> Tensor:
+        """What lies under the kernel at some of its places, each time others: (rows, channels · taps)."""
+        x = tensor.detach()
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        if len(module.kernel_size) == 1:
+            x = x.unsqueeze(-2)
+        x = x if x.ndim == 4 else x.unsqueeze(0)
+        kernel, dilation, stride = (
+            (1, *module.__dict__[name])[-2:] for name in ("kernel_size", "dilation", "stride")
+        )
+        # Of the places, a share that gives PATCHES rows, offset anew in each batch.
+        found = nn.functional.unfold(x, kernel, dilation, 0, stride)
+        step = max(1, found.shape[0] * found.shape[2] // max(PATCHES, 4 * found.shape[1]))
+        self._seen += 1
+        return found.transpose(1, 2).flatten(0, 1)[self._seen * 7 % step :: step]
+
+
+def kernel_places(module: nn.Module) -> int:
+    """Columns of each channel that a convolution reads patch by patch; 1 where it can't, or is none."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups > 1:
+        return 1
+    return math.prod(module.kernel_size)
 
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:

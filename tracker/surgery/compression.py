@@ -213,9 +213,9 @@ def _problem(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> P
     held = tensors(model)
     for one in able:
         read = reads.get(one.weight)
-        if read is None or len(read.covariance.mean) != held[one.weight].shape[one.reads]:
+        if read is None or not one.fits(read, held[one.weight]):
             return None
-        weight = held[one.weight].detach().double().cpu().movedim(one.reads, -1).flatten(0, -2)
+        weight = one.matrix(held[one.weight], read.taps)
         for i, (other, known, w) in enumerate(parts):
             same = other.reads == one.reads and _same_input(known, read, other, one)
             if (
@@ -245,7 +245,7 @@ def _problem(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> P
         weights.append(weight * scale)
         means.append(c.mean if one.bias is not None else torch.full_like(c.mean, 0.0))
         for unit, members in enumerate(group.members):
-            units[unit] += [offset + i for i in members[one.weight, one.reads]]
+            units[unit] += [offset + i for i in read.columns(members[one.weight, one.reads])]
         offset += len(c.mean)
         count = min(count, n)
     used = {i for unit in units for i in unit}

@@ -64,7 +64,7 @@ def plan_merge(
     reads = reads_of(tracker, able)
     mixes, exact = [], not problems
     for one in able:
-        covariance = reads[one.weight].covariance
+        covariance = reads[one.weight].of_features()
         exact = exact and int(covariance.count.max()) >= SPARE
         source: list[int] = []
         into: list[int] = []

@@ -23,7 +23,8 @@ class Mix:
     W[…, target] += W[…, source] @ matrix, and b += W[…, source] @ shift.
 
     tensor, dim: The consumer's weight, and its dimension that reads. `across`: the one of its outputs.
-    source, target: (r,) and (k,) indices along `dim`, as before the change.
+    source, target: (r,) and (k,) indices along `dim`, as before the change; where `taps` is not 1, of columns of
+        which each index along `dim` has so many: the places of a convolution's kernel.
     matrix: (r, k) float64. shift: (r,) float64, the constant part, for the consumer's `bias`.
     """
 
@@ -35,6 +36,15 @@ class Mix:
     matrix: Tensor
     bias: str | None
     shift: Tensor
+    taps: int = 1
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """`weight` with its columns last: (…, columns), a view where taps is not 1."""
+        return weight.movedim(self.dim, -1) if self.taps == 1 else weight.flatten(1)
+
+    def weight(self, columns: Tensor, shape: torch.Size) -> Tensor:
+        """The weight of these columns."""
+        return columns.movedim(-1, self.dim) if self.taps == 1 else columns.view(shape)
 
 
 @dataclass(frozen=True, slots=True)

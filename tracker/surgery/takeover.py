@@ -38,7 +38,7 @@ def taken_over(tracker: ActivationTracker, plan: Plan) -> Takeover:
     for one in able:
         read = reads.get(one.weight)
         gone = columns(plan.choice, one)
-        if read is None or len(read.covariance.mean) != held[one.weight].shape[one.reads]:
+        if read is None or not one.fits(read, held[one.weight]):
             problems.append(f"{one.module} was not seen to read anything")
             exact = False
             continue
@@ -67,14 +67,14 @@ def columns(choice: Choice, one: Consumer) -> tuple[int, ...]:
 
 def solve(one: Consumer, read: Read, weight: Tensor, gone: Sequence[int]) -> tuple[Mix, bool]:
     """The mix by which a consumer's other columns take over those that go, and whether nothing is lost."""
-    covariance = read.covariance
+    covariance, gone = read.covariance, read.columns(gone)
     lost = set(gone)
     kept = [i for i in range(len(covariance.mean)) if i not in lost]
     count = int(covariance.count.max())
     found = compensate(
         covariance.comoment / max(count, 1),
         covariance.mean,
-        weight.detach().double().cpu().movedim(one.reads, -1).flatten(0, -2),
+        one.matrix(weight, read.taps),
         None if one.bias is None else torch.zeros(weight.numel() // len(covariance.mean)),
         kept,
         count=count,
@@ -88,6 +88,7 @@ def solve(one: Consumer, read: Read, weight: Tensor, gone: Sequence[int]) -> tup
         found.mixing,
         one.bias,
         found.shift,
+        read.taps,
     )
     scale = covariance.comoment.diagonal() / max(count, 1) + covariance.mean.square()
     return mix, found.exact and one.passes_on(found.shift, scale[list(gone)])
@@ -103,10 +104,11 @@ def gains(model: nn.Module, choice: Choice, mixes: Sequence[Mix]) -> dict[str, d
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     for mix in mixes:
-        weight = held[mix.tensor].detach().double().cpu().movedim(mix.dim, -1).flatten(0, -2)
+        weight = mix.columns(held[mix.tensor].detach().double().cpu()).flatten(0, -2)
         new = weight.clone()
         new[:, list(mix.target)] += weight[:, list(mix.source)] @ mix.matrix
-        before[mix.tensor], after[mix.tensor] = weight.square().sum(0), new.square().sum(0)
+        for norms, values in ((before, weight), (after, new)):
+            norms[mix.tensor] = values.square().sum(0).unflatten(0, (-1, mix.taps)).sum(1)
     found: dict[str, dict[int, Tensor]] = {}
     for group, gone in choice:
         places = [p for p, role in group.roles.items() if role == "reads" and p[0] in before]

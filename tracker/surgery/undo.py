@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 class UndoLog:
