@@ -3,6 +3,7 @@
     python benchmarks/one_shot.py                      # all three networks, 3 seeds (extra .[zoo] for Torch-Pruning)
     python benchmarks/one_shot.py --only mlp --quick
     python benchmarks/one_shot.py --only gpt --write   # and its section of docs/one_shot.md
+    python benchmarks/one_shot.py --only smollm        # a pretrained language model (extra .[smollm]); half an hour
 
 mlp: 784-512-256-10 on Fashion-MNIST, 5 epochs of Adam. conv: 32-48-64 with batch norms, 3 epochs. gpt: 4 blocks of
 width 128 on the bytes of the standard library's source, 1,100 steps. Each method removes the same share of every layer
@@ -27,9 +28,10 @@ from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "demos")]
+sys.path[:0] = [str(ROOT), str(ROOT / "demos"), str(ROOT / "benchmarks")]
 
 import _bytes
+import _smollm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +58,7 @@ class Case:
     score: Callable[[nn.Module], float]
     form: str  # of a score
     batch: Tensor  # to time
+    example: Tensor  # to trace
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,13 @@ PARTS: dict[str, list[Part]] = {
         Part("MLP neurons", (0.5, 0.75), blocks("up")),
         Part("heads", (0.25, 0.5), blocks("q", "k", "v"), heads=4),
     ],
+    "smollm": [Part("MLP neurons", (0.1, 0.25, 0.5), blocks("gate_proj", "up_proj"))],
 }
 TITLES = {
     "mlp": "MLP 784-512-256-10, Fashion-MNIST, accuracy",
     "conv": "Convolutions 32-48-64 with batch norms, Fashion-MNIST, accuracy",
     "gpt": "GPT of bytes, 4 blocks of width 128, the standard library's source, perplexity per byte",
+    "smollm": "SmolLM2-135M-Instruct as published, the standard library's source, perplexity per token",
 }
 
 
@@ -116,7 +121,7 @@ def image_case(name: str, seed: int, quick: bool) -> Case:
     pairs = [pair for pair, _ in zip(train, range(CALIBRATION), strict=False)]
     return Case(
         model.eval(), pairs, image_loss, lambda m: evaluate(m, test)[1], "{:.2%}",
-        torch.cat([x for x, _ in pairs[:2]]),
+        torch.cat([x for x, _ in pairs[:2]]), pairs[0][0],
     )  # fmt: skip
 
 
@@ -130,7 +135,17 @@ def text_case(seed: int, quick: bool) -> Case:
     pairs = list(source.batches(1000 + seed, 10 if quick else CALIBRATION))
     return Case(
         model, pairs, _bytes.loss_of, lambda m: _bytes.perplexity(m, source), "{:.3f}",
-        pairs[0][0],
+        pairs[0][0], pairs[0][0],
+    )  # fmt: skip
+
+
+def smollm_case(seed: int, quick: bool) -> Case:
+    model, tokenizer = _smollm.load()
+    pairs = [(x, x) for x in _smollm.windows(tokenizer, 2 if quick else 24, seed)]
+    held_out = _smollm.windows(tokenizer, 2 if quick else 12, 12345, test=True)
+    return Case(
+        model, pairs, _smollm.loss_of, lambda m: _smollm.perplexity(m, held_out), "{:.3f}",
+        pairs[0][0], pairs[0][0][:, :16],
     )  # fmt: skip
 
 
@@ -139,7 +154,7 @@ def ours(
 ) -> None:
     """Uniform shares, greedy OBS in each group."""
     engine = NeuronEngine()
-    engine.track_model(model, "m", example_inputs=case.pairs[0][0])
+    engine.track_model(model, "m", example_inputs=case.example)
     engine.calibrate((x for x, _ in case.pairs), patches=patches)
     groups, problems, _ = problems_of(engine._tracker, Limits())
     wanted = set(part.layers(model))
@@ -159,7 +174,7 @@ def theirs(model: nn.Module, case: Case, part: Part, share: float, taylor: bool)
     makers = (nn.Linear, nn.Conv2d, nn.Embedding)
     pruner = tp.pruner.BasePruner(
         model,
-        case.pairs[0][0],
+        case.example,
         importance=tp.importance.GroupTaylorImportance()
         if taylor
         else tp.importance.GroupMagnitudeImportance(p=2),
@@ -208,9 +223,10 @@ def flops(model: nn.Module, x: Tensor) -> int:
 
 @torch.no_grad()
 def latency(model: nn.Module, dense: nn.Module, x: Tensor, rounds: int = 31) -> float:
-    """Median of the ratios of neighbouring calls: a drift of the machine's speed hits both."""
-    ratios = []
-    for _ in range(rounds):
+    """Median of the ratios of neighbouring calls: a drift of the machine's speed hits both. Half a minute at most."""
+    ratios: list[float] = []
+    begun = time.perf_counter()
+    while len(ratios) < rounds and (len(ratios) < 3 or time.perf_counter() < begun + 30):
         seconds = []
         for one in (model, dense):
             start = time.perf_counter()
@@ -225,7 +241,8 @@ def size(model: nn.Module) -> int:
 
 
 def measure(name: str, seed: int, quick: bool) -> list[Row]:
-    case = text_case(seed, quick) if name == "gpt" else image_case(name, seed, quick)
+    cases = {"gpt": text_case, "smollm": smollm_case}
+    case = cases[name](seed, quick) if name in cases else image_case(name, seed, quick)
     score = case.score(case.dense)
     normed = any(isinstance(m, nn.BatchNorm2d) for m in case.dense.modules())
     methods = [m for m in METHODS if m != PATCHES or name == "conv"]
@@ -284,7 +301,7 @@ def write(name: str, content: str, seeds: int) -> None:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torch-pruning"))
     section = (
         f"## {TITLES[name]}\n\n{datetime.date.today()}: {versions}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores ({platform.machine()}), mean of {seeds} seeds.\n\n{content}\n"
+        f"{os.cpu_count()} cores ({platform.machine()}), mean of {seeds} seed{'s' * (seeds > 1)}.\n\n{content}\n"
     )
     old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     parts = {s.partition("\n")[0]: s for s in re.findall(r"^## [^\0]*?(?=^## |\Z)", old, re.M)}
@@ -307,7 +324,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in options.only.split(","):
         rows: list[Row] = []
-        seeds = 1 if options.quick else options.seeds
+        seeds = 1 if options.quick or name == "smollm" else options.seeds
         for seed in range(seeds):
             rows += measure(name, seed, options.quick)
         print(f"{TITLES[name]}\n\n{table(rows)}\n", flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,14 +117,15 @@ def _recorded(
 
 
 def _row(group: UnitGroup) -> str:
-    made = ", ".join(group.layers) or "-"
-    read = ", ".join(
-        dict.fromkeys(
-            t.rpartition(".")[0] or t for (t, _), r in group.roles.items() if r == "reads"
-        )
-    )
+    readers = [t.rpartition(".")[0] or t for (t, _), r in group.roles.items() if r == "reads"]
+    made, read = _some(group.layers), _some(list(dict.fromkeys(readers)))
     note = "" if group.prunable else f"  ({group.reason})"
     if group.inexact_reason:
         note += f"  ({group.inexact_reason})"
     exact = "yes" if group.exact else "no"
-    return f"{group.name:<28} {group.kind:<10} {group.size:>6}  {exact:<6} {made} -> {read or '-'}{note}"
+    return f"{group.name:<28} {group.kind:<10} {group.size:>6}  {exact:<6} {made} -> {read}{note}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (", ".join(names[:4]) or "-") + more
