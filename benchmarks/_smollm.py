@@ -30,6 +30,7 @@ def load() -> tuple[nn.Module, Any]:
     where: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    model.config.use_cache = False  # Torch-Pruning takes outputs for tensors
     return model.eval(), tokenizer
 
 

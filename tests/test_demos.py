@@ -43,6 +43,12 @@ WRITES = {
         "reports/network_life.html",
         *(f"checkpoints/self_modified/{name}" for name in (*FILES, MANIFEST)),
     ],
+    "slm_demo": [
+        "visualizations/slm_life.png",
+        "visualizations/slm_curves.png",
+        "reports/slm_life.html",
+        *(f"checkpoints/slm/{name}" for name in (*FILES, MANIFEST)),
+    ],
     "simple_reporting_demo": [
         "visualizations/reporting_demo_heatmap.png",
         "reports/reporting_demo.txt",
