@@ -20,10 +20,13 @@ EXAMPLE = re.compile(
 def test_examples_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    text = page.read_text(encoding="utf-8")
+    for needs in re.findall(r"<!-- needs: (.*) -->", text):
+        for package in needs.split(", "):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASHION_MNIST_OFFLINE", "1")
     matplotlib.use("Agg")
-    text = page.read_text(encoding="utf-8")
     examples = list(EXAMPLE.finditer(text))
     assert len(examples) == text.count("```python")
     namespace: dict[str, object] = {"__name__": page.stem}

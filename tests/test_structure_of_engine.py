@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -108,3 +110,27 @@ def test_the_report_names_groups_and_what_is_frozen() -> None:
     assert "2 groups, 99.7% of the parameters prunable" in text
     assert "part of the model's output" in text
     assert "0, 1 -> 4" in text or "0 -> 4" in text
+
+
+class Listener:
+    """A user's hook that is a method of what cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock, self.calls = threading.Lock(), 0
+
+    def hear(self, *args: object) -> None:
+        self.calls += 1
+
+
+def test_hooks_that_cannot_be_copied_are_no_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    listener = Listener()
+    model.register_forward_hook(listener.hear)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", example_inputs=torch.randn(3, 4))
+    assert engine.prune_units({"0": [1]}).promise == "masked"
+    model[0].lock = threading.Lock()
+    other = nn.Sequential(model, nn.ReLU())
+    engine.track_model(other, "other", example_inputs=torch.randn(3, 4))
+    with pytest.raises(StructureError, match="cannot be copied"):
+        _ = engine.structure

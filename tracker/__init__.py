@@ -3,6 +3,7 @@
 `NeuronEngine` is the one facade; `NeuronTracker` is the same class under its other public name.
 """
 
+from tracker.distributed import renew
 from tracker.engine import NeuronEngine, apply_journal
 from tracker.errors import (
     CheckpointError,
@@ -46,5 +47,6 @@ __all__ = [
     "VerificationError",
     "__version__",
     "apply_journal",
+    "renew",
     "rule",
 ]

@@ -23,7 +23,6 @@ from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import unwrapped
-from tracker.surgery.transaction import count
 from tracker.tracker import unwrap
 from tracker.training import Decision, Phases, Policy, SelfModification
 
@@ -134,7 +133,7 @@ class NeuronEngine(NeuronSurgeon):
                 findings,
                 self.history,
                 self.journal,
-                count(current.model()),
+                self.count_parameters(),
                 "" if current.structure is None else str(current.structure),
                 self._own_run,
             ),

@@ -51,6 +51,31 @@ def is_probing() -> bool:
     return _probes.get() > 0
 
 
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of `model`; `memo` as of `copy.deepcopy`. Hooks that cannot be copied are shared.
+
+    Raises:
+        StructureError: The model cannot be copied.
+    """
+    memo = {} if memo is None else memo
+    known = dict(memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # a hook may be a method of anything: a logger, an engine
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+                known |= {id(hook): hook for hook in hooks.values()}
+    memo.clear()
+    memo.update(known)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise StructureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and every change is tried on "
+            "a copy first. Keep what cannot be copied out of its modules, or give it a __deepcopy__."
+        ) from error
+
+
 def quiet_copy(model: nn.Module) -> nn.Module:
     """A copy that shares all tensors with `model`, and whose passes are not seen by the hooks that users put on it.
 
@@ -58,7 +83,7 @@ def quiet_copy(model: nn.Module) -> nn.Module:
     stay.
     """
     tensors = (*model.parameters(), *model.buffers())
-    copied = copy.deepcopy(model, {id(t): t for t in tensors})
+    copied = copy_of(model, {id(t): t for t in tensors})
     for module in copied.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, hook in hooks.items() if not _is_of_the_model(hook)]:

@@ -1,4 +1,4 @@
-"""What knows and changes structure: every change a transaction, with a receipt, in the journal. No arithmetic here."""
+"""The changes: each draws a plan, and has it carried out. No arithmetic here."""
 
 from __future__ import annotations
 
@@ -8,67 +8,25 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-import torch
-from torch import nn
-
-from tracker.errors import SurgeryError, UnknownNeuronError
+from tracker.changer import NeuronChanger, Neurons
+from tracker.errors import SurgeryError
 from tracker.identity import layer_named
-from tracker.journal import Entry, Journal, When, fingerprint
 from tracker.probe import Arguments, arguments
-from tracker.structure import Structure
-from tracker.surgery import Receipt, UndoLog
+from tracker.surgery import Receipt
 from tracker.surgery.advice import requests
 from tracker.surgery.calibration import collect, consumers
 from tracker.surgery.compression import Limits, plan_compression
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
-from tracker.surgery.newborn import AGE, watch
 from tracker.surgery.norms import reestimate
-from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan, units_of
-from tracker.surgery.receipt import joined
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
-from tracker.surgery.transaction import Witness, carry_out, refuse_inside_a_pass
-from tracker.watcher import NeuronWatcher
-
-Neurons = Iterable[int] | Mapping[str, Sequence[int]]
+from tracker.surgery.transaction import refuse_inside_a_pass
 
 
-class NeuronSurgeon(NeuronWatcher):
-    """All calls that know and change structure, on top of those that look."""
-
-    def __init__(self, *thresholds: float, **options: Any) -> None:
-        super().__init__(*thresholds, **options)
-        self._optimizers: list[Any] = []
-        self._followers: list[nn.Module] = []
-        self._undo: UndoLog | None = None
-        self._journals: dict[int, Journal] = {}  # by position of the model
-        self._clock: Callable[[], int] | None = None  # steps of a run, for the journal
-
-    @property
-    def structure(self) -> Structure:
-        """What of the current model lives and dies together: traced when first asked; the model is not changed.
-
-        Raises:
-            StructureError: The model has not run yet and no example inputs were given, or it cannot be traced.
-        """
-        return self._tracker.structure()
-
-    def attach_optimizer(self, *optimizers: Any) -> None:
-        """Have the state of these optimizers move with every change of the model."""
-        self._optimizers += [
-            o for o in optimizers if not any(o is known for known in self._optimizers)
-        ]
-        for optimizer in unwrapped(optimizers):
-            watch(optimizer)  # a state that is loaded into it may be that of a model that grew
-        for optimizer in unwrapped(optimizers):
-            if any(AGE in state for state in optimizer.state.values()):
-                watch(optimizer)  # its state was loaded, with young slots in it
-
-    def attach_follower(self, *models: nn.Module) -> None:
-        """Have these copies of the model (an EMA, say) change alike."""
-        self._followers += [m for m in models if not any(m is known for known in self._followers)]
+class NeuronSurgeon(NeuronChanger):
+    """All calls that change a model, on top of those that look."""
 
     def calibrate(
         self, batches: Iterable[Any], limit: int | None = None, *, patches: bool = False
@@ -89,7 +47,9 @@ class NeuronSurgeon(NeuronWatcher):
         wanted, _ = consumers(entry.model(), groups)
         with entry.observer.paused():
             some = itertools.islice(batches, limit)
-            entry.reads = collect(entry.model(), some, wanted, patches=patches)
+            with self._together("calibrate"):
+                reads = collect(entry.model(), some, wanted, patches=patches)
+        entry.reads = reads if self._ranks is None else self._ranks.merge_reads(reads)
         return len(entry.reads)
 
     def reestimate_norms(self, batches: Iterable[Any], limit: int | None = None) -> list[str]:
@@ -148,9 +108,12 @@ class NeuronSurgeon(NeuronWatcher):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        units = units_of(self.structure, self._places(neurons))
-        receipt = self.prune_units(units, compensate, dry_run=dry_run, verify=verify)
-        return receipt
+
+        def plan() -> tuple[Plan, list[str]]:
+            units = units_of(self.structure, self._places(neurons))
+            return plan_pruning(self._tracker, units, compensate)
+
+        return self._change(plan, dry_run=dry_run, verify=verify)
 
     def merge_neurons(
         self, pairs: Iterable[tuple[int, int]], *, dry_run: bool = False, verify: bool = True
@@ -161,15 +124,18 @@ class NeuronSurgeon(NeuronWatcher):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        try:
-            asked = [(keep, drop) for keep, drop in pairs]
-        except (TypeError, ValueError) as error:
-            raise SurgeryError(f"Pairs are [(keep id, drop id), ...], not {pairs!r}.") from error
-        places = self._places([n for pair in asked for n in pair])
-        folded = list(zip(places[::2], places[1::2], strict=True))
-        return self._change(
-            lambda: plan_merge(self._tracker, folded), dry_run=dry_run, verify=verify
-        )
+
+        def plan() -> tuple[Plan, list[str]]:
+            try:
+                asked = [(keep, drop) for keep, drop in pairs]
+            except (TypeError, ValueError) as error:
+                raise SurgeryError(
+                    f"Pairs are [(keep id, drop id), ...], not {pairs!r}."
+                ) from error
+            places = self._places([n for pair in asked for n in pair])
+            return plan_merge(self._tracker, list(zip(places[::2], places[1::2], strict=True)))
+
+        return self._change(plan, dry_run=dry_run, verify=verify)
 
     def expand_layer(
         self,
@@ -191,9 +157,9 @@ class NeuronSurgeon(NeuronWatcher):
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        layer_named(list(self._tracker.current.layers), layer_name)
 
         def plan() -> tuple[Plan, list[str]]:
+            layer_named(list(self._tracker.current.layers), layer_name)
             directions = None
             if batches is not None and loss is not None:
                 directions = gradient_directions(self._tracker, layer_name, batches, loss)
@@ -223,10 +189,12 @@ class NeuronSurgeon(NeuronWatcher):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        units = units_of(self.structure, self._places(neuron_ids))
-        return self._change(
-            lambda: plan_recycling(self._tracker, units, seed), dry_run=dry_run, verify=verify
-        )
+
+        def plan() -> tuple[Plan, list[str]]:
+            units = units_of(self.structure, self._places(neuron_ids))
+            return plan_recycling(self._tracker, units, seed)
+
+        return self._change(plan, dry_run=dry_run, verify=verify)
 
     def compress(
         self,
@@ -326,8 +294,9 @@ class NeuronSurgeon(NeuronWatcher):
             SurgeryError: They are no recommendations or for another model, or nothing of them can be done; nothing was
                 touched.
         """
-        refuse_inside_a_pass(self._tracker)
-        asked = requests(self._tracker, recommendations)
+        with self._together("apply_recommendations"):
+            refuse_inside_a_pass(self._tracker)
+            asked = requests(self._tracker, recommendations)
         steps: list[Callable[[], Receipt]] = []
         if asked.merge:
             steps.append(lambda: self.merge_neurons(asked.merge, verify=verify))
@@ -336,111 +305,3 @@ class NeuronSurgeon(NeuronWatcher):
         for layer, count in asked.expand.items():
             steps.append(lambda n=layer, c=count: self.expand_layer(n, c, verify=verify))  # type: ignore[misc]
         return self._change_all("apply_recommendations", steps, asked.skipped, dry_run=dry_run)
-
-    @property
-    def journal(self) -> Journal:
-        """Every change of the current model so far, in order."""
-        return self._journals.setdefault(self._model_key(), Journal())
-
-    def undo(self) -> None:
-        """Take the last change back, bit for bit: model, gradients, optimizer state, ids, statistics.
-
-        Raises:
-            SurgeryError: There is no change to take back.
-        """
-        if self._undo is None:
-            raise SurgeryError("There is no change to undo: only the last one can be taken back.")
-        self._undo.undo()
-        self._undo = None
-
-    def _change(
-        self, plan: Callable[[], tuple[Plan, list[str]]], *, dry_run: bool, verify: bool
-    ) -> Receipt:
-        refuse_inside_a_pass(self._tracker)
-        model = self._tracker.current.model()
-        before = fingerprint(model)
-        with torch.inference_mode(False):  # what is made inside the caller's could not be written
-            drawn, notes = plan()
-            receipt, log = carry_out(
-                self._tracker,
-                drawn,
-                self._optimizers,
-                self._followers,
-                dry_run=dry_run,
-                verify=verify,
-                notes=notes,
-            )
-        if log is not None:
-            journal = self.journal
-            epochs = self.history.epochs
-            step = self._clock() if self._clock is not None else None
-            when = When(len(journal) + 1, step, epochs[-1].epoch if epochs else None)
-            journal.add(Entry.of(drawn, receipt, (before, fingerprint(model)), when))
-            log.add(journal.take_back)
-            self._undo = log
-        return receipt
-
-    def _change_all(
-        self,
-        operation: str,
-        steps: Sequence[Callable[[], Receipt]],
-        skipped: Sequence[str],
-        *,
-        dry_run: bool,
-    ) -> Receipt:
-        """Several changes as one: all or none, undone together."""
-        if not steps:
-            why = "; ".join(skipped[:3]) or "they name nothing"
-            raise SurgeryError(f"{operation}: there is nothing to do ({why}).")
-        before, whole = self._undo, UndoLog()
-        receipts: list[Receipt] = []
-        witness = Witness(self._tracker)
-        try:
-            for step in steps:
-                try:
-                    receipts.append(step())
-                except SurgeryError as error:  # noqa: PERF203
-                    skipped = [*skipped, str(error)]
-                else:
-                    assert self._undo is not None
-                    whole.add(self._undo.undo)
-            if not receipts:
-                raise SurgeryError(f"{operation}: nothing of it can be done ({skipped[-1]}).")
-            receipt = joined(operation, receipts, witness.difference(), skipped, dry_run=dry_run)
-        except BaseException:
-            whole.undo()
-            self._undo = before
-            raise
-        self._undo = whole
-        if dry_run:
-            self.undo()
-            self._undo = before
-        return receipt
-
-    def _places(self, neurons: Neurons) -> list[tuple[str, int]]:
-        """(layer, local index) of neurons given by ids, or as {layer: local indices}."""
-        current = self._tracker.current
-        places: list[tuple[str, int]] = []
-        if isinstance(neurons, Mapping):
-            for layer, indices in neurons.items():
-                size = len(current.layers[layer_named(list(current.layers), layer)].ids)
-                wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < size]
-                if wrong:
-                    raise UnknownNeuronError(
-                        f"Layer {layer!r} has no neuron {wrong[0]!r}: its local indices are 0 to {size - 1}."
-                    )
-                places += [(layer, i) for i in indices]
-            return places
-        listed: object = neurons
-        if not isinstance(listed, Iterable) or isinstance(listed, str):
-            raise UnknownNeuronError(
-                f"Neurons are named by a list of ids, or as {{layer: [local indices]}}, not by {neurons!r}."
-            )
-        for neuron in neurons:
-            entry, index = self._tracker.registry.find(neuron)
-            if current.layers.get(entry.layer) is not entry:
-                raise UnknownNeuronError(
-                    f"Neuron {neuron} belongs to the model {entry.model!r}, not to {current.name!r}."
-                )
-            places.append((entry.layer, index))
-        return places

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from tracker.probe import copy_of
 from tracker.structure.twins import liberate
 
 
@@ -189,7 +190,7 @@ def text(expr: Expr) -> str:
 def shadow(model: nn.Module) -> tuple[nn.Module, dict[Attribute, int]]:
     """A copy that shares its tensors with `model`, with `TInt`s for its integers; and the value of each attribute."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo)
+    twin = copy_of(model, memo)
     own = {id(part) for part in memo.values()}  # an object may have chosen not to be copied
     values: dict[Attribute, int] = {}
     for path, module in twin.named_modules():

@@ -6,7 +6,6 @@ on it. The model itself is not touched: all is done on copies in float64.
 
 from __future__ import annotations
 
-import copy
 import os
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.errors import StructureError
-from tracker.probe import Arguments, ExampleInputs, arguments, forward_once
+from tracker.probe import Arguments, ExampleInputs, arguments, copy_of, forward_once
 from tracker.structure.integers import Choice, Integers, UnsolvableError
 from tracker.structure.ints import Attribute
 from tracker.structure.sizes import adapt, tensors
@@ -46,7 +45,7 @@ def try_groups(
     groups = [_followed(group, integers) for group in groups]
     if not any(g.prunable for g in groups):
         return list(groups)
-    bench = vivid(copy.deepcopy(model).double())
+    bench = vivid(copy_of(model).double())
     inputs = double(arguments(example_inputs))
     failed: dict[str, str] = {}
     with plain_kernels():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from tracker.compensation import Path, allocate, backward, select
 from tracker.compensation.linear import second_moment
 from tracker.errors import SurgeryError
-from tracker.probe import Arguments
+from tracker.probe import Arguments, copy_of
 from tracker.structure import UnitGroup
 from tracker.structure.integers import UnsolvableError
 from tracker.structure.sizes import tensors
@@ -329,6 +328,6 @@ def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
 def _achieved(plan: Plan, model: nn.Module, inputs: Arguments, of: str, estimate: float) -> float:
     if of != "flops":
         return estimate
-    bench = copy.deepcopy(model)
+    bench = copy_of(model)
     apply(plan, [bench], [])
     return float(flops(bench, inputs)[1])

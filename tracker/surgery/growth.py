@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tracker.errors import SurgeryError
 from tracker.hooks import tensors_in
-from tracker.probe import Arguments, arguments, forward_once, quiet_copy
+from tracker.probe import Arguments, arguments, copy_of, forward_once, quiet_copy
 from tracker.slotmap import SlotMap
 from tracker.structure import Structure, UnitGroup
 from tracker.structure.integers import UnsolvableError
@@ -173,7 +172,7 @@ def with_measured_norms(tracker: ActivationTracker, plan: Plan) -> Plan:
         if isinstance(module, _NormBase) and f"{name}.running_mean" in plan.fresh
     ]
     for name in norms:
-        bench = copy.deepcopy(model)
+        bench = copy_of(model)
         apply(plan, [bench], [])
         seen: list[Tensor] = []
         bench.get_submodule(name).register_forward_pre_hook(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from tracker.errors import StructureError, SurgeryError, VerificationError
-from tracker.probe import Arguments, arguments, forward_once
+from tracker.probe import Arguments, arguments, copy_of, forward_once
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trial import (
     TOLERANCE,
@@ -58,7 +57,7 @@ def carry_out(
     inputs = arguments(Arguments(*observer.inputs))
     with observer.paused():
         promise, difference = _promised(plan, model, inputs) if verify else (plan.promise, None)
-        bench = copy.deepcopy(model)
+        bench = copy_of(model)
         before, (_, flops_before) = count(model), flops(model, inputs)
         apply(plan, [bench], [])
         expected, flops_after = flops(bench, inputs)
@@ -129,7 +128,7 @@ class Witness:
         assert entry.observer.inputs is not None
         inputs = double(arguments(Arguments(*entry.observer.inputs)))
         with entry.observer.paused(), plain_kernels(), torch.inference_mode(False):
-            return forward_once(copy.deepcopy(entry.model()).double(), inputs)
+            return forward_once(copy_of(entry.model()).double(), inputs)
 
 
 def count(model: nn.Module) -> int:
@@ -143,11 +142,11 @@ def _promised(plan: Plan, model: nn.Module, inputs: Arguments) -> tuple[str, flo
     "exact" of a plan is what the observations say; if the example inputs say otherwise, the answer is "changed".
     """
     masked = plan.promise == "masked"
-    original = copy.deepcopy(model).double()
+    original = copy_of(model).double()
     if masked:  # whatever the values: constant norms could hide an error
         vivid(original)
     exact = double(inputs)
-    bench = copy.deepcopy(original)
+    bench = copy_of(original)
     try:
         apply(plan, [bench], [])
         with plain_kernels():

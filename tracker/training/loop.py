@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,19 +129,15 @@ class SelfModification:
         if self._watch is None:
             return None
         tracker = self._surgeon._tracker
-        tracker.current.reads = self._watch.stop()
+        reads, ranks = self._watch.stop(), self._surgeon._ranks
+        tracker.current.reads = reads if ranks is None else ranks.merge_reads(reads)
         self._watch = None
         lately = self._mean(policy.settle)
         loss = self._mean()
         self._recent = []
         self._means.append(loss)
         self._blocked = {name: n - 1 for name, n in self._blocked.items() if n > 1}
-        inputs = tracker.current.observer.inputs
-        assert inputs is not None  # there is a structure
-        by_weight, other = flops_by_weight(quiet_copy(self.model), Arguments(*inputs))
-        candidates = self._candidates(policy, by_weight)
-        now = Size(count(self.model), sum(by_weight.values()) + other)
-        wanted = policy.decide(candidates, now, self._means, self._blocked)
+        wanted = self._decided(policy)
         if not wanted.groups:
             self._note("kept", wanted.why, loss)
             return None
@@ -155,6 +152,20 @@ class SelfModification:
         what = "pruned" if wanted.remove else "recycled" if wanted.recycle else "expanded"
         self._note(what, wanted.why, loss)
         return receipt
+
+    def _decided(self, policy: Policy) -> Requests:
+        """What the policy wants; of several ranks, what the first one's wants."""
+        tracker, ranks = self._surgeon._tracker, self._surgeon._ranks
+        wanted = Requests("the first rank decides")
+        with nullcontext() if ranks is None else ranks.together("A look"):
+            if ranks is None or ranks.rank == 0:
+                inputs = tracker.current.observer.inputs
+                assert inputs is not None  # there is a structure
+                by_weight, other = flops_by_weight(quiet_copy(self.model), Arguments(*inputs))
+                now = Size(count(self.model), sum(by_weight.values()) + other)
+                candidates = self._candidates(policy, by_weight)
+                wanted = policy.decide(candidates, now, self._means, self._blocked)
+        return wanted if ranks is None else Requests(**ranks.of_first(asdict(wanted)))
 
     def _do(self, wanted: Requests) -> Receipt:
         if wanted.remove:
@@ -220,9 +231,13 @@ class SelfModification:
         return found
 
     def _mean(self, last: int | None = None) -> float:
-        """Mean loss of the last steps since the last look; one read for all of them."""
+        """Mean loss, over all ranks, of the last steps since the last look; one read for all of them."""
         taken = self._recent if last is None else self._recent[-last:]
-        return float(torch.stack(taken).mean()) if taken else float("nan")
+        mean, ranks = (
+            float(torch.stack(taken).mean()) if taken else float("nan"),
+            self._surgeon._ranks,
+        )
+        return mean if ranks is None else ranks.mean(mean)
 
     def _note(self, what: str, why: str, loss: float) -> None:
         layers = self._surgeon._tracker.current.layers

@@ -1,0 +1,71 @@
+"""A callback for Hugging Face's Trainer: the model is watched, and changes itself while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from tracker.engine import NeuronEngine
+from tracker.errors import SurgeryError
+from tracker.training import Phases, Policy
+
+
+class SelfModificationCallback(TrainerCallback):
+    """Tracks the model, hands the engine its optimizer, and takes a step of self-modification after each of its.
+
+    The Trainer does not tell callbacks the loss; it is read off the model's own output.
+
+    Args:
+        policy: None for the default one.
+        engine: To use; else `callback.engine` is a new one.
+    """
+
+    def __init__(
+        self, policy: Policy | Phases | None = None, engine: NeuronEngine | None = None
+    ) -> None:
+        self.policy, self.engine = policy, engine or NeuronEngine()
+        self._losses: list[torch.Tensor] = []
+        self._handle: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer's call.
+
+        Raises:
+            SurgeryError: Several processes train: the Trainer keeps the wrapper that would have to be renewed.
+        """
+        if args.world_size > 1:
+            raise SurgeryError(
+                f"The Trainer runs in {args.world_size} processes and keeps its wrapper, which a change makes stale. "
+                "Use one process, or a loop of your own with attach_process_group and renew."
+            )
+        model = kwargs["model"]
+        self.engine.track_model(model, type(model).__name__)
+        self.engine.attach_optimizer(kwargs["optimizer"])
+        self.engine.start_self_modification(self.policy)
+        self._handle = model.register_forward_hook(_seen_by(self._losses))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer's call, after the optimizer's step."""
+        losses = [*self._losses]
+        self._losses.clear()
+        if losses:
+            self.engine.step(torch.stack(losses).mean())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer's call."""
+        self.engine.stop_self_modification()
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def _seen_by(losses: list[torch.Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if module.training and loss is not None:
+            losses.append(loss.detach().float())
+
+    return see
