@@ -60,15 +60,15 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     memo = {} if memo is None else memo
     known = dict(memo)
     try:
-        return copy.deepcopy(model, memo)
-    except Exception:  # a hook may be a method of anything: a logger, an engine
-        for module in model.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-                known |= {id(hook): hook for hook in hooks.values()}
-    memo.clear()
-    memo.update(known)
-    try:
-        return copy.deepcopy(model, memo)
+        try:
+            return copy.deepcopy(model, memo)
+        except TypeError:  # a hook may be a method of anything: a logger, an engine
+            for m in model.modules():
+                for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks):
+                    known |= {id(hook): hook for hook in hooks.values()}
+            memo.clear()
+            memo.update(known)
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise StructureError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and every change is tried on "
