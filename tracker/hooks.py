@@ -151,10 +151,12 @@ class Observer:
             return
         self.version += 1
         window = site.windows.get(training) or self._open_window(site, training, output.device)
-        batch = window.activity.add(*placed, self.scratch)
-        if window.covariance is not None:
-            rows = split_at(placed[0].detach(), placed[1]).transpose(1, 2).flatten(0, 1)
-            window.covariance.add(rows, None if batch is None else batch.mean())
+        if window.covariance is None:
+            window.activity.add(*placed, self.scratch)
+            return
+        mean = window.activity.add(*placed, self.scratch, mean=True)
+        rows = split_at(placed[0].detach(), placed[1]).transpose(1, 2).flatten(0, 1)
+        window.covariance.add(rows, mean)
 
     def _open_window(self, site: Site, training: bool, device: torch.device) -> Window:
         neurons: int = site.neurons  # type: ignore[assignment]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tracker.slotmap import SlotMap
 from tracker.statistics.activity import Activity
+from tracker.statistics.native import kernel
 from tracker.statistics.reduce import (
     Scratch,
     Sums,
@@ -23,49 +24,80 @@ PENDING = 16
 
 
 class ActivityStream:
-    """Statistics of a layer's neurons so far. Holds 9 numbers per neuron, and the sums of at most PENDING batches."""
+    """Statistics of a layer's neurons so far: 9 numbers per neuron.
+
+    Compiled code merges an output into them in one call. Where torch does it, the sums of at most PENDING batches wait
+    to be merged together.
+    """
 
     def __init__(self, neurons: int, threshold: float, device: torch.device | str = "cpu") -> None:
-        self.threshold = threshold
-        self._total = Activity.empty(neurons, device)
-        self._pending: list[Sums] = []
+        # Outside any inference mode: tensors made inside could not be written outside.
+        with torch.inference_mode(False):
+            self._begin(Activity.empty(neurons, device), threshold)
 
-    def add(self, output: Tensor, axis: int, scratch: Scratch) -> Sums | Activity | None:
-        """Take one layer output in; return what was found in it, if all of it is finite.
+    def _begin(self, total: Activity, threshold: float) -> None:
+        self.threshold = threshold
+        self._neurons = total.neurons
+        self._pending: list[Sums] = []
+        self._native = kernel() if total.table.device.type == "cpu" else None
+        self._hold(total)
+
+    def _hold(self, total: Activity) -> None:
+        # Written in place by compiled code, at this address: nobody else may hold this table.
+        self._total, self._address = total, total.table.data_ptr()
+
+    def add(
+        self, output: Tensor, axis: int, scratch: Scratch, mean: bool = False
+    ) -> Tensor | None:
+        """Take one layer output in; return its mean (neurons,) float64 if asked for, and if all of it is finite.
 
         output: any shape and floating dtype; dimension `axis` counts the neurons, every index of the other
         dimensions is one observation. Fired means |a| > threshold.
         """
+        if not output.numel():
+            return None
+        done = None
+        if self._native is not None and output.device.type == "cpu":
+            means = torch.empty(self._neurons, dtype=torch.float64) if mean else None
+            done = self._native.add(
+                output,
+                axis,
+                self._neurons,
+                self.threshold,
+                self._address,
+                means.data_ptr() if means is not None else None,
+            )
+            if done:
+                return means
         # Detached, and all that follows is made from it: there is no graph that a no_grad would have to keep out.
         x = split_at(output.detach(), axis)
-        if x.numel() == 0:
-            return None
         if x.device.type != "cpu":
             self._merge(masked(x, self.threshold))
             return None
-        sums = sums_of(x, self.threshold, scratch)
-        if not sums.finite():
+        sums = sums_of(x, self.threshold, scratch) if done is None else None
+        if sums is None or not sums.finite():
             self._merge(masked_in_blocks(x, self.threshold))
             return None
         if x.shape[2] > 1:
             batch = fold_maps(sums, x.shape)
             self._merge(batch)
-            return batch
+            return batch.mean()
         self._pending.append(sums)
         if len(self._pending) == PENDING:
             self._flush()
-        return sums
+        return sums.mean() if mean else None
 
     def value(self) -> Activity:
         """What was observed so far, on the device of the activations."""
         self._flush()
-        return self._total
+        return Activity(self._total.table.clone())
 
     @classmethod
     def resumed(cls, value: Activity, threshold: float) -> ActivityStream:
         """A stream that goes on from what was observed."""
-        stream = cls(value.table.shape[1], threshold)
-        stream._total = value
+        stream = cls.__new__(cls)
+        with torch.inference_mode(False):
+            stream._begin(Activity(value.table.clone(memory_format=torch.contiguous_format)), threshold)
         return stream
 
     def reslot(self, slots: SlotMap) -> ActivityStream:
@@ -80,7 +112,7 @@ class ActivityStream:
     def _merge(self, batch: Activity) -> None:
         # Replicas of one model may sit on several devices.
         home = self._total.table.device
-        self._total = self._total.merge(Activity(batch.table.to(home)))
+        self._hold(self._total.merge(Activity(batch.table.to(home))))
 
 
 def observe(output: Tensor, axis: int, threshold: float, scratch: Scratch) -> Activity:

@@ -1,0 +1,131 @@
+"""The native path: one call of compiled code reduces a layer output and merges it. Where it cannot, torch does."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tracker.statistics.activity import BATCHES, M2, MAXIMUM, MEAN, MINIMUM, Activity
+from tracker.statistics.native.build import Unavailable, capability, library
+from tracker.statistics.reduce import masked, split_at
+
+SWITCH = "TRACKER_NATIVE"  # environment variable: 0 turns compiled code off
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARALLEL = 1 << 18  # values from which on torch's threads share the work
+log = logging.getLogger("tracker")
+
+
+class Kernel(NamedTuple):
+    """The compiled function, and where torch keeps its threads (None: one thread does all)."""
+
+    reduce: Callable[..., int]
+    fork: int | None
+
+    def add(
+        self, output: Tensor, axis: int, neurons: int, threshold: float, table: int, mean: int | None
+    ) -> bool | None:
+        """Merge one CPU output into a table (9, neurons) float64, given by its address.
+
+        mean: address of (neurons,) float64 that receives the output's means, or None.
+        True: done. False: nothing was written, values are not finite or too large. None: not for this tensor.
+        """
+        code = TYPES.get(output.dtype)
+        if code is None or type(output) is not Tensor or output.is_neg():
+            return None
+        size = output.numel()
+        if axis < 0:
+            axis += output.ndim
+        if output.is_contiguous():
+            inner = 1
+            for length in output.shape[axis + 1 :]:
+                inner *= length
+            outer, stride = size // (neurons * inner), neurons * inner
+        else:
+            output = split_at(output.detach(), axis)
+            outer, _, inner = output.shape
+            if output.stride(1) != inner or (inner > 1 and output.stride(2) != 1):
+                output = output.contiguous()
+            stride = output.stride(0)
+        address = output.data_ptr()
+        if not address:
+            return None
+        threads = torch.get_num_threads() if size >= PARALLEL and self.fork else 1
+        done = self.reduce(
+            address, code, outer, neurons, inner, stride, threshold, table, mean, threads, self.fork
+        )
+        return None if done == 2 else done == 0
+
+
+def kernel() -> Kernel | None:
+    """The kernel, built at the first call ever, found and loaded at the first call of the process; or None."""
+    if not _state:
+        with _lock:
+            if not _state:
+                _state.append(load())
+    return _state[0]
+
+
+def load() -> Kernel | None:
+    """Find or build, load and try the kernel; the log says what came of it."""
+    if os.environ.get(SWITCH, "").lower() in ("0", "off", "false", "no"):
+        log.info("Activity statistics by torch: %s turns compiled code off.", SWITCH)
+        return None
+    start = time.perf_counter()
+    try:
+        path, built = library()
+        found = _opened(str(path))
+        _try(found)
+    except Exception as error:
+        log.info("Activity statistics by torch, without compiled code: %s", error)
+        return None
+    how = f"built, once, in {time.perf_counter() - start:.1f} s" if built else "found"
+    log.info("Activity statistics by compiled code for %s, %s: %s", capability(), how, path)
+    return found
+
+
+def _opened(path: str) -> Kernel:
+    function = ctypes.CDLL(path).tracker_activity
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [address, *[number] * 5, ctypes.c_double, address, address, number, address]
+    function.restype = ctypes.c_int
+    try:
+        # The threads that torch itself runs on: a second pool would fight them for the processors.
+        fork = ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, address).value
+    except (AttributeError, OSError):
+        fork = None
+    return Kernel(function, fork)
+
+
+def _try(found: Kernel) -> None:
+    """Compare with torch on small known inputs.
+
+    Raises:
+        Unavailable: They disagree.
+    """
+    steps = torch.arange(2310, dtype=torch.float64)
+    wave = (steps * 0.7).sin() * 3 + steps.remainder(5)
+    for dtype in TYPES:
+        for outer, neurons, inner in ((210, 11, 1), (33, 14, 5), (6, 11, 35)):
+            x = torch.where(wave > 0, wave, 0).to(dtype).view(outer, neurons, inner)
+            got, expected = Activity.empty(neurons).table, masked(x.double(), 0.5).table
+            done = found.add(x, 1, neurons, 0.5, got.data_ptr(), None)
+            exact = [*range(BATCHES + 1), MINIMUM, MAXIMUM]
+            same = torch.equal(got[exact], expected[exact])
+            close = torch.allclose(got[MEAN : M2 + 1], expected[MEAN : M2 + 1], rtol=1e-5, atol=0)
+            x[-1, -1, -1] = torch.nan
+            before = got.clone()
+            refused = found.add(x, 1, neurons, 0.5, got.data_ptr(), None) is False
+            if not (done and same and close and refused and torch.equal(before, got)):
+                raise Unavailable(f"the compiled code computes something else for {dtype}")
+
+
+_state: list[Kernel | None] = []
+_lock = threading.Lock()

@@ -1,0 +1,23 @@
+// Runs the kernel once over every layout and type, in a process of its own: what crashes here is not loaded.
+
+#include <stdint.h>
+#include <string.h>
+
+extern "C" int tracker_activity(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, double, double*, double*,
+                                int64_t, void (*)(void (*)(void*), void*, unsigned, unsigned));
+
+static float values[64 * 1024];
+
+int main() {
+    const int64_t outers[] = {1, 3, 130}, neurons[] = {1, 7, 67}, inners[] = {1, 4, 49, 100};
+    for (int64_t outer : outers)
+        for (int64_t c : neurons)
+            for (int64_t inner : inners)
+                for (int64_t type = 0; type < 3; ++type) {
+                    double table[9 * 67] = {}, mean[67];
+                    if (outer * c * inner > 64 * 1024) continue;
+                    if (tracker_activity(values, type, outer, c, inner, c * inner, 0.01, table, mean, 1, 0)) return 1;
+                    if (table[c - 1] != (double)(outer * inner) || table[3 * c - 1] != table[c - 1]) return 2;
+                }
+    return 0;
+}
