@@ -50,7 +50,7 @@ def close(a: Statistic, b: Statistic) -> None:
     """Equal to rounding; a co-moment's rounding is that of its two neurons' deviations."""
     if isinstance(a, Covariance):
         assert torch.equal(a.count, b.count)
-        torch.testing.assert_close(a.mean, b.mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a.mean, b.mean, rtol=1e-12, atol=1e-10)
         scale = a.comoment.diagonal().clamp(min=1e-9).sqrt()
         error = (a.comoment - b.comoment).abs() / torch.outer(scale, scale)
         assert error.max() < 1e-6

@@ -59,7 +59,7 @@ class Covariance:
         """Co-moments of both samples together. Source: Chan, Golub & LeVeque (1983), for pairs."""
         count = self.count + other.count
         delta = other.mean - self.mean
-        share = other.count / count.clamp(min=1)
+        share = other.count.double() / count.clamp(min=1)
         # One row per merge: for pairs with equal counts its outer product is δᵢδⱼ·n·m/(n+m).
         row = delta * (self.count * share).sqrt()
         comoment = self.comoment + other.comoment + torch.outer(row, row)
@@ -145,7 +145,7 @@ class CovarianceStream:
         old = self._total
         count = old.count + n
         delta = torch.where(n > 0, mean - old.mean, 0.0)
-        share = n / count.clamp(min=1)
+        share = n.double() / count.clamp(min=1)
         self._total = Covariance(count, old.mean + delta * share, old.comoment)
         return delta * (old.count * share).sqrt()
 
