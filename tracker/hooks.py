@@ -30,7 +30,7 @@ from tracker.structure import Tap
 _graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _functorch = getattr(torch._C, "_functorch", None)
 _functorch_level: Callable[[], Any] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
-
+_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 
 # Wider layers are not correlated: neurons² numbers of 12 bytes are 3 GB here.
 MAX_CORRELATED = 16384
@@ -138,7 +138,7 @@ class Observer:
             warnings.warn(f"Layer {site.name!r}: {site.problem}", RuntimeWarning, stacklevel=2)
 
     def _take(self, site: Site, output: Tensor, training: bool) -> None:
-        if not output.is_floating_point() or output.device.type == "meta":
+        if not output.is_floating_point() or output.is_meta:
             site.problem = f"its output is {output.dtype} on {output.device.type}"
             return
         if site.neurons is None and not self._resolve(site, output):
@@ -248,7 +248,9 @@ class Hook:
     def listener(self) -> Observer | None:
         """The observer, if it lives, records, and this pass is new data."""
         observer = self._observer()
-        return observer if observer and observer.recording and _is_new_data() else None
+        if observer is None or not observer.recording or not _is_new_data():
+            return None
+        return observer
 
     def in_graph(self, tensor: Tensor | None) -> None:
         """Leave a call of the operator in the graph that is being compiled."""
@@ -269,13 +271,14 @@ class LayerHook(Hook):
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         """Forward hook of the layer."""
-        tensor = _floating(output)
         if torch.compiler.is_compiling():
-            self.in_graph(tensor)
-        elif tensor is not None and (observer := self.listener()) is not None:
-            if not self._site.is_output:
-                self._site.output = weakref.ref(tensor)
-            observer.take(self._site, tensor, module.training)
+            self.in_graph(_floating(output))
+        elif (observer := self.listener()) is not None:
+            tensor = _floating(output)
+            if tensor is not None:
+                if not self._site.is_output:
+                    self._site.output = weakref.ref(tensor)
+                observer.take(self._site, tensor, module.training)
 
     def seen(self, tensor: Tensor) -> None:
         """Inside a compiled graph the mode is the model's at run time."""
@@ -288,11 +291,12 @@ class ReadHook(LayerHook):
 
     def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
         """Forward pre-hook of the reading module."""
-        tensor = _floating((args, kwargs))
         if torch.compiler.is_compiling():
-            self.in_graph(tensor)
-        elif tensor is not None and (observer := self.listener()) is not None:
-            observer.take(self._site, tensor, module.training)
+            self.in_graph(_floating((args, kwargs)))
+        elif (observer := self.listener()) is not None:
+            tensor = _floating((args, kwargs))
+            if tensor is not None:
+                observer.take(self._site, tensor, module.training)
 
 
 class EnterHook(Hook):
@@ -390,6 +394,8 @@ def tensors_in(value: object) -> list[Tensor]:
 
 def _floating(value: object) -> Tensor | None:
     """The tensor in which neurons are observed: of several the first floating one."""
+    if type(value) is Tensor:
+        return value if value.is_floating_point() else None
     for tensor in tensors_in(value):
         if tensor.is_floating_point():
             return tensor
@@ -402,7 +408,7 @@ def _is_new_data() -> bool:
         _graph_task_id() == -1
         and not is_probing()
         and _functorch_level() is None
-        and torch._C._get_tracing_state() is None
+        and _tracing_state() is None
     )
 
 

@@ -46,32 +46,24 @@ class ActivityStream:
         # Written in place by compiled code, at this address: nobody else may hold this table.
         self._total, self._address = total, total.table.data_ptr()
 
-    def add(
-        self, output: Tensor, axis: int, scratch: Scratch, mean: bool = False
-    ) -> Tensor | None:
+    def add(self, output: Tensor, axis: int, scratch: Scratch, mean: bool = False) -> Tensor | None:
         """Take one layer output in; return its mean (neurons,) float64 if asked for, and if all of it is finite.
 
         output: any shape and floating dtype; dimension `axis` counts the neurons, every index of the other
         dimensions is one observation. Fired means |a| > threshold.
         """
-        if not output.numel():
-            return None
-        done = None
-        if self._native is not None and output.device.type == "cpu":
+        done, native = None, self._native
+        if native is not None and output.is_cpu:
             means = torch.empty(self._neurons, dtype=torch.float64) if mean else None
-            done = self._native.add(
-                output,
-                axis,
-                self._neurons,
-                self.threshold,
-                self._address,
-                means.data_ptr() if means is not None else None,
-            )
+            place = means.data_ptr() if means is not None else None
+            done = native.add(output, axis, self._neurons, self.threshold, self._address, place)
             if done:
                 return means
+        if not output.numel():
+            return None
         # Detached, and all that follows is made from it: there is no graph that a no_grad would have to keep out.
         x = split_at(output.detach(), axis)
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             self._merge(masked(x, self.threshold))
             return None
         sums = sums_of(x, self.threshold, scratch) if done is None else None
@@ -97,7 +89,9 @@ class ActivityStream:
         """A stream that goes on from what was observed."""
         stream = cls.__new__(cls)
         with torch.inference_mode(False):
-            stream._begin(Activity(value.table.clone(memory_format=torch.contiguous_format)), threshold)
+            stream._begin(
+                Activity(value.table.clone(memory_format=torch.contiguous_format)), threshold
+            )
         return stream
 
     def reslot(self, slots: SlotMap) -> ActivityStream:

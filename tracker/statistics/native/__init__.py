@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tracker.statistics.activity import BATCHES, M2, MAXIMUM, MEAN, MINIMUM, Activity
-from tracker.statistics.native.build import Unavailable, capability, library
+from tracker.statistics.native.build import UnavailableError, capability, library
 from tracker.statistics.reduce import masked, split_at
 
 SWITCH = "TRACKER_NATIVE"  # environment variable: 0 turns compiled code off
@@ -30,24 +30,28 @@ class Kernel(NamedTuple):
     fork: int | None
 
     def add(
-        self, output: Tensor, axis: int, neurons: int, threshold: float, table: int, mean: int | None
+        self,
+        output: Tensor,
+        axis: int,
+        neurons: int,
+        threshold: float,
+        table: int,
+        mean: int | None,
     ) -> bool | None:
         """Merge one CPU output into a table (9, neurons) float64, given by its address.
 
         mean: address of (neurons,) float64 that receives the output's means, or None.
         True: done. False: nothing was written, values are not finite or too large. None: not for this tensor.
         """
+        # Called for each layer of each pass: every line here is a part of a training step.
         code = TYPES.get(output.dtype)
-        if code is None or type(output) is not Tensor or output.is_neg():
-            return None
         size = output.numel()
-        if axis < 0:
-            axis += output.ndim
-        if output.is_contiguous():
-            inner = 1
-            for length in output.shape[axis + 1 :]:
-                inner *= length
-            outer, stride = size // (neurons * inner), neurons * inner
+        if code is None or not size or type(output) is not Tensor or output.is_neg():
+            return None
+        if neurons > 1 and output.is_contiguous():
+            inner = output.stride(axis)
+            stride = neurons * inner
+            outer = size // stride
         else:
             output = split_at(output.detach(), axis)
             outer, _, inner = output.shape
@@ -108,7 +112,7 @@ def _try(found: Kernel) -> None:
     """Compare with torch on small known inputs.
 
     Raises:
-        Unavailable: They disagree.
+        UnavailableError: They disagree.
     """
     steps = torch.arange(2310, dtype=torch.float64)
     wave = (steps * 0.7).sin() * 3 + steps.remainder(5)
@@ -124,7 +128,7 @@ def _try(found: Kernel) -> None:
             before = got.clone()
             refused = found.add(x, 1, neurons, 0.5, got.data_ptr(), None) is False
             if not (done and same and close and refused and torch.equal(before, got)):
-                raise Unavailable(f"the compiled code computes something else for {dtype}")
+                raise UnavailableError(f"the compiled code computes something else for {dtype}")
 
 
 _state: list[Kernel | None] = []

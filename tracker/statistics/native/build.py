@@ -19,10 +19,10 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = ("kernel.cpp", "check.cpp")
 PATIENCE = 60  # seconds for one call of a compiler
-FLAGS = (
+COMMON = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti "
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffp-contract=fast -w"
-).split()
+)
 # By what torch found out about this processor: fp32 lanes of a vector, and the instructions that go with them.
 WIDTHS = {
     "AVX512": "-DWIDTH=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -30,7 +30,7 @@ WIDTHS = {
 }
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why there is no kernel here."""
 
 
@@ -38,17 +38,27 @@ def library() -> tuple[Path, bool]:
     """The kernel's file, checked, and whether it was built just now.
 
     Raises:
-        Unavailable: No compiler, none that works, or no place that only this user can write to.
+        UnavailableError: No compiler, none that works, or no place that only this user can write to.
     """
     directory, problems = cache_directory(), []
     for compiler in compilers():
-        try:
-            key = _key(compiler)
-            found = _cached(directory, key)
-            return (found, False) if found else (_build(compiler, directory, key), True)
-        except (OSError, subprocess.SubprocessError, Unavailable) as error:
-            problems.append(f"{shlex.join(compiler)}: {error}")
-    raise Unavailable("; ".join(problems) or "no C++ compiler was found (CXX, c++, g++, clang++)")
+        found = _by(compiler, directory)
+        if not isinstance(found, str):
+            return found
+        problems.append(f"{shlex.join(compiler)}: {found}")
+    raise UnavailableError(
+        "; ".join(problems) or "no C++ compiler was found (CXX, c++, g++, clang++)"
+    )
+
+
+def _by(compiler: list[str], directory: Path) -> tuple[Path, bool] | str:
+    """The same by one compiler, or why not."""
+    try:
+        key = _key(compiler)
+        found = _cached(directory, key)
+        return (found, False) if found else (_build(compiler, directory, key), True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
 
 
 def compilers() -> list[list[str]]:
@@ -66,7 +76,7 @@ def cache_directory() -> Path:
     """A directory of this user's, made if there is none.
 
     Raises:
-        Unavailable: It cannot be made, or others could write to it.
+        UnavailableError: It cannot be made, or others could write to it.
     """
     try:
         if sys.platform == "win32":
@@ -79,9 +89,11 @@ def cache_directory() -> Path:
         directory = base / "tracker-kernels"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _only_ours(directory, stat.S_ISDIR) or not os.access(directory, os.W_OK):
-            raise Unavailable(f"{directory} is not a directory that only this user can write to")
+            raise UnavailableError(
+                f"{directory} is not a directory that only this user can write to"
+            )
     except (OSError, KeyError, RuntimeError) as error:
-        raise Unavailable(f"there is no cache directory ({error})") from error
+        raise UnavailableError(f"there is no cache directory ({error})") from error
     return directory
 
 
@@ -93,7 +105,7 @@ def _only_ours(path: Path, kind: object) -> bool:
 
 
 def _flags() -> list[str]:
-    return FLAGS + WIDTHS.get(capability(), "-DWIDTH=4").split()
+    return f"{COMMON} {WIDTHS.get(capability(), '-DWIDTH=4')}".split()
 
 
 def _run(command: list[str], cwd: Path | None = None) -> str:
@@ -111,7 +123,13 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
 def _key(compiler: list[str]) -> str:
     """Of everything that the code depends on."""
     facts = [(HERE / name).read_text(encoding="utf-8") for name in SOURCES]
-    facts += [*compiler, _run([*compiler, "--version"]), *_flags(), platform.machine(), sys.platform]
+    facts += [
+        *compiler,
+        _run([*compiler, "--version"]),
+        *_flags(),
+        platform.machine(),
+        sys.platform,
+    ]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
