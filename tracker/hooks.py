@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from tracker.layers import Layer, width_of
 from tracker.probe import is_probing
 from tracker.slotmap import SlotMap
-from tracker.statistics import ActivityStream, CovarianceStream, Scratch, split_at
+from tracker.statistics import ActivityStream, CovarianceStream, Scratch
 from tracker.structure import Tap
 
 # Private in torch, so looked up with care: -1 outside of a backward pass.
@@ -155,8 +155,7 @@ class Observer:
             window.activity.add(*placed, self.scratch)
             return
         mean = window.activity.add(*placed, self.scratch, mean=True)
-        rows = split_at(placed[0].detach(), placed[1]).transpose(1, 2).flatten(0, 1)
-        window.covariance.add(rows, mean)
+        window.covariance.add(placed[0], mean, placed[1])
 
     def _open_window(self, site: Site, training: bool, device: torch.device) -> Window:
         neurons: int = site.neurons  # type: ignore[assignment]

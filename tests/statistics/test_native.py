@@ -17,7 +17,7 @@ import torch
 from tracker.slotmap import SlotMap
 from tracker.statistics import Activity, ActivityStream, Scratch, native, observe, stream
 from tracker.statistics.activity import M2, MEAN, OBSERVATIONS
-from tracker.statistics.native import build
+from tracker.statistics.native import build, loading
 
 STREAMS = oracle.streams()
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_both_paths_agree_on_awkward_tensors(
     """Alone, and after a batch; with torch's threads as well, from the first value on."""
     x, axis = AWKWARD[name]
     before = torch.get_num_threads()
-    monkeypatch.setattr(native, "PARALLEL", 1)
+    monkeypatch.setattr(loading, "PARALLEL", 1)
     torch.set_num_threads(threads)
     try:
         for batches in ([x], [torch.randn_like(x.detach()), x]):
@@ -230,7 +230,7 @@ def test_every_vector_width(
     if capability != here and (here not in order or order.index(capability) > order.index(here)):
         pytest.skip(f"{here} here")
     monkeypatch.setattr(build, "capability", lambda: capability)
-    monkeypatch.setattr(native, "capability", lambda: capability)
+    monkeypatch.setattr(loading, "capability", lambda: capability)
     with caplog.at_level(logging.INFO, "tracker"):
         kernel = native.load()
     assert "built, once" in said(caplog)
@@ -262,15 +262,19 @@ def test_without_a_compiler(
     assert "no C++ compiler was found" in said(caplog)
 
 
+# What follows writes to what comes after -o.
+OUTPUT = "echo 1.0; out=/dev/null; while [ $# -gt 1 ]; do [ $1 = -o ] && out=$2; shift; done;"
+
+
 @needs_posix
 @pytest.mark.parametrize(
     "script",
     [
         "exit 1",
         "echo 1.0; echo loud complaints >&2; exit 3",
-        "echo 1.0; for last; do :; done; echo rubbish > $last",
-        "echo 1.0; for last; do :; done; printf '#!/bin/sh\\nkill -11 $$' > $last; chmod +x $last",
-        "echo 1.0; for last; do :; done; printf '#!/bin/sh\\nexit 0' > $last; chmod +x $last",
+        f"{OUTPUT} echo rubbish > $out",
+        f"{OUTPUT} printf '#!/bin/sh\\nkill -11 $$' > $out; chmod +x $out",
+        f"{OUTPUT} printf '#!/bin/sh\\nexit 0' > $out; chmod +x $out",
     ],
     ids=["fails", "complains", "writes rubbish", "its code crashes", "its library is none"],
 )

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tracker.slotmap import SlotMap
+from tracker.statistics.native import kernel
+from tracker.statistics.native.products import NativeProducts
+from tracker.statistics.products import TorchProducts
+from tracker.statistics.reduce import split_at
 
-# Rows that one fp32 product may add up: fp32 loses about one digit for each factor of 10 in a sum of one sign, and
-# correlations near 1 (after a ReLU, say) show it. Beyond, float64 adds.
-PRODUCT_ROWS = 128
-# Up to here a product is so short that float64 throughout costs little.
-NARROW = 128
-# Adding (neurons, neurons) in float64 is bound by memory: wide layers first add a few products in fp32.
-WIDE = 1024
-WIDE_ROWS = 2048
-TRIANGULAR_FROM = 512  # neurons from which on only the upper block triangle is computed
-TRIANGLE_BLOCKS = 8
-TILE = 512
+TILE = 64  # rows of pairs that are searched together: they stay in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +83,25 @@ class Covariance:
 
         Searched tile by tile: no second (neurons, neurons) matrix is made.
         """
-        found = []
-        for start in range(0, self.count.numel(), TILE):
-            r = self.correlation(slice(start, start + TILE))
-            hits = (r.abs() >= threshold).triu_(start + 1).nonzero()
-            values = r[hits[:, 0], hits[:, 1]].tolist()
-            found += [(start + i, j, v) for (i, j), v in zip(hits.tolist(), values, strict=True)]
+        scale, count = self.deviation().reciprocal(), self.count.double()
+        bound = (
+            (threshold * (1 - 1e-12)) * count / scale
+        )  # of |co-moment|, in deviations of the other neuron
+        size = count.numel()
+        found: list[tuple[int, int, float]] = []
+        work = torch.empty(TILE * size, dtype=torch.float64, device=scale.device)
+        for start in range(0, size, TILE):
+            block = self.comoment[start : start + TILE, start:]
+            tile = torch.mul(
+                block, scale[start:], out=work[: block.numel()].view(block.shape)
+            ).abs_()
+            i, j = (tile >= bound[start : start + TILE, None]).nonzero().unbind(1)
+            i, j = i[i < j] + start, j[i < j] + start
+            r = (self.comoment[i, j] * scale[i] * scale[j] / count[i]).clamp_(-1, 1)
+            kept = (r.abs() >= threshold) & (
+                count[i] == count[j]
+            )  # others did not see the same stream
+            found += zip(i[kept].tolist(), j[kept].tolist(), r[kept].tolist(), strict=True)
         return found
 
 
@@ -108,110 +113,61 @@ class CovarianceStream:
     """
 
     def __init__(self, neurons: int, device: torch.device | str = "cpu") -> None:
-        rows = PRODUCT_ROWS if neurons <= WIDE else WIDE_ROWS
-        dtype = torch.float64 if neurons <= NARROW else torch.float32
-        # Allocated here, outside any inference mode: tensors made inside could not be written outside.
+        self._begin(Covariance.empty(neurons, device))
+
+    def _begin(self, total: Covariance) -> None:
+        native = kernel() if total.mean.device.type == "cpu" else None
+        # Outside any inference mode: tensors made inside could not be written outside.
         with torch.inference_mode(False):
-            self._total = Covariance.empty(neurons, device)
-            self._partial = torch.zeros((neurons, neurons), dtype=dtype, device=device)
-            self._stage = torch.zeros((rows, neurons), dtype=dtype, device=device)
-        self._staged = 0
+            own = [
+                t.clone(memory_format=torch.contiguous_format)
+                for t in (total.count, total.mean, total.comoment)
+            ]
+            self._products: NativeProducts | TorchProducts = (
+                TorchProducts(*own) if native is None else NativeProducts(native, *own)
+            )
 
     @torch.no_grad()
-    def add(self, rows: Tensor, mean: Tensor | None = None) -> None:
-        """rows: (observations, neurons), any strides; mean: their float64 mean, when it is known and finite.
+    def add(self, output: Tensor, mean: Tensor | None = None, axis: int = -1) -> None:
+        """Take one layer output in.
+
+        output: any shape and floating dtype; dimension `axis` counts the neurons. mean: of each neuron, (neurons,)
+        float64, when it is known and finite.
 
         Of a batch with non-finite values the rows are left out in which most neurons are not finite (a broken
         sample), and of the rest the neurons that still are not (a broken neuron).
         """
-        rows = rows.detach()
-        if mean is None:
-            # Left out as zeros after centring, so that no step waits for the device.
-            finite = rows.isfinite()
-            whole = 2 * finite.sum(1, keepdim=True) > rows.shape[1]
-            sound = (finite | ~whole).all(0)
-            kept = whole & sound
-            n = whole.sum() * sound
-            rows = torch.where(kept, rows, 0).double()
-            mean = rows.sum(0) / n.clamp(min=1)
-            rows = torch.where(kept, rows, mean)
-        else:
-            n = torch.tensor(rows.shape[0], device=rows.device)
-        self._stage_row(self._advance(n, mean))
-        self._stage_centred(rows, mean)
-
-    def _advance(self, n: Tensor, mean: Tensor) -> Tensor:
-        """Take `n` rows (of all neurons, or of each) with `mean` in; return the Chan row (neurons,)."""
-        old = self._total
-        count = old.count + n
-        delta = torch.where(n > 0, mean - old.mean, 0.0)
-        share = n.double() / count.clamp(min=1)
-        self._total = Covariance(count, old.mean + delta * share, old.comoment)
-        return delta * (old.count * share).sqrt()
-
-    def _stage_row(self, row: Tensor) -> None:
-        self._stage[self._staged].copy_(row)
-        self._staged += 1
-        if self._staged == len(self._stage):
-            self._flush()
-
-    def _stage_centred(self, rows: Tensor, mean: Tensor) -> None:
-        # The mean in two fp32 parts: x - high is exact where it matters, low takes the rest away.
-        high = mean.to(torch.promote_types(rows.dtype, torch.float32))
-        low = (mean - high).to(self._stage.dtype)
-        start = 0
-        while start < rows.shape[0]:
-            take = min(len(self._stage) - self._staged, rows.shape[0] - start)
-            target = self._stage[self._staged : self._staged + take]
-            target.copy_(rows[start : start + take] - high).sub_(low)
-            start, self._staged = start + take, self._staged + take
-            if self._staged == len(self._stage):
-                self._flush()
-
-    def _flush(self) -> None:
-        """Multiply the staged rows out, the upper block triangle only. In-place products are not autocast."""
-        neurons, total = self._partial.shape[0], self._total.comoment
-        width = neurons if neurons < TRIANGULAR_FROM else -(-neurons // TRIANGLE_BLOCKS)
-        with _full_precision():
-            for i in range(0, neurons if self._staged else 0, width):
-                target = self._partial[i : i + width, i:]
-                for k, block in enumerate(self._stage[: self._staged].split(PRODUCT_ROWS)):
-                    left = block[:, i : i + width].T
-                    target.addmm_(left, block[:, i:], beta=1 if k else 0)
-                total[i : i + width, i:].add_(target)
-        self._staged = 0
+        x = split_at(output.detach(), axis)
+        if not x.numel():
+            return
+        if mean is not None and self._products.add(x, mean):
+            return
+        # Left out as zeros after centring, so that no step waits for the device.
+        rows = x.transpose(1, 2).flatten(0, 1)
+        finite = rows.isfinite()
+        whole = 2 * finite.sum(1, keepdim=True) > rows.shape[1]
+        sound = (finite | ~whole).all(0)
+        kept = whole & sound
+        n = whole.sum() * sound
+        rows = torch.where(kept, rows, 0).double()
+        mean = rows.sum(0) / n.clamp(min=1)
+        self._products.add_centred(torch.where(kept, rows - mean, 0), mean, n)
 
     @torch.no_grad()
     def value(self) -> Covariance:
         """What was observed so far, on the CPU."""
-        self._flush()
-        upper = self._total.comoment.cpu().triu()
-        comoment = upper + upper.triu(1).T
-        return Covariance(self._total.count.cpu(), self._total.mean.cpu(), comoment)
+        count, mean, total = self._products.totals()
+        upper = total.cpu().triu()
+        return Covariance(count.cpu().clone(), mean.cpu().clone(), upper + upper.triu(1).T)
 
     @classmethod
     def resumed(cls, value: Covariance, device: torch.device | str = "cpu") -> CovarianceStream:
         """A stream that goes on from what was observed."""
-        stream = cls(len(value.mean), device)
-        stream._total = Covariance(
-            *(t.to(device) for t in (value.count, value.mean, value.comoment))
-        )
+        stream = cls.__new__(cls)
+        parts = (t.to(device) for t in (value.count, value.mean, value.comoment))
+        stream._begin(Covariance(*parts))
         return stream
 
     def reslot(self, slots: SlotMap) -> CovarianceStream:
         """A stream that goes on from here with neurons removed, added or reordered."""
-        return CovarianceStream.resumed(self.value().reslot(slots), self._partial.device)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """fp32 products in fp32: the user may have allowed TF32 or bf16 for the model's own."""
-    allowed = torch.get_float32_matmul_precision()
-    if allowed == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
+        return CovarianceStream.resumed(self.value().reslot(slots), self._products.device)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("kernel.cpp", "check.cpp")
+PARTS = ("activity", "covariance")
 PATIENCE = 60  # seconds for one call of a compiler
 COMMON = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti "
@@ -57,7 +57,9 @@ def _by(compiler: list[str], directory: Path) -> tuple[Path, bool] | str:
         key = _key(compiler)
         found = _cached(directory, key)
         return (found, False) if found else (_build(compiler, directory, key), True)
-    except (OSError, subprocess.SubprocessError) as error:
+    except subprocess.TimeoutExpired:
+        return f"not done in {PATIENCE} s"
+    except (OSError, UnavailableError) as error:
         return str(error)
 
 
@@ -115,14 +117,19 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=PATIENCE,
-        check=True,
+        check=False,
     )
+    if done.returncode:
+        raise UnavailableError(f"{Path(command[0]).name} ended with {done.returncode}")
     return done.stdout.decode(errors="replace")
 
 
 def _key(compiler: list[str]) -> str:
     """Of everything that the code depends on."""
-    facts = [(HERE / name).read_text(encoding="utf-8") for name in SOURCES]
+    facts = [
+        (HERE / name).read_text(encoding="utf-8")
+        for name in sorted(p.name for p in HERE.glob("*.[ch]*"))
+    ]
     facts += [
         *compiler,
         _run([*compiler, "--version"]),
@@ -150,10 +157,11 @@ def _cached(directory: Path, key: str) -> Path | None:
 def _build(compiler: list[str], directory: Path, key: str) -> Path:
     with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as made:
         work, flags = Path(made), _flags()
-        _run([*compiler, *flags, "-c", str(HERE / "kernel.cpp"), "-o", "kernel.o"], work)
-        _run([*compiler, "-w", str(HERE / "check.cpp"), "kernel.o", "-o", "check"], work)
+        objects = [f"{part}.o" for part in PARTS]
+        _run([*compiler, *flags, "-c", *(str(HERE / f"{part}.cpp") for part in PARTS)], work)
+        _run([*compiler, "-w", str(HERE / "check.cpp"), *objects, "-o", "check"], work)
         _run([str(work / "check")], work)
-        _run([*compiler, "-shared", "kernel.o", "-o", "kernel.so"], work)
+        _run([*compiler, "-shared", *objects, "-o", "kernel.so"], work)
         built = work / "kernel.so"
         built.chmod(0o700)
         path = directory / _name(key, built.read_bytes())

@@ -6,6 +6,18 @@
 extern "C" int tracker_activity(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, double, double*, double*,
                                 int64_t, void (*)(void (*)(void*), void*, unsigned, unsigned));
 
+struct Stream {
+    int64_t neurons, capacity, staged;
+    int64_t* count;
+    double* mean;
+    float* stage;
+    double* total;
+};
+extern "C" int tracker_width();
+extern "C" void tracker_flush(Stream*, int64_t, void (*)(void (*)(void*), void*, unsigned, unsigned));
+extern "C" void tracker_covariance(Stream*, const void*, int64_t, int64_t, int64_t, int64_t, const double*,
+                                   const int64_t*, int64_t, void (*)(void (*)(void*), void*, unsigned, unsigned));
+
 static float values[64 * 1024];
 
 int main() {
@@ -18,6 +30,14 @@ int main() {
                     if (outer * c * inner > 64 * 1024) continue;
                     if (tracker_activity(values, type, outer, c, inner, c * inner, 0.01, table, mean, 1, 0)) return 1;
                     if (table[c - 1] != (double)(outer * inner) || table[3 * c - 1] != table[c - 1]) return 2;
+                    static int64_t count[67];
+                    static double means[67], total[67 * 67];
+                    static float stage[128 * 64];
+                    Stream stream = {c, 64, 0, count, means, stage, total};
+                    memset(stage, 0, sizeof stage);
+                    tracker_covariance(&stream, values, type, outer, inner, c * inner, mean, 0, 1, 0);
+                    tracker_flush(&stream, 1, 0);
+                    if (stream.staged || total[0] != 0) return 3;
                 }
-    return 0;
+    return tracker_width() > 16;
 }

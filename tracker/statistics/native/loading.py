@@ -1,0 +1,155 @@
+"""The compiled code: found, loaded, tried, and called."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tracker.statistics.activity import BATCHES, M2, MAXIMUM, MEAN, MINIMUM, Activity
+from tracker.statistics.native.build import UnavailableError, capability, library
+from tracker.statistics.reduce import masked, split_at
+
+SWITCH = "TRACKER_NATIVE"  # environment variable: 0 turns compiled code off
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARALLEL = 1 << 18  # values from which on torch's threads share the work
+log = logging.getLogger("tracker")
+
+
+class Kernel(NamedTuple):
+    """The compiled functions, and where torch keeps its threads (None: one thread does all)."""
+
+    reduce: Callable[..., int]
+    stage: Callable[..., None]
+    flush: Callable[..., None]
+    width: Callable[[], int]  # fp32 lanes of a vector
+    fork: int | None
+
+    def add(
+        self,
+        output: Tensor,
+        axis: int,
+        neurons: int,
+        threshold: float,
+        table: int,
+        mean: int | None,
+    ) -> bool | None:
+        """Merge one CPU output into a table (9, neurons) float64, given by its address.
+
+        mean: address of (neurons,) float64 that receives the output's means, or None.
+        True: done. False: nothing was written, values are not finite or too large. None: not for this tensor.
+        """
+        # Called for each layer of each pass: every line here is a part of a training step.
+        code = TYPES.get(output.dtype)
+        size = output.numel()
+        if code is None or not size or type(output) is not Tensor or output.is_neg():
+            return None
+        if neurons > 1 and output.is_contiguous():
+            inner = output.stride(axis)
+            stride = neurons * inner
+            outer = size // stride
+        else:
+            output = split_at(output.detach(), axis)
+            outer, _, inner = output.shape
+            if output.stride(1) != inner or (inner > 1 and output.stride(2) != 1):
+                output = output.contiguous()
+            stride = output.stride(0)
+        address = output.data_ptr()
+        if not address:
+            return None
+        threads = torch.get_num_threads() if size >= PARALLEL and self.fork else 1
+        done = self.reduce(
+            address, code, outer, neurons, inner, stride, threshold, table, mean, threads, self.fork
+        )
+        return None if done == 2 else done == 0
+
+
+def kernel() -> Kernel | None:
+    """The kernel, built at the first call ever, found and loaded at the first call of the process; or None."""
+    if not _state:
+        with _lock:
+            if not _state:
+                _state.append(load())
+    return _state[0]
+
+
+def load() -> Kernel | None:
+    """Find or build, load and try the kernel; the log says what came of it."""
+    if os.environ.get(SWITCH, "").lower() in ("0", "off", "false", "no"):
+        log.info("Activity statistics by torch: %s turns compiled code off.", SWITCH)
+        return None
+    start = time.perf_counter()
+    try:
+        path, built = library()
+        found = _opened(str(path))
+        _try(found)
+    except Exception as error:
+        log.info("Activity statistics by torch, without compiled code: %s", error)
+        return None
+    how = f"built, once, in {time.perf_counter() - start:.1f} s" if built else "found"
+    log.info("Activity statistics by compiled code for %s, %s: %s", capability(), how, path)
+    return found
+
+
+def _opened(path: str) -> Kernel:
+    code = ctypes.CDLL(path)
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    reduce, stage, flush = code.tracker_activity, code.tracker_covariance, code.tracker_flush
+    reduce.argtypes = [address, *[number] * 5, ctypes.c_double, address, address, number, address]
+    stage.argtypes = [address, address, *[number] * 4, address, address, number, address]
+    flush.argtypes = [address, number, address]
+    stage.restype = flush.restype = None
+    try:
+        # The threads that torch itself runs on: a second pool would fight them for the processors.
+        fork = ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, address).value
+    except (AttributeError, OSError):
+        fork = None
+    return Kernel(reduce, stage, flush, code.tracker_width, fork)
+
+
+def _try(found: Kernel) -> None:
+    """Compare with torch on small known inputs.
+
+    Raises:
+        UnavailableError: They disagree.
+    """
+    steps = torch.arange(2310, dtype=torch.float64)
+    wave = (steps * 0.7).sin() * 3 + steps.remainder(5)
+    for dtype in TYPES:
+        for outer, neurons, inner in ((210, 11, 1), (33, 14, 5), (6, 11, 35)):
+            x = torch.where(wave > 0, wave, 0).to(dtype).view(outer, neurons, inner)
+            got, expected = Activity.empty(neurons).table, masked(x.double(), 0.5).table
+            done = found.add(x, 1, neurons, 0.5, got.data_ptr(), None)
+            exact = [*range(BATCHES + 1), MINIMUM, MAXIMUM]
+            same = torch.equal(got[exact], expected[exact])
+            close = torch.allclose(got[MEAN : M2 + 1], expected[MEAN : M2 + 1], rtol=1e-5, atol=0)
+            x[-1, -1, -1] = torch.nan
+            before = got.clone()
+            refused = found.add(x, 1, neurons, 0.5, got.data_ptr(), None) is False
+            if not (done and same and close and refused and torch.equal(before, got)):
+                raise UnavailableError(f"the compiled code computes something else for {dtype}")
+    _try_products(found, wave.view(33, 70))
+
+
+def _try_products(found: Kernel, rows: Tensor) -> None:
+    from tracker.statistics.native.products import NativeProducts
+
+    size = rows.shape[1]
+    own = torch.zeros(size, dtype=torch.int64), torch.zeros(size).double()
+    products = NativeProducts(found, *own, torch.zeros(size, size).double())
+    for part in rows.split(20):
+        products.add(part.float()[:, :, None], part.mean(0))
+    centred = rows - rows.mean(0)
+    if not torch.allclose(products.totals()[2].triu(), (centred.T @ centred).triu(), atol=1e-3):
+        raise UnavailableError("the compiled code computes other products")
+
+
+_state: list[Kernel | None] = []
+_lock = threading.Lock()

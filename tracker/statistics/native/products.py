@@ -1,0 +1,75 @@
+"""Sums of products of all pairs of neurons, by compiled code."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tracker.statistics.native.loading import TYPES, Kernel
+
+CAPACITY = 512  # rows that are multiplied out together
+PARALLEL = 256  # neurons from which on torch's threads share the work
+
+
+class Stream(ctypes.Structure):
+    """The state, as in covariance.cpp."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_int64) for name in ("neurons", "capacity", "staged")),
+        *((name, ctypes.c_void_p) for name in ("count", "mean", "stage", "total")),
+    ]
+
+
+class NativeProducts:
+    """Rows on their way into sums of products. The tensors given are written in place."""
+
+    def __init__(self, native: Kernel, count: Tensor, mean: Tensor, total: Tensor) -> None:
+        self.device = mean.device
+        self._native, self._neurons = native, len(mean)
+        columns = 2 * native.width()
+        self._count, self._mean, self._total = count, mean, total
+        self._stage = torch.zeros(-(-self._neurons // columns), CAPACITY, columns)
+        places = (t.data_ptr() for t in (count, mean, self._stage, total))
+        self._stream = Stream(self._neurons, CAPACITY, 0, *places)
+        self._address = ctypes.addressof(self._stream)
+
+    def add(self, x: Tensor, mean: Tensor) -> bool:
+        """X (outer, neurons, inner), all of it finite, and its mean. False: not for this type."""
+        code = TYPES.get(x.dtype)
+        if code is None or type(x) is not Tensor or x.is_neg():
+            return False
+        self._add(x, code, mean, None)
+        return True
+
+    def add_centred(self, rows: Tensor, mean: Tensor, n: Tensor) -> None:
+        """Rows minus their mean; zeros in the place of what is left out, n (neurons,) is what is not."""
+        self._add(rows.float()[:, :, None], 0, mean, n.contiguous())
+
+    def _add(self, x: Tensor, code: int, mean: Tensor, n: Tensor | None) -> None:
+        outer, _, inner = x.shape
+        if x.stride(1) != inner or (inner > 1 and x.stride(2) != 1):
+            x = x.contiguous()
+        mean = mean.contiguous()
+        self._native.stage(
+            self._address,
+            x.data_ptr(),
+            code,
+            outer,
+            inner,
+            x.stride(0),
+            mean.data_ptr(),
+            None if n is None else n.data_ptr(),
+            self._threads(),
+            self._native.fork,
+        )
+
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean, and sums of products, of which the upper triangle holds."""
+        self._native.flush(self._address, self._threads(), self._native.fork)
+        return self._count, self._mean, self._total
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._neurons >= PARALLEL and self._native.fork else 1
