@@ -51,15 +51,13 @@ class Site:
         self.name, self.kind = layer.name, layer.kind
         self.neurons, self.axis, self.flattened = layer.neurons, layer.axis, layer.flattened
         self.tap: Tap | None = None  # where it is observed; None: at its own output
-        self.leader: Site | None = (
-            None  # another site with the same tap: what it sees, this one sees
-        )
+        # Another site with the same tap: what it sees, this one sees.
+        self.leader: Site | None = None
         self._windows: dict[bool, Window] = {}
         self.problem = ""  # why nothing, or no more, is observed
         self.stopped = False
-        self.output: weakref.ref[Tensor] | None = (
-            None  # of the pass under way, to see what the model returns
-        )
+        # Of the pass under way, to see what the model returns.
+        self.output: weakref.ref[Tensor] | None = None
         self.is_output = False
 
     @property
@@ -97,9 +95,11 @@ class Observer:
     handles: list[RemovableHandle] = field(default_factory=list)  # of the sites' hooks
     recording: bool = False
     correlate: bool = False
-    inputs: tuple[tuple[object, ...], dict[str, object]] | None = (
-        None  # of the first pass, or as given
-    )
+    every: int = 1  # of so many passes of a mode one is observed, the first one first
+    chosen: frozenset[str] | None = None  # layers that are observed; None: all
+    passes: dict[bool, int] = field(default_factory=dict)
+    # Of the first pass, or as given.
+    inputs: tuple[tuple[object, ...], dict[str, object]] | None = None
     padding: Tensor | None = None  # (batch, positions), True where a token is real
     samples: dict[bool, int] = field(default_factory=dict)
     version: int = 0  # grows with every change of the statistics
@@ -109,12 +109,21 @@ class Observer:
 
     def clear(self) -> None:
         """Begin a fresh window."""
-        self.samples = {}
+        self.samples, self.passes, self.training = {}, {}, None
         self.version += 1
-        self.training = None
         for site in self.sites:
             site.windows = {}
-            site.problem, site.stopped = "", False
+            site.stopped = False
+            site.problem = "" if self.watches(site) else "not chosen for this window"
+
+    def watches(self, site: Site) -> bool:
+        """Whether the layer is one of those that are observed."""
+        return self.chosen is None or site.name in self.chosen
+
+    def is_due(self) -> bool:
+        """Whether the pass under way is one of those that are observed."""
+        training = self.model_is_training() if self.training is None else self.training
+        return self.passes.get(training, 0) % self.every == 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -145,9 +154,8 @@ class Observer:
             return
         placed = self._placed(site, output)
         if placed is None:
-            site.problem = (
-                f"its output {tuple(output.shape)} has no axis of {site.neurons} at {site.axis}"
-            )
+            shape = tuple(output.shape)
+            site.problem = f"its output {shape} has no axis of {site.neurons} at {site.axis}"
             return
         self.version += 1
         window = site.windows.get(training) or self._open_window(site, training, output.device)
@@ -170,9 +178,8 @@ class Observer:
         module = model.get_submodule(site.name) if model is not None else None
         width = width_of(module, output, site.axis) if module is not None else None
         if width is None:
-            site.problem = (
-                f"no axis of its output {tuple(output.shape)} is one of its parameters' sizes"
-            )
+            shape = tuple(output.shape)
+            site.problem = f"no axis of its output {shape} is one of its parameters' sizes"
             return False
         site.neurons, site.axis = width
         self.resolved(site)
@@ -203,7 +210,11 @@ class Observer:
 
     def end_pass(self, first: Tensor | None, output: object) -> None:
         """The model's own forward is done; one that raised never gets here. `first`: its first input tensor."""
-        training = bool(self.training)
+        training, due = bool(self.training), self.is_due()
+        self.passes[training] = self.passes.get(training, 0) + 1
+        if not due:
+            self.training = None
+            return
         count = 1
         if first is not None and first.ndim > max(1, self.batch_dim):
             count = int(first.shape[self.batch_dim])
@@ -247,9 +258,12 @@ class Hook:
     def listener(self) -> Observer | None:
         """The observer, if it lives, records, and this pass is new data."""
         observer = self._observer()
-        if observer is None or not observer.recording or not _is_new_data():
-            return None
-        return observer
+        return observer if observer and observer.recording and _is_new_data() else None
+
+    def taker(self) -> Observer | None:
+        """The listener, if it is the turn of this pass."""
+        observer = self.listener()
+        return observer if observer and (observer.every == 1 or observer.is_due()) else None
 
     def in_graph(self, tensor: Tensor | None) -> None:
         """Leave a call of the operator in the graph that is being compiled."""
@@ -272,7 +286,7 @@ class LayerHook(Hook):
         """Forward hook of the layer."""
         if torch.compiler.is_compiling():
             self.in_graph(_floating(output))
-        elif (observer := self.listener()) is not None:
+        elif (observer := self.taker()) is not None:
             tensor = _floating(output)
             if tensor is not None:
                 if not self._site.is_output:
@@ -281,7 +295,7 @@ class LayerHook(Hook):
 
     def seen(self, tensor: Tensor) -> None:
         """Inside a compiled graph the mode is the model's at run time."""
-        if (observer := self.listener()) is not None:
+        if (observer := self.taker()) is not None:
             observer.take(self._site, tensor, observer.model_is_training())
 
 
@@ -292,7 +306,7 @@ class ReadHook(LayerHook):
         """Forward pre-hook of the reading module."""
         if torch.compiler.is_compiling():
             self.in_graph(_floating((args, kwargs)))
-        elif (observer := self.listener()) is not None:
+        elif (observer := self.taker()) is not None:
             tensor = _floating((args, kwargs))
             if tensor is not None:
                 observer.take(self._site, tensor, module.training)
@@ -349,6 +363,8 @@ def attach_sites(observer: Observer, model: nn.Module) -> None:
     leaders: dict[tuple[Tap, int | None], Site] = {}
     for site in observer.sites:
         site.leader = None
+        if not observer.watches(site):
+            continue
         if site.tap is None:
             module = model.get_submodule(site.name)
             # The layer's own output, whatever other hooks make of it.

@@ -55,6 +55,8 @@ def gather(
         "run": run[0],
         "samples": {str(int(flag)): n for flag, n in observer.samples.items()},
         "correlated": entry.correlated,
+        "every": observer.every,
+        "chosen": None if observer.chosen is None else sorted(observer.chosen),
         "mode": entry.mode,
         "history": history.to_dict() if history.epochs else None,
         "aliases": aliases,
@@ -180,6 +182,8 @@ def load_tracker(
         observer.inputs = inputs_from(content.tensors["statistics"], facts["inputs"])
         observer.samples = {bool(int(k)): _whole(n) for k, n in facts["samples"].items()}
         entry.correlated = observer.correlate = bool(facts["correlated"])
+        observer.every, chosen = max(1, _whole(facts.get("every", 1))), facts.get("chosen")
+        observer.chosen = None if chosen is None else frozenset(map(str, chosen))
         if facts["mode"] not in (*MODES, "all", None):
             raise ValueError(f"{facts['mode']!r} is no mode")
         entry.mode, entry.traced = facts["mode"], bool(facts["traced"])

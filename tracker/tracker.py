@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
 from tracker.hooks import Observer, Site, Window, attach, attach_sites, detach_sites, watch_inputs
-from tracker.identity import LayerIds, NeuronRegistry
+from tracker.identity import LayerIds, NeuronRegistry, layer_named
 from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
 from tracker.probe import Arguments, ExampleInputs, arguments, forward_once, quiet_copy
@@ -181,18 +181,31 @@ class ActivationTracker:
         self._current = entry
         _forget_compiled_graphs()
 
-    def start(self, correlate: bool, mode: str | None) -> None:
+    def start(
+        self,
+        correlate: bool,
+        mode: str | None,
+        every: int = 1,
+        layers: Collection[str] | None = None,
+    ) -> None:
         """Begin a fresh window of statistics on the current model."""
         if mode is not None and mode not in MODES:
             raise StatisticsError(f"mode is one of {', '.join(MODES)} or None, not {mode!r}.")
+        if every < 1:
+            raise StatisticsError(f"every is a number of passes, 1 or more, not {every!r}.")
         entry = self.current
-        if not entry.hooked or entry.observer.model() is None:
+        observer = entry.observer
+        names = [site.name for site in observer.sites]
+        layers = [layers] if isinstance(layers, str) else layers
+        chosen = None if layers is None else frozenset(layer_named(names, n) for n in layers)
+        changed, observer.chosen = chosen != observer.chosen, chosen
+        if not entry.hooked or observer.model() is None or changed:
             self.hook()
         self._set_taps(entry)
-        entry.observer.clear()
-        entry.observer.correlate = entry.correlated = correlate
-        entry.mode = mode
-        entry.observer.recording = True
+        observer.clear()
+        observer.correlate = entry.correlated = correlate
+        observer.every, entry.mode = every, mode
+        observer.recording = True
 
     def stop(self) -> None:
         """Record no more; what was seen stays readable."""

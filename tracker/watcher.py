@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,12 @@ class NeuronWatcher:
         self._tracker.current.detach()
 
     def start_tracking(
-        self, enable_correlation_analysis: bool = False, mode: str | None = None
+        self,
+        enable_correlation_analysis: bool = False,
+        mode: str | None = None,
+        *,
+        every: int = 1,
+        layers: Collection[str] | None = None,
     ) -> None:
         """Begin a fresh window of statistics; hooks are registered if they are not yet.
 
@@ -138,8 +143,15 @@ class NeuronWatcher:
             enable_correlation_analysis: Stream the covariance of each layer as well (neurons² numbers a layer).
             mode: Which passes the reports speak of: those of the model in "train" mode, in "eval" mode, or "all"
                 mixed. None: the mode of the first pass. What the other mode shows is kept apart.
+            every: Observe one pass of so many, of each mode the first one first; the others cost next to nothing,
+                and their samples are not counted.
+            layers: Names of the layers to observe. None: all.
+
+        Raises:
+            StatisticsError: `mode` or `every` makes no sense.
+            NotTrackedError: The model has no layer of that name.
         """
-        self._tracker.start(enable_correlation_analysis, mode)
+        self._tracker.start(enable_correlation_analysis, mode, every, layers)
 
     def stop_tracking(self) -> None:
         """Record no more. The window stays readable until the next one begins."""
