@@ -262,16 +262,16 @@ def page(options: argparse.Namespace) -> Iterator[str]:
     yield f"Written by `python benchmarks/tracking_overhead.py --write` on {time.strftime('%Y-%m-%d')}: {machine()}."
     yield "CPU time, one thread, medians; in brackets the quartiles. The machine is shared: *bare again* is its noise."
     yield from ("", "## A training step", "")
-    yield "Time of a step over the bare step's: forward, backward, SGD. All leaf modules are hooked, activations too, and"
-    yield "all statistics taken. *tracked*: with compiled code; *by torch*: what answers without a compiler;"
+    yield "Time of a step (forward, backward, SGD) over the bare step's. All leaf modules are hooked, activations too,"
+    yield "and all statistics taken. *tracked*: with compiled code; *by torch*: what answers without a compiler;"
     yield "*straightforward*: a hook of `var_mean`, `aminmax` and sums of bools, which anyone would write first;"
     yield "*correlation*: the covariance of all pairs of every layer's neurons as well."
     yield ""
     yield from steps(options)
     torch.set_num_threads(1)
     yield from ("", "## One pass over an activation", "")
-    yield "All seven statistics of a float32 output (bfloat16 where it says so), merged into the table, over the time of"
-    yield "`x.sum(0)` of the same values in float32, which reads them once and adds them up. Limit: 2.2."
+    yield "All seven statistics of a float32 output (bfloat16 where it says so), merged into the table, over the time"
+    yield "of `x.sum(0)` of the same values in float32, which reads them once and adds them up. Limit: 2.2."
     yield ""
     yield from kernels()
     yield from ("", "## Correlation", "")

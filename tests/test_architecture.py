@@ -21,6 +21,7 @@ ORDER = [
     "probe",
     "structure",
     "observation",
+    "outputs",
     "hooks",
     "tracker",
     "analyzer",

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from tracker.layers import Layer, width_of
+from tracker.outputs import first_floating, tensors_in
 from tracker.probe import is_probing
 from tracker.slotmap import SlotMap
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch
@@ -34,6 +34,9 @@ _tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 
 # Wider layers are not correlated: neurons² numbers of 12 bytes are 3 GB here.
 MAX_CORRELATED = 16384
+
+
+NOTED = 8  # passes of a window that all show which outputs the model returns
 
 
 @dataclass(slots=True)
@@ -53,7 +56,7 @@ class Site:
         self.tap: Tap | None = None  # where it is observed; None: at its own output
         # Another site with the same tap: what it sees, this one sees.
         self.leader: Site | None = None
-        self._windows: dict[bool, Window] = {}
+        self.seen: dict[bool, Window] = {}
         self.problem = ""  # why nothing, or no more, is observed
         self.stopped = False
         # Of the pass under way, to see what the model returns.
@@ -63,11 +66,11 @@ class Site:
     @property
     def windows(self) -> dict[bool, Window]:
         """What was seen, by the model's training flag."""
-        return (self.leader or self)._windows
+        return (self.leader or self).seen
 
     @windows.setter
     def windows(self, windows: dict[bool, Window]) -> None:
-        (self.leader or self)._windows = windows
+        (self.leader or self).seen = windows
 
     def reslotted(self, slots: SlotMap) -> dict[bool, Window]:
         """The windows after the layer's neurons were removed, added or reordered."""
@@ -104,12 +107,14 @@ class Observer:
     samples: dict[bool, int] = field(default_factory=dict)
     version: int = 0  # grows with every change of the statistics
     training: bool | None = None  # mode of the pass under way
+    noting: bool = True  # whether this pass shows which layers' outputs the model returns
     scratch: Scratch = field(default_factory=Scratch)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def clear(self) -> None:
         """Begin a fresh window."""
-        self.samples, self.passes, self.training = {}, {}, None
+        self.samples, self.passes = {}, {}
+        self.training, self.noting = None, True
         self.version += 1
         for site in self.sites:
             site.windows = {}
@@ -147,7 +152,7 @@ class Observer:
             warnings.warn(f"Layer {site.name!r}: {site.problem}", RuntimeWarning, stacklevel=2)
 
     def _take(self, site: Site, output: Tensor, training: bool) -> None:
-        if not output.is_floating_point() or output.is_meta:
+        if output.is_meta:
             site.problem = f"its output is {output.dtype} on {output.device.type}"
             return
         if site.neurons is None and not self._resolve(site, output):
@@ -158,12 +163,14 @@ class Observer:
             site.problem = f"its output {shape} has no axis of {site.neurons} at {site.axis}"
             return
         self.version += 1
-        window = site.windows.get(training) or self._open_window(site, training, output.device)
+        seen = (site.leader or site).seen
+        window = seen.get(training) or self._open_window(site, training, output.device)
+        output, axis = placed
         if window.covariance is None:
-            window.activity.add(*placed, self.scratch)
-            return
-        mean = window.activity.add(*placed, self.scratch, mean=True)
-        window.covariance.add(placed[0], mean, placed[1])
+            window.activity.add(output, axis, self.scratch)
+        else:
+            mean = window.activity.add(output, axis, self.scratch, mean=True)
+            window.covariance.add(output, mean, axis)
 
     def _open_window(self, site: Site, training: bool, device: torch.device) -> Window:
         neurons: int = site.neurons  # type: ignore[assignment]
@@ -210,22 +217,24 @@ class Observer:
 
     def end_pass(self, first: Tensor | None, output: object) -> None:
         """The model's own forward is done; one that raised never gets here. `first`: its first input tensor."""
-        training, due = bool(self.training), self.is_due()
+        training, due, number = bool(self.training), self.is_due(), sum(self.passes.values()) + 1
         self.passes[training] = self.passes.get(training, 0) + 1
+        self.training = None
         if not due:
-            self.training = None
             return
         count = 1
         if first is not None and first.ndim > max(1, self.batch_dim):
-            count = int(first.shape[self.batch_dim])
+            count = first.shape[self.batch_dim]
         self.samples[training] = self.samples.get(training, 0) + count
-        self.training = None
         self.version += 1
-        returned = {id(t) for t in tensors_in(output)}
-        for site in self.sites:
-            tensor = site.output() if site.output is not None else None
-            site.is_output = site.is_output or (tensor is not None and id(tensor) in returned)
-            site.output = None
+        if self.noting:
+            returned = {id(t) for t in tensors_in(output)}
+            for site in self.sites:
+                tensor = site.output() if site.output is not None else None
+                site.is_output = site.is_output or (tensor is not None and id(tensor) in returned)
+                site.output = None
+        # A model seldom changes its mind about what it returns: the first passes tell, then each power of two.
+        self.noting = number < NOTED or number & (number - 1) == 0
 
 
 class InertHook:
@@ -261,9 +270,11 @@ class Hook:
         return observer if observer and observer.recording and _is_new_data() else None
 
     def taker(self) -> Observer | None:
-        """The listener, if it is the turn of this pass."""
-        observer = self.listener()
-        return observer if observer and (observer.every == 1 or observer.is_due()) else None
+        """The same, if it is the turn of this pass. Asked by each layer in each pass."""
+        observer = self._observer()
+        if observer is None or not observer.recording or not _is_new_data():
+            return None
+        return observer if observer.every == 1 or observer.is_due() else None
 
     def in_graph(self, tensor: Tensor | None) -> None:
         """Leave a call of the operator in the graph that is being compiled."""
@@ -282,16 +293,16 @@ class LayerHook(Hook):
         super().__init__(observer)
         self._site = site
 
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Forward hook of the layer."""
         if torch.compiler.is_compiling():
-            self.in_graph(_floating(output))
-        elif (observer := self.taker()) is not None:
-            tensor = _floating(output)
-            if tensor is not None:
-                if not self._site.is_output:
-                    self._site.output = weakref.ref(tensor)
-                observer.take(self._site, tensor, module.training)
+            self.in_graph(first_floating(output))
+        elif (observer := self.taker()) is not None and (
+            tensor := first_floating(output)
+        ) is not None:
+            if observer.noting and not self._site.is_output:
+                self._site.output = weakref.ref(tensor)
+            observer.take(self._site, tensor, module.training)
 
     def seen(self, tensor: Tensor) -> None:
         """Inside a compiled graph the mode is the model's at run time."""
@@ -302,12 +313,13 @@ class LayerHook(Hook):
 class ReadHook(LayerHook):
     """Observes one layer at the door of the module that reads it."""
 
-    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: object) -> None:
         """Forward pre-hook of the reading module."""
         if torch.compiler.is_compiling():
-            self.in_graph(_floating((args, kwargs)))
+            self.in_graph(first_floating((args, kwargs)))
         elif (observer := self.taker()) is not None:
-            tensor = _floating((args, kwargs))
+            first = first_floating(args[0]) if args else None
+            tensor = first_floating((args, kwargs)) if first is None else first
             if tensor is not None:
                 observer.take(self._site, tensor, module.training)
 
@@ -332,10 +344,13 @@ class EnterHook(Hook):
 class LeaveHook(Hook):
     """Stands at the model's door: counts the samples of a pass that came to its end."""
 
-    def __call__(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: object, output: object
+    ) -> None:
         """Forward hook of the model."""
-        inputs = tensors_in((args, kwargs))
-        first = inputs[0] if inputs else None
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            first = next(iter(tensors_in((args, kwargs))), None)
         if torch.compiler.is_compiling():
             self.in_graph(first)
         elif (observer := self.listener()) is not None:
@@ -388,33 +403,6 @@ def detach_sites(observer: Observer) -> None:
 def watch_inputs(observer: Observer, model: nn.Module) -> RemovableHandle:
     """Have the first forward pass supply the example inputs that tracing needs."""
     return model.register_forward_pre_hook(EnterHook(observer), with_kwargs=True)
-
-
-def tensors_in(value: object) -> list[Tensor]:
-    """Tensors of a (nested) tuple, list, dict or model output, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, PackedSequence):
-        return [value.data]
-    if isinstance(value, dict):
-        value = list(value.values())
-    # Compilers follow this far: no `tuple | list` (torch 2.9), no generator.
-    if not isinstance(value, (tuple, list)):
-        return []
-    found = []
-    for part in value:
-        found += tensors_in(part)
-    return found
-
-
-def _floating(value: object) -> Tensor | None:
-    """The tensor in which neurons are observed: of several the first floating one."""
-    if type(value) is Tensor:
-        return value if value.is_floating_point() else None
-    for tensor in tensors_in(value):
-        if tensor.is_floating_point():
-            return tensor
-    return None
 
 
 def _is_new_data() -> bool:
