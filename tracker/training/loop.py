@@ -16,6 +16,7 @@ from tracker.compensation.linear import constant
 from tracker.errors import TrackerError
 from tracker.probe import Arguments, quiet_copy
 from tracker.statistics import Covariance
+from tracker.structure import UnitGroup
 from tracker.structure.sizes import tensors
 from tracker.surgery import Receipt
 from tracker.surgery.calibration import Watcher, consumers
@@ -182,8 +183,8 @@ class SelfModification:
             return self._surgeon.recycle_neurons(ids, seed=self.steps)
         growth = {}
         for name, number in wanted.expand.items():
-            layer = groups[name].layers[0]
-            growth[layer] = number * sum(n == layer for n, _ in groups[name].neurons(0))
+            layer, own = self._grown(groups[name])
+            growth[layer] = number * own
         return self._surgeon.expand_layers(growth, seed=self.steps)
 
     def _judge(self) -> None:
@@ -224,11 +225,18 @@ class SelfModification:
                 share = len(indices) / held[name][dim]
                 parameters += share * held[name].numel() if name in learnt else 0.0
                 flops += share * by_weight.get(name, 0.0)
-            layer = group.layers[0] if group.layers else group.name
+            layer, _ = self._grown(group)
             order = tuple(u for u in selection.order if u < group.size)
             cost, dead = Size(parameters, flops), _dead(problem, group.size)
             found.append(Candidate(group.name, layer, group.size, order, tuple(errors), cost, dead))
         return found
+
+    def _grown(self, group: UnitGroup) -> tuple[str, int]:
+        """The tracked layer by which a group grows, and how many of its neurons a unit comprises."""
+        tracked = self._surgeon._tracker.current.layers
+        neurons = [layer for layer, _ in group.neurons(0) if layer in tracked]
+        made = [layer for layer in neurons if layer in group.layers] or neurons
+        return (made[0], made.count(made[0])) if made else (group.name, 1)
 
     def _mean(self, last: int | None = None) -> float:
         """Mean loss, over all ranks, of the last steps since the last look; one read for all of them."""
