@@ -500,7 +500,7 @@ while True:
 
 @pytest.mark.parametrize(
     "times",
-    [20, pytest.param(200, marks=pytest.mark.skipif(not LONG, reason="TRACKER_LONG=1 runs it"))],
+    [8, pytest.param(200, marks=pytest.mark.skipif(not LONG, reason="TRACKER_LONG=1 runs it"))],
 )
 def test_a_kill_leaves_the_old_or_the_new(times: int, tmp_path: Path) -> None:
     path, draw = tmp_path / "run", random.Random(0)
