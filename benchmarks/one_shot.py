@@ -290,9 +290,10 @@ def table(rows: list[Row]) -> str:
 INTRODUCTION = """# Removal without training
 
 Written by `benchmarks/one_shot.py --write`. The same share of every layer goes, and nothing is trained afterwards.
-Calibration data are of the training set (80 batches; of SmolLM2, 16 windows of 512 tokens); no method sees the test set. "No compensation" and "compensated"
-remove the same units. Parameters, FLOPs and latency are relative to the dense network; latency is measured, one thread,
-pruned and dense in turn. Seconds are those of the whole removal: tracing, calibration, selection, change.
+Calibration data are of the training set: 80 batches, of SmolLM2 16 windows of 512 tokens. No method sees the test set.
+"No compensation" and "compensated" remove the same units. Parameters, FLOPs and latency are relative to the dense
+network; latency is measured, one thread, pruned and dense in turn. Seconds are those of the whole removal: tracing,
+calibration, selection, change. "Patches": each place of a convolution's kernel takes over by itself.
 """
 
 
