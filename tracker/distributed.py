@@ -263,8 +263,9 @@ class Stale:
         Raises:
             SurgeryError: The wrapper does not know its parameters any more.
         """
-        now = _accumulators(wrapper)
-        known = self._accumulators
+        if torch.compiler.is_compiling():  # a change of shapes recompiles, and is seen before
+            return
+        now, known = _accumulators(wrapper), self._accumulators
         if len(now) != len(known) or any(a is not b for a, b in zip(now, known, strict=True)):
             raise SurgeryError(
                 "The model was changed behind its DistributedDataParallel wrapper, which would leave ranks with "
