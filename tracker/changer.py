@@ -132,7 +132,7 @@ class NeuronChanger(NeuronWatcher):
     def _change(
         self, plan: Callable[[], tuple[Plan, list[str]]], *, dry_run: bool, verify: bool
     ) -> Receipt:
-        model, log = self._tracker.current.model(), None
+        model, last, log = self._tracker.current.model(), self._undo, UndoLog()
         try:
             # What is made inside the caller's inference mode could not be written.
             with torch.inference_mode(False):
@@ -143,7 +143,7 @@ class NeuronChanger(NeuronWatcher):
                 if self._ranks is not None:
                     self._ranks.agree(drawn)
                 with self._together("A change"):
-                    receipt, log = carry_out(
+                    receipt, _ = carry_out(
                         self._tracker,
                         drawn,
                         self._optimizers,
@@ -151,22 +151,29 @@ class NeuronChanger(NeuronWatcher):
                         dry_run=dry_run,
                         verify=verify,
                         notes=notes,
+                        log=log,
                     )
                 if self._ranks is not None:
                     self._ranks.require_same_model(model)
+            if not dry_run:
+                self._note(drawn, receipt, (before, fingerprint(model)), log)
+                self._undo = log
+            return receipt
         except BaseException:
-            if log is not None:
-                log.undo()
+            log.undo()
+            self._undo = last
             raise
-        if log is not None:
-            journal = self.journal
-            epochs = self.history.epochs
-            step = self._clock() if self._clock is not None else None
-            when = When(len(journal) + 1, step, epochs[-1].epoch if epochs else None)
-            journal.add(Entry.of(drawn, receipt, (before, fingerprint(model)), when))
-            log.add(journal.take_back)
-            self._undo = log
-        return receipt
+
+    def _note(
+        self, plan: Plan, receipt: Receipt, fingerprints: tuple[str, str], log: UndoLog
+    ) -> None:
+        journal = self.journal
+        epochs = self.history.epochs
+        step = self._clock() if self._clock is not None else None
+        when = When(len(journal) + 1, step, epochs[-1].epoch if epochs else None)
+        entry = Entry.of(plan, receipt, fingerprints, when)
+        log.add(lambda: journal.take_back(entry))
+        journal.add(entry)
 
     def _change_all(
         self,

@@ -235,11 +235,14 @@ class ActivationTracker:
         layers: Mapping[str, SlotMap],
         tensors: Mapping[str, Mapping[int, SlotMap]],
         why: str,
-    ) -> tuple[list[int], Callable[[], None]]:
+        undo: Callable[[Callable[[], None]], None] = lambda back: None,
+    ) -> list[int]:
         """Move ids and statistics of the current model's layers, and what its consumers were seen to read.
 
+        `undo` is told how to take it all back, before anything is written.
+
         Returns:
-            The ids of new neurons, and how to take it all back.
+            The ids of new neurons.
         """
         entry = self.current
         reads = {
@@ -261,19 +264,24 @@ class ActivationTracker:
                 self.registry.restore(entry.layers[name], ids[name])
             entry.observer.version += 1
 
+        undo(back)
         entry.reads, entry.structure = reads, None
         added: list[int] = []
         for name, slots in layers.items():
             sites[name].neurons, sites[name].windows = slots.size, moved[name]
             added += self.registry.reslot(entry.layers[name], slots, why)
         entry.observer.version += 1
-        return sorted(added), back
+        return sorted(added)
 
-    def resite(self, why: str) -> tuple[list[int], list[int], Callable[[], None]]:
+    def resite(
+        self, why: str, undo: Callable[[Callable[[], None]], None] = lambda back: None
+    ) -> tuple[list[int], list[int]]:
         """Layers of the current model came and went: give ids to the new ones, retire those of the others.
 
+        `undo` is told how to take it all back, before anything is written.
+
         Returns:
-            The new ids, those that left, and how to take it all back.
+            The new ids, and those that left.
         """
         entry = self.current
         observer, model = entry.observer, entry.model()
@@ -302,6 +310,7 @@ class ActivationTracker:
             observer.version += 1
 
         old_structure, old_traced = entry.structure, entry.traced
+        undo(back)
         for name in before:
             self.registry.reslot(entry.layers.pop(name), SlotMap(()), why)
             entry.neuron_map.pop(name, None)
@@ -318,7 +327,7 @@ class ActivationTracker:
             attach_sites(observer, model)
             self._set_taps(entry)
         observer.version += 1
-        return added, removed, back
+        return added, removed
 
     @contextmanager
     def masking(self, mask: Tensor) -> Iterator[None]:

@@ -199,9 +199,10 @@ class Journal:
         """One more change."""
         self.entries.append(entry)
 
-    def take_back(self) -> None:
-        """The last change was undone."""
-        self.entries.pop()
+    def take_back(self, entry: Entry) -> None:
+        """A change was undone, the last one; or it never came to be noted."""
+        if self.entries and self.entries[-1] is entry:
+            self.entries.pop()
 
     def replay(self, model: nn.Module) -> UndoLog:
         """Give a freshly built model the architecture that these changes led to; all or nothing.

@@ -113,7 +113,8 @@ def become(
             if isinstance(module, FreeHeadsAttention) and type(mine) is not type(module):
                 _liberate(mine, log)
         named = dict.fromkeys(a for entry in entries for a in entry.attributes)
-        log.add(adapt(model, {a: _value(twin, a) for a in named if not missing(twin, {a: 0})}))
+        integers = {a: _value(twin, a) for a in named if not missing(twin, {a: 0})}
+        adapt(model, integers, log.add)
 
 
 def described(module: nn.Module) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _change(twin: nn.Module, entry: Entry) -> None:
             raise ValueError(
                 f"{unknown} of {unknown.module or 'the model'} is no integer of its code"
             )
-    adapt(twin, entry.attributes)
+    adapt(twin, entry.attributes, lambda back: None)
     for name, spec in entry.modules.items():
         replace_module(twin, name, _built(twin, name, spec), [], UndoLog())
 

@@ -57,7 +57,7 @@ class Integers:
 
         def number(axis: np.ndarray) -> int:
             if id(axis) not in seen:
-                matrix = _resolved(trace.labels, axis)
+                matrix = resolved(trace.labels, axis)
                 key = (matrix.shape, matrix.tobytes())
                 if key not in numbers:
                     numbers[key] = len(self.axes)
@@ -88,7 +88,7 @@ class Integers:
             for dim, each in enumerate(axes):
                 if each is not None:
                     self.places[name, dim] = each
-        self.places = {p: _resolved(trace.labels, a) for p, a in self.places.items()}
+        self.places = {p: resolved(trace.labels, a) for p, a in self.places.items()}
         self.labels = 1 + max(
             (int(a.max(initial=0)) for a in (*self.axes, *self.places.values())), default=0
         )
@@ -102,15 +102,20 @@ class Integers:
         """
         if not self.facts:
             return {}
-        dead = np.zeros(self.labels, dtype=bool)
-        for group, units in choice:
-            for unit in units:
-                dead[self._labels_of(group.members[unit])] = True
+        dead = self.dead(choice)
         left = [int((~dead[axis].any(axis=1)).sum()) for axis in self.axes]
         moved = {
             i for i, (n, axis) in enumerate(zip(left, self.axes, strict=True)) if n != len(axis)
         }
         return _Solution(self, left, moved).found()
+
+    def dead(self, choice: Choice) -> np.ndarray:
+        """Of each label, whether it dies with these units."""
+        dead = np.zeros(self.labels, dtype=bool)
+        for group, units in choice:
+            for unit in units:
+                dead[self._labels_of(group.members[unit])] = True
+        return dead
 
     def solve_growth(self, group: UnitGroup, unit: int, count: int) -> dict[Attribute, int]:
         """New values of the attributes that have to change when `count` units like this one join.
@@ -276,7 +281,7 @@ def _numbered(expr: Expr, number: object) -> Expr:
     return Rows(np.array(number(expr.axis))) if isinstance(expr, Rows) else expr  # type: ignore[operator]
 
 
-def _resolved(labels: Labels, axis: np.ndarray) -> np.ndarray:
+def resolved(labels: Labels, axis: np.ndarray) -> np.ndarray:
     """Leaf labels of each index, filled up with 0."""
     if (roots := labels.simple(axis)) is not None:
         return roots.astype(np.int32)

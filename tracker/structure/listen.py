@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tracker.structure.axes import Axis
 from tracker.structure.ints import Expr, Rows, Term, TInt, expression, leaves, listeners
-from tracker.structure.trace import Source, Trace, user_frame
+from tracker.structure.trace import CallKey, Source, Trace, user_frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Equation:
 class Listener(TorchFunctionMode):
     """Notes an equation for every integer that a function of torch is called with."""
 
-    def __init__(self, trace: Trace, path: list[str]) -> None:
+    def __init__(self, trace: Trace, path: list[CallKey]) -> None:
         super().__init__()
         self.trace, self.path = trace, path
         self.equations: dict[tuple[object, ...], Equation] = {}
@@ -95,7 +95,7 @@ class Listener(TorchFunctionMode):
     def source(self) -> Source:
         """The line of the model's code that is being run."""
         frame = user_frame(sys._getframe(1))
-        return Source(self.path[-1], frame.f_code.co_filename, frame.f_lineno)
+        return Source(self.path[-1].module, frame.f_code.co_filename, frame.f_lineno)
 
     def add(self, equation: Equation) -> None:
         """Note an equation; what has neither an axis nor a leaf says nothing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,30 +21,29 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
 
 
-def adapt(model: nn.Module, attributes: Mapping[Attribute, int]) -> Callable[[], None]:
+def adapt(
+    model: nn.Module,
+    attributes: Mapping[Attribute, int],
+    undo: Callable[[Callable[[], None]], None],
+) -> None:
     """After a change of its tensors: set the attributes, and what modules of torch keep of their sizes.
 
-    On any error everything is as before.
-
-    Returns:
-        What takes it back.
+    `undo` is told how to take it back, before anything is written.
     """
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    made: list[tuple[nn.Module, type, dict[str, Any]]] = []
 
     def changes() -> list[tuple[nn.Module, type, dict[str, Any]]]:
-        # Only what was changed here goes back: flags and hooks may change in the meantime.
         return [(module, kind, _changed(module, values)) for module, kind, values in before]
 
-    try:
-        for module, *_ in before:
-            _part(module)
-        assign(model, attributes)
-        for module, *_ in before:
-            refit(module)
-    except BaseException:
-        _put_back(changes())
-        raise
-    return functools.partial(_put_back, changes())
+    undo(lambda: _put_back(made or changes()))
+    for module, *_ in before:
+        _part(module)
+    assign(model, attributes)
+    for module, *_ in before:
+        refit(module)
+    # Only what was changed here goes back: flags and hooks may change in the meantime.
+    made += changes()
 
 
 def _changed(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from tracker.structure.integers import Integers, couple
 from tracker.structure.ints import shadow
 from tracker.structure.listen import Listener
 from tracker.structure.rules import apply_rule
+from tracker.structure.stream import Forecast
 from tracker.structure.taps import Tap, find_taps
-from tracker.structure.trace import Trace, record
+from tracker.structure.trace import CallKey, Trace, record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
 
@@ -30,6 +31,7 @@ class Structure:
     operations: int  # seen in the forward pass
     taps: Mapping[str, Tap] = field(default_factory=dict)  # layer → where its neurons are read
     integers: Integers = field(default_factory=Integers, repr=False)  # of the model's own code
+    forecast: Forecast = field(default_factory=Forecast, repr=False)  # sizes after a removal
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
         """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
@@ -96,10 +98,11 @@ def trace_structure(
             )
     trace, integers = _recorded(model, example_inputs)
     groups, frozen = find_groups(trace)
+    forecast = Forecast.of(trace, integers)
     if trial:
-        groups = try_groups(model, example_inputs, groups, integers)
+        groups = try_groups(model, example_inputs, groups, integers, forecast)
     share, taps = coverage(model, groups), find_taps(trace)
-    return Structure(groups, frozen, share, trace.operations, taps, integers)
+    return Structure(groups, frozen, share, trace.operations, taps, integers, forecast)
 
 
 def _recorded(
@@ -108,7 +111,7 @@ def _recorded(
     """The trace of a forward pass in which the model's integers are heard, where the model bears it."""
     heard: list[Listener] = []
 
-    def listen(trace: Trace, path: list[str]) -> Listener:
+    def listen(trace: Trace, path: list[CallKey]) -> Listener:
         heard.append(Listener(trace, path))
         return heard[-1]
 
@@ -116,7 +119,8 @@ def _recorded(
         runs, values = shadow(model)
         trace = record(model, example_inputs, apply_rule, runs=runs, listen=listen)
     except Exception:  # a copy cannot be made, or the code wants plain integers
-        return record(model, example_inputs, apply_rule), Integers()
+        trace = record(model, example_inputs, apply_rule)
+        return trace, Integers.of(trace, {}, [])
     equations = list(heard[0].equations.values())
     couple(trace.labels, equations)
     return trace, Integers.of(trace, values, equations)

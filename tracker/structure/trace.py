@@ -7,12 +7,13 @@ import linecache
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,13 @@ from tracker.structure.axes import Axis, Labels
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # and not torchvision
 _HERE = str(Path(__file__).parent)
+
+
+class CallKey(NamedTuple):
+    """One call of a module: its dotted path, and how many calls of it came before."""
+
+    module: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +138,14 @@ class Trace:
     operations: int = 0
     calls: list[Call] = field(default_factory=list)  # of modules with parameters, in order
     undropped: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    # Of each call of a module its operations: name, and the axes of each tensor of the result.
+    rows: dict[CallKey, list[tuple[str, list[list[Axis] | None]]]] = field(default_factory=dict)
 
-    def called(self, name: str, module: nn.Module, tensor: Tensor) -> None:
+    def called(self, name: str, module: nn.Module, inputs: object) -> None:
         """Note with which input a module is called; what a dropout passes on is rather seen at its door."""
+        tensor = next(tensors_in(inputs), None)
+        if tensor is None:
+            return
         at = Call(name, self.known.get(tensor))
         if isinstance(module, _DropoutNd):
             self.undropped.setdefault(tensor, at)
@@ -164,7 +177,7 @@ class Trace:
         return axes
 
 
-Listen = Callable[[Trace, list[str]], AbstractContextManager[Any]]
+Listen = Callable[[Trace, list[CallKey]], AbstractContextManager[Any]]
 
 
 def record(
@@ -184,33 +197,37 @@ def record(
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     for name, tensor in tensors:
         trace.names.setdefault(id(tensor), name)
-    path: list[str] = [""]
+    path = [CallKey("", 0)]
     runs = model if runs is None else runs
     listener = None if listen is None else listen(trace, path)
     within = _both(listener, _Recorder(trace, path, rule))
-    with _following(trace, runs, path), plain_kernels():
+    with following(runs, path, trace.called), plain_kernels():
         output = forward_once(runs, example_inputs, within=within)
-    for tensor in _tensors(output):
+    for tensor in tensors_in(output):
         for axis in trace.axes(tensor):
             trace.labels.freeze(axis, "it is part of the model's output")
     return trace
 
 
 @contextmanager
-def _following(trace: Trace, runs: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keep in `path` the names of the modules that are being called, the innermost last."""
+def following(
+    model: nn.Module,
+    path: list[CallKey],
+    called: Callable[[str, nn.Module, object], None] = lambda *_: None,
+) -> Iterator[None]:
+    """Keep in `path` the modules that are being called, the innermost last; `called` hears each, with its inputs."""
+    calls: Counter[str] = Counter()
 
     def leave(module: nn.Module, args: object, output: object) -> None:
         path.pop()
 
     handles = []
-    for name, module in runs.named_modules():
+    for name, module in model.named_modules():
 
         def enter(module: nn.Module, args: object, kwargs: object, name: str = name) -> None:
-            path.append(name)
-            first = next(_tensors((args, kwargs)), None)
-            if first is not None:
-                trace.called(name, module, first)
+            path.append(CallKey(name, calls[name]))
+            calls[name] += 1
+            called(name, module, (args, kwargs))
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
@@ -230,7 +247,7 @@ def _both(
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, trace: Trace, path: list[str], rule: Any) -> None:
+    def __init__(self, trace: Trace, path: list[CallKey], rule: Any) -> None:
         super().__init__()
         self.trace, self.path, self.rule = trace, path, rule
 
@@ -242,8 +259,12 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         self.trace.operations += 1
         frame = user_frame(sys._getframe(1))
-        source = Source(self.path[-1], frame.f_code.co_filename, frame.f_lineno)
+        call = self.path[-1]
+        source = Source(call.module, frame.f_code.co_filename, frame.f_lineno)
         self.rule(Op(func, args, kwargs, result, self.trace, source, before))
+        axes = [self.trace.known.get(t) for t in tensors_in(result)]
+        name = func._schema.name.removeprefix("aten::")
+        self.trace.rows.setdefault(call, []).append((name, axes))
         if func.is_view and isinstance(result, Tensor) and args[0] in self.trace.undropped:
             self.trace.undropped[result] = self.trace.undropped[args[0]]
         return result
@@ -307,12 +328,13 @@ def plain_kernels() -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)

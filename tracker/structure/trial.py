@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.errors import StructureError
 from tracker.probe import Arguments, ExampleInputs, arguments, copy_of, forward_once
 from tracker.structure.integers import Choice, Integers, UnsolvableError
 from tracker.structure.ints import Attribute
 from tracker.structure.sizes import adapt, tensors
+from tracker.structure.stream import Forecast, Stream, differing
 from tracker.structure.trace import plain_kernels
 from tracker.structure.units import Place, UnitGroup
 
@@ -39,9 +39,10 @@ def try_groups(
     example_inputs: ExampleInputs | Arguments,
     groups: Sequence[UnitGroup],
     integers: Integers | None = None,
+    forecast: Forecast | None = None,
 ) -> list[UnitGroup]:
     """The groups, those that failed their trial not prunable, with the reason."""
-    integers = integers or Integers()
+    integers, forecast = integers or Integers(), forecast or Forecast()
     groups = [_followed(group, integers) for group in groups]
     if not any(g.prunable for g in groups):
         return list(groups)
@@ -49,12 +50,12 @@ def try_groups(
     inputs = double(arguments(example_inputs))
     failed: dict[str, str] = {}
     with plain_kernels():
-        if not _is_finite(forward_once(bench, inputs)):
+        if not is_finite(forward_once(bench, inputs)):
             why = "the model's output on the example inputs is not finite: nothing can be compared"
             return [replace(g, prunable=False, reason=why) if g.prunable else g for g in groups]
         for exact in (True, False):
             for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
-                _search(bench, inputs, together, integers, failed)
+                _search(bench, inputs, together, integers, forecast, failed)
     return [
         replace(g, prunable=False, reason=failed[g.name]) if g.name in failed else g for g in groups
     ]
@@ -73,11 +74,13 @@ def removed(
                 keep = [i for i in range(kept.shape[dim]) if i not in lost]
                 kept = kept.index_select(dim, torch.tensor(keep))
             _put(model, held[name], kept)
-        back = adapt(model, attributes)
+        backs: list[Callable[[], None]] = []
         try:
+            adapt(model, attributes, backs.append)
             yield
         finally:
-            back()
+            for back in backs:
+                back()
 
 
 @contextmanager
@@ -123,12 +126,13 @@ def _search(
     inputs: Any,
     groups: Sequence[UnitGroup],
     integers: Integers,
+    forecast: Forecast,
     failed: dict[str, str],
 ) -> None:
     """All at once; where that fails, by halves, down to the groups that fail alone."""
     if not groups:
         return
-    why = _trial(model, inputs, groups, integers)
+    why = _trial(model, inputs, groups, integers, forecast)
     if not why:
         return
     if len(groups) == 1:
@@ -136,21 +140,27 @@ def _search(
         return
     half = len(groups) // 2
     before = len(failed)
-    _search(model, inputs, groups[:half], integers, failed)
-    _search(model, inputs, groups[half:], integers, failed)
+    _search(model, inputs, groups[:half], integers, forecast, failed)
+    _search(model, inputs, groups[half:], integers, forecast, failed)
     if len(failed) == before:  # each half is fine by itself: what they share cannot be told
         for group in groups:
             failed[group.name] = f"it cannot go together with others: {why}"
 
 
-def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup], integers: Integers) -> str:
+def _trial(
+    model: nn.Module,
+    inputs: Any,
+    groups: Sequence[UnitGroup],
+    integers: Integers,
+    forecast: Forecast,
+) -> str:
     """Why these groups cannot be removed, or ""."""
     generator = torch.Generator().manual_seed(0)
     choice = [(g, _some(g, generator)) for g in groups]
     try:
         with removed(model, choice, integers.solve(choice)):
-            numbers = _Numbers()
-            found = forward_once(model, inputs, within=numbers)
+            after = Stream(model)
+            found = forward_once(model, inputs, within=after)
     except UnsolvableError as error:
         return f"the model's code does not follow a removal: {error}"
     except StructureError as error:
@@ -158,10 +168,10 @@ def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup], integers:
     except Exception as error:
         return f"it could not be removed from a copy: {type(error).__name__}: {error}"
     if not groups[0].exact:  # nothing to compare with: others see the removal, too
-        before = _Numbers()
+        before = Stream(model)
         if _shapes(found) != _shapes(forward_once(model, inputs, within=before)):
             return "the output changes its shape"
-        return before.changed(numbers)
+        return differing(before, after, forecast, choice, same=False)
     difference = difference_from_mask(model, inputs, choice, found)
     if difference <= TOLERANCE:
         return ""
@@ -171,38 +181,23 @@ def _trial(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup], integers:
     )
 
 
-class _Numbers(TorchDispatchMode):
-    """Floats of the model's code that operations are called with: a scale that changes shows here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Any, list[float]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.seen.append((func, [a for a in args if type(a) is float]))
-        return func(*args, **(kwargs or {}))
-
-    def changed(self, other: _Numbers) -> str:
-        """What differs, as a reason; nothing can be told where the operations are not the same."""
-        if [func for func, _ in self.seen] != [func for func, _ in other.seen]:
-            return ""
-        for (func, mine), (_, theirs) in zip(self.seen, other.seen, strict=True):
-            if mine != theirs:
-                return f"a number in the model's code is made from theirs: {func} with {mine}, then with {theirs}"
-        return ""
-
-
 def difference_from_mask(
-    model: nn.Module, inputs: Arguments, choice: Choice, found: object
+    model: nn.Module,
+    inputs: Arguments,
+    choice: Choice,
+    found: object,
+    within: AbstractContextManager[object] | None = None,
 ) -> float:
-    """How far an output is from the masked model's, relative to the largest value."""
+    """How far an output is from the masked model's, whose first run is `within` a context.
+
+    Relative to the largest value.
+    """
     difference = float("inf")
     for roles in MASKS:
         if difference > TOLERANCE:
             with masked(model, choice, roles):
-                expected = forward_once(model, inputs)
+                expected = forward_once(model, inputs, within)
+                within = None
             difference = min(difference, relative_difference(found, expected))
     return difference
 
@@ -222,7 +217,8 @@ def relative_difference(found: object, expected: object) -> float:
     return worst
 
 
-def _is_finite(output: object) -> bool:
+def is_finite(output: object) -> bool:
+    """Whether all values of an output are."""
     return all(bool(t.isfinite().all()) for t in _outputs(output) if t.is_floating_point())
 
 
@@ -309,6 +305,21 @@ def double(inputs: Arguments) -> Arguments:
         return {k: cast(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     return Arguments(cast(inputs.args), cast(inputs.kwargs))
+
+
+def shuffled(inputs: Arguments) -> Arguments:
+    """Fresh inputs of the same shapes and the same values, in another order: valid tokens stay valid."""
+    generator = torch.Generator().manual_seed(0)
+
+    def mix(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+            return value.flatten()[order].view(value.shape)
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(mix, value))
+        return {k: mix(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return Arguments(mix(inputs.args), mix(inputs.kwargs))
 
 
 def _outputs(value: object) -> list[Tensor]:

@@ -56,6 +56,7 @@ def apply(
     optimizers: Sequence[Optimizer],
     *,
     keep: bool = False,
+    log: UndoLog | None = None,
 ) -> tuple[UndoLog, list[str]]:
     """Carry out `plan` on the model and its followers; on any error everything is as it was.
 
@@ -67,6 +68,7 @@ def apply(
         models: The model and its followers.
         optimizers: Those that hold parameters of the models.
         keep: The first model gets the plan's own modules, all others copies of them.
+        log: Where to note how to undo it; a new one, where there is none yet.
 
     Returns:
         How to undo it, and what could not be moved and was reset.
@@ -74,13 +76,13 @@ def apply(
     notes: list[str] = []
     with writable():
         swaps = [swap for model in models for swap in _swaps(plan, model, optimizers, notes)]
-    log = UndoLog()
+    log = UndoLog() if log is None else log
     try:
         with writable():
             for swap in swaps:
                 swap(log)
             for number, model in enumerate(models):
-                log.add(adapt(model, plan.attributes))
+                adapt(model, plan.attributes, log.add)
                 for name, module in plan.modules.items():
                     own = module if number == 0 and keep else _copied(module, model)
                     replace_module(model, name, own, optimizers, log)

@@ -83,6 +83,12 @@ class Plan:
         return weights | {m.bias for m in self.mixes if m.bias is not None and bool(m.shift.any())}
 
     @property
+    def only_removes(self) -> bool:
+        """Whether units go and nothing comes in their place."""
+        slots = (s for dims in self.tensors.values() for s in dims.values())
+        return bool(self.choice) and not self.modules and all(None not in s.source for s in slots)
+
+    @property
     def units(self) -> dict[str, list[int]]:
         """Group name → units that go."""
         return {group.name: list(units) for group, units in self.choice}

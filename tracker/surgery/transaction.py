@@ -10,14 +10,18 @@ from torch import nn
 
 from tracker.errors import StructureError, SurgeryError, VerificationError
 from tracker.probe import Arguments, arguments, copy_of, forward_once
+from tracker.structure.stream import Forecast, Stream, differing
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trial import (
     TOLERANCE,
     difference_from_mask,
     double,
+    is_finite,
     relative_difference,
+    shuffled,
     vivid,
 )
+from tracker.structure.twins import liberate
 from tracker.surgery.apply import apply, require
 from tracker.surgery.flops import flops
 from tracker.surgery.optimizers import unwrapped
@@ -41,8 +45,11 @@ def carry_out(
     verify: bool = True,
     notes: Sequence[str] = (),
     skipped: Sequence[str] = (),
+    log: UndoLog | None = None,
 ) -> tuple[Receipt, UndoLog | None]:
     """Carry out a plan on the current model, its optimizers and its followers.
+
+    How to take it back is noted in `log`: whoever passes one can do so even where this returns nothing any more.
 
     Raises:
         SurgeryError: Refused; nothing was touched.
@@ -56,7 +63,13 @@ def carry_out(
     assert observer.inputs is not None  # the structure was traced with them
     inputs = arguments(Arguments(*observer.inputs))
     with observer.paused():
-        promise, difference = _promised(plan, model, inputs) if verify else (plan.promise, None)
+        promise, difference = (
+            _promised(
+                plan, model, inputs, tracker.structure().forecast if plan.only_removes else None
+            )
+            if verify
+            else (plan.promise, None)
+        )
         bench = copy_of(model)
         before, (_, flops_before) = count(model), flops(model, inputs)
         apply(plan, [bench], [])
@@ -79,25 +92,23 @@ def carry_out(
         del bench
         if dry_run:
             return receipt, None
-        log, lost = apply(plan, [model, *copies], unwrapped(optimizers), keep=True)
+        log = UndoLog() if log is None else log
         try:
+            _, lost = apply(plan, [model, *copies], unwrapped(optimizers), keep=True, log=log)
             why = f"removed by {plan.operation}"
             why += f" (group {', '.join(plan.units)})" if plan.units else ""
-            added, back = tracker.reslot(plan.layers, plan.tensors, why)
-            log.add(back)
-            receipt.added_ids.extend(added)
+            receipt.added_ids.extend(tracker.reslot(plan.layers, plan.tensors, why, log.add))
             if plan.modules:
-                added, removed, back = tracker.resite(why)
-                log.add(back)
+                added, removed = tracker.resite(why, log.add)
                 receipt.added_ids.extend(added)
                 receipt.removed_ids.extend(removed)
             if verify:
                 _as_expected(model, inputs, expected)
+            receipt.notes.extend(dict.fromkeys(lost))
+            return receipt, log
         except BaseException:
             log.undo()
             raise
-    receipt.notes.extend(dict.fromkeys(lost))
-    return receipt, log
 
 
 def refuse_inside_a_pass(tracker: ActivationTracker) -> None:
@@ -136,7 +147,9 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _promised(plan: Plan, model: nn.Module, inputs: Arguments) -> tuple[str, float | None]:
+def _promised(
+    plan: Plan, model: nn.Module, inputs: Arguments, forecast: Forecast | None
+) -> tuple[str, float | None]:
     """What holds of a changed copy in float64, and how far its output is from what was promised.
 
     "exact" of a plan is what the observations say; if the example inputs say otherwise, the answer is "changed".
@@ -145,32 +158,31 @@ def _promised(plan: Plan, model: nn.Module, inputs: Arguments) -> tuple[str, flo
     original = copy_of(model).double()
     if masked:  # whatever the values: constant norms could hide an error
         vivid(original)
+    for module in original.modules() if forecast is not None else ():
+        liberate(module)  # as the changed copy's attention may be: operations are compared
     exact = double(inputs)
     bench = copy_of(original)
+    before, after = Stream(original), Stream(bench)
     try:
         apply(plan, [bench], [])
         with plain_kernels():
-            found = forward_once(bench, exact)
+            found = forward_once(bench, exact, within=after)
     except Exception as error:
         raise VerificationError(
             f"Refused: a changed copy of the model does not run ({error.__cause__ or error}). Nothing was touched."
         ) from error
-    if not masked:
-        with plain_kernels():
-            difference = relative_difference(found, forward_once(original, exact))
-        if difference == float("inf"):
-            raise VerificationError(
-                "Refused: the output of a changed copy has another shape, or is not finite. Nothing was touched."
-            )
-        promise = "exact" if plan.promise == "exact" and difference <= EXACT else "changed"
-        if plan.promise == "exact" and promise != "exact" and plan.operation in PRESERVING:
-            raise VerificationError(
-                f"Refused: {plan.operation} must preserve the function, and a changed copy differs by "
-                f"{difference:.1e}. Nothing was touched."
-            )
-        return promise, difference
     with plain_kernels():
-        difference = difference_from_mask(original, exact, plan.choice, found)
+        if masked:
+            difference = difference_from_mask(original, exact, plan.choice, found, before)
+        else:
+            difference = relative_difference(found, forward_once(original, exact, before))
+    if forecast is not None:
+        same = masked and difference <= TOLERANCE
+        _same_operations(differing(before, after, forecast, plan.choice, same=same))
+    if not masked:
+        return _kept(plan, difference)
+    if difference <= TOLERANCE:
+        difference = max(difference, _difference_on_others(original, bench, exact, plan))
     if difference > TOLERANCE:
         raise VerificationError(
             f"Refused: without the units the output differs from the masked model's by {difference:.1e}, and "
@@ -178,6 +190,47 @@ def _promised(plan: Plan, model: nn.Module, inputs: Arguments) -> tuple[str, flo
             "touched."
         )
     return "masked", difference
+
+
+def _same_operations(why: str) -> None:
+    if why:
+        raise VerificationError(
+            f"Refused: without the units the model's operations are not those of before: {why}. Nothing was touched."
+        )
+
+
+def _kept(plan: Plan, difference: float) -> tuple[str, float]:
+    """The promise that holds of a change that masks nothing, by how far its output is from the original's."""
+    if difference == float("inf"):
+        raise VerificationError(
+            "Refused: the output of a changed copy has another shape, or is not finite. Nothing was touched."
+        )
+    promise = "exact" if plan.promise == "exact" and difference <= EXACT else "changed"
+    if plan.promise == "exact" and promise != "exact" and plan.operation in PRESERVING:
+        raise VerificationError(
+            f"Refused: {plan.operation} must preserve the function, and a changed copy differs by "
+            f"{difference:.1e}. Nothing was touched."
+        )
+    return promise, difference
+
+
+def _difference_on_others(
+    original: nn.Module, bench: nn.Module, inputs: Arguments, plan: Plan
+) -> float:
+    """How far a changed copy is from the masked original on other inputs than the example, if these can be run."""
+    others = shuffled(inputs)
+    with plain_kernels():
+        try:
+            whole = forward_once(original, others)
+        except StructureError:  # not any values will do
+            return 0.0
+        if not is_finite(whole):
+            return 0.0
+        try:
+            found = forward_once(bench, others)
+        except StructureError:
+            return float("inf")
+        return difference_from_mask(original, others, plan.choice, found)
 
 
 PRESERVING = ("expand_layer", "insert_layer")

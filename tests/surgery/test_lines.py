@@ -1,0 +1,124 @@
+"""A fault at every line that a change runs: nothing is torn, whatever came before.
+
+Each hundredth line or so by default, all of them with TRACKER_LONG=1 (`make long`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tracker
+from tests.surgery.bits import everything
+from tests.surgery.test_removal import FaultError, X, convnet, equal
+from tracker import NeuronEngine, TrackerError
+
+ROOT = Path(tracker.__file__).parent
+# What a change runs through on the model itself, its optimizer and its statistics.
+ROOMS = (
+    "surgery", "structure/sizes.py", "structure/ints.py", "structure/twins.py", "journal", "surgeon.py",
+    "tracker.py", "identity.py", "slotmap.py", "statistics",
+)  # fmt: skip
+STRIDE = int(os.environ.get("TRACKER_LONG") or 101)
+
+
+class Lines:
+    """Raises at the k-th line that is run in one of the rooms; 0 only counts."""
+
+    def __init__(self, k: int) -> None:
+        self.k, self.seen = k, 0
+        self.at = ""
+        self._ours: dict[str, bool] = {}
+
+    def enter(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        file = frame.f_code.co_filename
+        if file not in self._ours:
+            self._ours[file] = file.startswith(tuple(str(ROOT / room) for room in ROOMS))
+        return self.line if self._ours[file] else None
+
+    def line(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.k:
+                self.at = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise FaultError
+        return self.line
+
+
+@contextmanager
+def traced(lines: Lines) -> Iterator[Lines]:
+    before = sys.gettrace()
+    sys.settrace(lines.enter)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer, NeuronEngine, nn.Module]:
+    model = convnet()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    follower = torch.optim.swa_utils.AveragedModel(model)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", X)
+    engine.attach_optimizer(optimizer)
+    engine.attach_follower(follower)
+    engine.start_tracking(enable_correlation_analysis=True)
+    for _ in range(2):
+        model(X).square().mean().backward()
+        optimizer.step()
+    return model, optimizer, engine, follower
+
+
+CHANGES: dict[str, Callable[[NeuronEngine], Any]] = {
+    "prune": lambda engine: engine.prune_units({"0": [0, 2], "4": [1]}),
+    "prune without a trial": lambda engine: engine.prune_units(
+        {"0": [0, 2], "4": [1]}, verify=False
+    ),
+    "expand": lambda engine: engine.expand_layer("4", 2),
+    "insert": lambda engine: engine.insert_layer("4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_fault_at_any_line_leaves_everything_as_it_was(name: str) -> None:
+    """Model, gradients, optimizer, follower, statistics, ids and journal, bit for bit."""
+    model, optimizer, engine, follower = trained()
+    _ = engine.structure
+
+    def state() -> list[Any]:
+        seen = [engine.get_dataset_statistics(), engine.find_redundant_neurons(0.0)]
+        return [
+            everything(model, optimizer, engine),
+            follower.state_dict(),
+            seen,
+            len(engine.journal),
+        ]
+
+    with traced(Lines(0)) as all_lines:
+        CHANGES[name](engine)
+    engine.undo()
+    held, points = state(), 0
+    for k in range(1, all_lines.seen + 1, STRIDE):
+        _ = engine.structure
+        lines = Lines(k)
+        try:
+            with traced(lines):
+                CHANGES[name](engine)
+            engine.undo()  # it came where a failure does no harm
+        except (FaultError, TrackerError):
+            pass
+        points += lines.seen >= k
+        assert equal(state(), held), f"torn at line {k}, {lines.at}"
+    print(f"{name}: {points} injection points of {all_lines.seen} lines, nothing torn")
+    assert points > 30
