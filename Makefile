@@ -17,11 +17,12 @@ RUN := $(VENV)/bin/python
 TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test check bench coverage clean
+.PHONY: help demo test long check bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
+	@echo "make long    10,000 removals, and a fault at every line of a change; an hour or more"
 	@echo "make check   format, lint, types, pytest: before each commit"
 	@echo "make bench   what tracking costs"
 	@echo "make coverage  a few known models cut, compared, trained; minutes"
@@ -65,6 +66,11 @@ test: $(VENV)/installed-dev
 	  $(TEST_RUN) $$script || { echo "make test: $$script failed" >&2; exit 1; }; \
 	done
 	@echo "make test: all passed"
+
+# TRACKER_LONG=n: every n-th of them.
+long: $(VENV)/installed-dev
+	@echo "Test: removals by the thousand, faults line by line"
+	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_lines.py
 
 check: $(VENV)/installed-dev
 	@echo "Check: format"

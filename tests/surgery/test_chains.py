@@ -1,6 +1,14 @@
-"""Laws over random networks and random chains of removals, training steps and undos."""
+"""Laws over random networks and random chains of removals, training steps and undos.
+
+300 chains by default; with TRACKER_LONG=1 (`make long`) 10,000 removals.
+"""
 
 from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +19,9 @@ from torch import Tensor, nn
 from tests.structure.oracle_masks import masked_copy, relative_difference
 from tracker import NeuronEngine
 
+# TRACKER_LONG=1 is all of them, n every n-th.
+REMOVALS = 10_000 // int(os.environ["TRACKER_LONG"]) if os.environ.get("TRACKER_LONG") else 0
+Pick = Callable[[Sequence[Any]], Any]
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 
 
@@ -38,37 +49,36 @@ class Branches(nn.Module):
         return self.out(torch.cat((self.a(x), left * torch.sigmoid(right)), -1))
 
 
-@st.composite
-def networks(draw: st.DrawFn) -> nn.Sequential:
-    """Two to five blocks between a stem and a head."""
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    width = draw(st.integers(3, 8))
+def network(pick: Pick) -> nn.Sequential:
+    """One to four blocks between a stem and a head."""
+    torch.manual_seed(pick(range(1001)))
+    width = pick(range(3, 9))
     blocks: list[nn.Module] = [nn.Linear(5, width)]
-    for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["linear", "residual", "branches", "norm"]))
+    for _ in range(pick(range(1, 5))):
+        kind = pick(["linear", "residual", "branches", "norm"])
         if kind == "linear":
-            new = draw(st.integers(3, 8))
-            blocks += [nn.Linear(width, new), draw(st.sampled_from(ACTIVATIONS))()]
+            new = pick(range(3, 9))
+            blocks += [nn.Linear(width, new), pick(ACTIVATIONS)()]
             width = new
         elif kind == "norm":
             blocks.append(nn.BatchNorm1d(width))
         else:
-            blocks.append(
-                (Residual if kind == "residual" else Branches)(width, draw(st.integers(2, 6)))
-            )
+            blocks.append((Residual if kind == "residual" else Branches)(width, pick(range(2, 7))))
     return nn.Sequential(*blocks, nn.Linear(width, 2))
 
 
-@pytest.mark.slow
-@given(
-    model=networks(),
-    actions=st.lists(st.sampled_from(["prune", "train", "undo"]), min_size=3, max_size=8),
-    data=st.data(),
-)
-@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
-def test_random_chains(model: nn.Sequential, actions: list[str], data: st.DataObject) -> None:
-    """Each removal equals the masked model; each undo gives back the bits; training goes on in between."""
-    model = model.double()
+def some(size: int, pick: Pick) -> list[int]:
+    """Some of the units of a group, never all."""
+    rest = list(range(size))
+    return sorted(rest.pop(pick(range(len(rest)))) for _ in range(pick(range(1, size))))
+
+
+def chain(pick: Pick) -> int:
+    """Each removal equals the masked model; each undo gives back the bits; training goes on in between.
+
+    Returns how many removals there were.
+    """
+    model = network(pick).double()
     x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     engine = NeuronEngine()
@@ -76,7 +86,9 @@ def test_random_chains(model: nn.Sequential, actions: list[str], data: st.DataOb
     engine.attach_optimizer(optimizer)
     engine.start_tracking()
     before: dict[str, Tensor] | None = None
-    for action in actions:
+    removals = 0
+    for _ in range(pick(range(3, 9))):
+        action = pick(["prune", "train", "undo"])
         groups = [g for g in engine.structure.groups if g.prunable]
         if action == "train":
             model.train()(x).square().mean().backward()
@@ -88,22 +100,48 @@ def test_random_chains(model: nn.Sequential, actions: list[str], data: st.DataOb
             assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
             before = None
         elif action == "prune" and groups:
-            group = data.draw(st.sampled_from(groups))
-            units = data.draw(
-                st.sets(st.integers(0, group.size - 1), min_size=1, max_size=group.size - 1)
-            )
+            group = pick(groups)
+            units = some(group.size, pick)
             before = {k: v.clone() for k, v in model.state_dict().items()}
             model.eval()
             with torch.no_grad():
-                expected = masked_copy(model, group, sorted(units))(x)
-                engine.prune_units({group.name: sorted(units)})
+                expected = masked_copy(model, group, units)(x)
+                engine.prune_units({group.name: units})
                 assert relative_difference(model(x), expected) < 1e-9
-        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        assert all(id(p) in held for p in model.parameters())
-        for p in model.parameters():
-            for value in optimizer.state.get(p, {}).values():
-                assert not isinstance(value, Tensor) or value.ndim == 0 or value.shape == p.shape
-        sizes = engine.get_summary()["layers"]
-        assert {k: len(v) for k, v in neuron_map.items()} == sizes
-        for name, ids in neuron_map.items():
-            assert len(model.get_submodule(name).bias) == len(ids) == len(set(ids))
+            removals += 1
+        holds(model, optimizer, engine, neuron_map)
+    return removals
+
+
+def holds(
+    model: nn.Sequential,
+    optimizer: torch.optim.Optimizer,
+    engine: NeuronEngine,
+    neuron_map: dict[str, list[int]],
+) -> None:
+    """Optimizer, statistics and ids are of the model as it is now."""
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert all(id(p) in held for p in model.parameters())
+    for p in model.parameters():
+        for value in optimizer.state.get(p, {}).values():
+            assert not isinstance(value, Tensor) or value.ndim == 0 or value.shape == p.shape
+    sizes = engine.get_summary()["layers"]
+    assert {k: len(v) for k, v in neuron_map.items()} == sizes
+    for name, ids in neuron_map.items():
+        assert len(model.get_submodule(name).bias) == len(ids) == len(set(ids))
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+def test_random_chains(data: st.DataObject) -> None:
+    chain(lambda options: data.draw(st.sampled_from(options)))
+
+
+@pytest.mark.skipif(not REMOVALS, reason="make long")
+def test_ten_thousand_removals() -> None:
+    rng, chains, removals = random.Random(0), 0, 0
+    while removals < REMOVALS:
+        removals += chain(rng.choice)
+        chains += 1
+    print(f"{removals} removals in {chains} chains, each equal to the masked model")
