@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,12 +16,16 @@ from tracker.probe import Arguments, ExampleInputs
 from tracker.structure.integers import Integers, couple
 from tracker.structure.ints import shadow
 from tracker.structure.listen import Listener
+from tracker.structure.picture import draw
 from tracker.structure.rules import apply_rule
 from tracker.structure.stream import Forecast
 from tracker.structure.taps import Tap, find_taps
 from tracker.structure.trace import CallKey, Trace, record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,22 @@ class Structure:
                 return group
         names = ", ".join(g.name for g in self.groups[:8])
         raise KeyError(f"There is no group {name!r}. Groups: {names}.")
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """A picture of the groups, for small models; written to `path`, if there is one.
+
+        Layers from left to right; a ribbon for each group, past what makes, carries and reads it. What cannot go is
+        grey.
+
+        Raises:
+            StructureError: The model has too many layers for a picture.
+        """
+        sizes = {place: len(axis) for place, axis in self.integers.places.items()}
+        fig = draw(self.groups, self.frozen, sizes)
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            fig.savefig(path)
+        return fig
 
     def __str__(self) -> str:
         """A table for people."""
