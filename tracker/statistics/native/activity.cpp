@@ -19,6 +19,7 @@ INLINE F larger(F a, F b) { return a > b ? a : b; }
 const int PANEL = 64;     // columns that are reduced together
 const int CHUNK = 64;     // rows that fp32 adds up; with a panel of fp32 they are 16 KiB
 const int AHEAD = 16;     // rows fetched early: hardware does not follow steps of a page
+const int EARLY = 1024;   // values of maps fetched early: they lie far apart
 const int RUN = 4096;     // values of one map that fp32 adds up, in 2 * WIDTH lanes
 const int SHORT_MAP = 32; // maps of fewer positions are reduced as columns and folded
 const double LARGEST = __DBL_MAX__;
@@ -181,11 +182,15 @@ Run sweep_run(const T* x, int64_t stride, int maps, int size, float shift, float
     const int REST = RUN / SHORT_MAP * WIDTH;
     T rest[REST];
     int free = REST;
+    const int64_t ahead = (size < EARLY ? EARLY / size : 1) * stride;
     for (int m = 0; m < maps; ++m, x += stride) {
         int i = 0;
         for (; i + N * WIDTH <= size; i += N * WIDTH)
 #pragma GCC unroll 4
-            for (int v = 0; v < N; ++v) add(x + i + v * WIDTH, v);
+            for (int v = 0; v < N; ++v) {
+                if (v * WIDTH * sizeof(T) % 64 == 0) __builtin_prefetch(x + ahead + i + v * WIDTH);
+                add(x + i + v * WIDTH, v);
+            }
         if (i + WIDTH <= size) add(x + i, 0), i += WIDTH;
         // The last vector of the map is laid before what is there; all but its last values are overwritten next.
         memcpy(rest + free - WIDTH, x + size - WIDTH, sizeof(T) * WIDTH);

@@ -108,6 +108,7 @@ void stage_maps(const T* x, int64_t inner, int64_t positions, int count, const f
             float* column = to + from * COLUMNS + j;
             int i = 0;
             for (; i + WIDTH <= n; i += WIDTH) {
+                __builtin_prefetch(map + STEP + i);
                 F d = load(map + i) - all(high[j]) - all(low[j]);
 #pragma GCC unroll 16
                 for (int k = 0; k < WIDTH; ++k) column[(i + k) * COLUMNS] = d[k];
