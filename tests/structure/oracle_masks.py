@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tests.zoo import blocks_left
+from tests.zoo_dense import blocks_left
 
 NORMS = (nn.modules.batchnorm._NormBase,)
 CONVS = (nn.modules.conv._ConvNd,)

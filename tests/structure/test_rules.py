@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle_masks import masked_copy, randomise, relative_difference, run
 from torch import Tensor, nn
 
+from tests.structure.oracle_masks import masked_copy, randomise, relative_difference, run
 from tracker import NeuronEngine
 from tracker.structure import trace_structure
 from tracker.structure.axes import Labels

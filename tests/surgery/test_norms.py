@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.structure.oracle_masks import masked_copy, no_fast_path, randomise, relative_difference
-from tests.zoo import ZOO, Between, EinsumMoE
+from tests.zoo import ZOO
+from tests.zoo_dense import Between, EinsumMoE
 from tracker import NeuronEngine
 
 

@@ -1,0 +1,113 @@
+"""Attention of torch, whose one width is two: it loses heads, and its twin gives what it gives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.structure.models import (
+    B,
+    C,
+    H,
+    T,
+    Torchs,
+    encoder,
+    engine_of,
+    groups_of,
+    prune_each,
+    tokens,
+)
+from tests.structure.oracle_masks import no_fast_path, randomise, relative_difference
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": False}, {"bias": False}, {"kdim": C, "vdim": C}], ids=str
+)
+def test_attention_of_torch_loses_heads(options: dict[str, Any]) -> None:
+    found = prune_each(lambda: Torchs(**options), tokens())
+    assert any(size == H for size in found.values())
+
+
+def test_separate_projections_of_torchs_attention() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = nn.Linear(C, 7)
+            self.attention = nn.MultiheadAttention(C, H, kdim=7, vdim=7, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            m = self.memory(x)
+            return self.attention(x, m, m, need_weights=False)[0]
+
+    found = prune_each(Cross, tokens())
+    assert any(size == H for size in found.values())
+    assert 7 in found.values()
+
+
+def test_encoder_layers_of_torch() -> None:
+    found = prune_each(encoder, tokens())
+    assert sum(size == H for size in found.values()) == 2
+
+
+def test_the_fused_encoder_is_not_taken_and_training_goes_on() -> None:
+    model = encoder()
+    engine = engine_of(model, tokens())
+    heads = next(g for g in groups_of(engine) if g.size == H)
+    names = list(model.state_dict())
+    engine.prune_units({heads.name: [1]})
+    assert list(model.state_dict()) == names
+    with torch.no_grad():
+        fast = model(tokens())  # eval mode, no gradients: torch would take its fused layer
+    assert relative_difference(fast, model(tokens()).detach()) < 1e-5
+    model.train()(tokens()).square().mean().backward()
+    again = pickle.loads(pickle.dumps(model[0].layers[0].self_attn))
+    assert again.num_heads == H - 1
+    engine.undo()
+    assert type(model[0].layers[0].self_attn) is nn.MultiheadAttention
+
+
+def test_padding_after_a_removal_in_a_later_layer() -> None:
+    model = encoder()
+    engine = engine_of(model, tokens())
+    heads = [g for g in groups_of(engine) if g.size == H]
+    engine.prune_units({heads[1].name: [1]})
+    padding = torch.zeros(B, T, dtype=torch.bool)
+    padding[0, 3:] = True
+    with torch.no_grad():  # nested tensors, if torch had its way
+        fast = model[0](tokens(), src_key_padding_mask=padding)
+        with no_fast_path():
+            slow = model[0](tokens(), src_key_padding_mask=padding)
+    assert torch.allclose(fast[~padding], slow[~padding], atol=1e-6)
+    engine.undo()
+    assert model[0].use_nested_tensor
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_twin_gives_what_torch_gives(need_weights: bool, masked: bool, batched: bool) -> None:
+    from tracker.structure.twins import liberate
+
+    theirs = nn.MultiheadAttention(C, H, batch_first=True).double().eval()
+    randomise(theirs, 0)
+    ours = copy.deepcopy(theirs)
+    liberate(ours)
+    x = tokens().double() if batched else tokens().double()[0]
+    padding = torch.zeros(x.shape[:-1], dtype=torch.bool)
+    padding[..., 4] = True
+    mask = torch.ones(T, T, dtype=torch.bool).triu(1)
+    for options in (
+        {"attn_mask": mask, "key_padding_mask": padding} if masked else {},
+        {"attn_mask": mask, "is_causal": masked},
+        {"average_attn_weights": False},
+    ):
+        a = theirs(x, x, x, need_weights=need_weights, **options)
+        b = ours(x, x, x, need_weights=need_weights, **options)
+        assert torch.allclose(a[0], b[0])
+        assert (a[1] is None) == (b[1] is None)
+        assert a[1] is None or torch.allclose(a[1], b[1])
