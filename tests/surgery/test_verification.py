@@ -140,3 +140,13 @@ def test_other_inputs_than_the_example_are_compared(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(transaction, "apply", wrong)
     with pytest.raises(VerificationError, match="differs from the masked model's"):
         engine.prune_units({group.name: [3]})
+
+
+def test_a_head_of_zeros_hides_nothing_from_the_trial() -> None:
+    """As torchvision's vision transformer is built: any output is zero, and any removal would look right."""
+    model = Wide()
+    with torch.no_grad():
+        model.out.weight.zero_()
+    structure = trace_structure(model, torch.randn(4, 5))
+    assert "differs from the masked model's" in structure["first"].reason
+    assert not model.out.weight.any()

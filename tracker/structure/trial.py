@@ -67,13 +67,13 @@ def removed(
 ) -> Iterator[None]:
     """Inside, `model` (a copy of the user's) is without these units; afterwards it is as before."""
     with _kept(model):
-        held = tensors(model)
+        held, owners = tensors(model), _owners(model)
         for name, places in _by_tensor(choice).items():
             kept = held[name].detach()
             for dim, lost in places.items():
                 keep = [i for i in range(kept.shape[dim]) if i not in lost]
-                kept = kept.index_select(dim, torch.tensor(keep))
-            _put(model, held[name], kept)
+                kept = kept.index_select(dim, torch.tensor(keep, device=kept.device))
+            _put(owners, held[name], kept)
         backs: list[Callable[[], None]] = []
         try:
             adapt(model, attributes, backs.append)
@@ -87,15 +87,16 @@ def removed(
 def masked(model: nn.Module, choice: Choice, roles: Collection[str]) -> Iterator[None]:
     """Inside, the slices of these units with one of these roles are zero; afterwards `model` is as before."""
     with _kept(model):
-        held = tensors(model)
+        held, owners = tensors(model), _owners(model)
         blank: dict[str, Tensor] = {}
         for group, units in choice:
             for part in group.all_slices(units):
                 if part.role in roles:
                     value = blank.setdefault(part.tensor, held[part.tensor].detach().clone())
-                    value.index_fill_(part.dim, torch.tensor(part.indices), 0)
+                    gone = torch.tensor(part.indices, device=value.device)
+                    value.index_fill_(part.dim, gone, 0)
         for name, value in blank.items():
-            _put(model, held[name], value)
+            _put(owners, held[name], value)
         yield
 
 
@@ -239,17 +240,22 @@ def _by_tensor(choice: Choice) -> Mapping[str, dict[int, set[int]]]:
 
 
 def _apart(groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
-    """Groups that lie in the same places (heads and head dimensions) are not tried together."""
-    rounds: list[tuple[set[Place], list[UnitGroup]]] = []
+    """Groups that lie at the same indices (heads and head dimensions) are not tried together."""
+    rounds: list[tuple[dict[Place, set[int]], list[UnitGroup]]] = []
     for group in groups:
-        places = set(group.roles)
-        for taken, members in rounds:
-            if taken.isdisjoint(places):
-                taken |= places
-                members.append(group)
-                break
-        else:
-            rounds.append((places, [group]))
+        lying = {place: {i for unit in group.members for i in unit[place]} for place in group.roles}
+        free = (
+            room
+            for room in rounds
+            if all(lies.isdisjoint(room[0].get(place, ())) for place, lies in lying.items())
+        )
+        room = next(free, None)
+        if room is None:
+            rounds.append(room := ({}, []))
+        taken, members = room
+        members.append(group)
+        for place, indices in lying.items():
+            taken.setdefault(place, set()).update(indices)
     return [members for _, members in rounds]
 
 
@@ -269,14 +275,27 @@ def _kept(model: nn.Module) -> Iterator[None]:
                 table.update(before)  # type: ignore[arg-type]
 
 
-def _put(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """`new` in place of `old`, for every owner: ties stay ties."""
-    parameter = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else None
+Owners = dict[int, list[tuple[dict[str, Any], str]]]
+
+
+def _owners(model: nn.Module) -> Owners:
+    """Of each parameter and buffer (by id) the tables that hold it, and under which key: ties stay ties."""
+    found: Owners = {}
     for module in model.modules():
-        for key in [k for k, v in module._parameters.items() if v is old]:
-            module._parameters[key] = parameter
-        for key in [k for k, v in module._buffers.items() if v is old]:
-            module._buffers[key] = new
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((table, key))
+    return found
+
+
+def _put(owners: Owners, old: Tensor, new: Tensor) -> None:
+    """`new` in place of `old`, for every owner."""
+    value: Tensor = new
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(new, requires_grad=False)
+    for table, key in owners[id(old)]:
+        table[key] = value
 
 
 def _shapes(value: object) -> list[torch.Size]:
@@ -284,12 +303,18 @@ def _shapes(value: object) -> list[torch.Size]:
 
 
 def vivid(model: nn.Module) -> nn.Module:
-    """Constant vectors (norms' ones and zeros) would hide a wrong removal: make them random."""
+    """Constant vectors (norms' ones and zeros) and matrices of zeros would hide a wrong removal: make them random."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        for matrix in model.parameters():
+            if matrix.is_floating_point() and matrix.ndim > 1 and not matrix.any():
+                width = matrix[0].numel() ** -0.5
+                noise = torch.rand(matrix.shape, generator=generator, dtype=matrix.dtype)
+                matrix.copy_((2 * noise - 1) * width)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and tensor.ndim == 1 and tensor.numel() > 1:
                 noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+                noise = noise.to(tensor.device)
                 tensor.mul_(0.5 + noise).add_(0.1 * noise)
     return model
 
