@@ -116,7 +116,7 @@ class CovarianceStream:
         self._begin(Covariance.empty(neurons, device))
 
     def _begin(self, total: Covariance) -> None:
-        # Narrow layers are summed in float64 throughout, which compiled code does not: what is exact shall be seen to be.
+        # Narrow layers are summed in float64 throughout, so that what is exact is seen to be; compiled code does not.
         wide = len(total.mean) > NARROW and total.mean.device.type == "cpu"
         native = kernel() if wide else None
         # Outside any inference mode: tensors made inside could not be written outside.
