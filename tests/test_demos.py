@@ -131,7 +131,7 @@ def shift_the_means(original: Callable[..., Any], *args: Any) -> Any:
 
 
 def weaken_correlations(original: Callable[..., Any], *args: Any) -> Any:
-    return original(*args) * 0.9995
+    return [(i, j, r * 0.9995) for i, j, r in original(*args)]
 
 
 def round_the_loss(original: Callable[..., Any], self: Any, epoch: int, *values: float) -> Any:
@@ -153,12 +153,12 @@ def forget_to_prune(original: Callable[..., Any], *args: Any) -> Any:
         ("dataset", NeuronEngine, "get_dead_neurons", lose_a_dead_neuron),
         ("dataset", LayerFindings, "dead", call_the_quiet_dead),
         ("dataset", Activity, "value", shift_the_means),
-        ("correlation", Covariance, "correlation", weaken_correlations),
+        ("correlation", Covariance, "pairs_above", weaken_correlations),
         ("training", NeuronEngine, "log_epoch_statistics", round_the_loss),
         ("training", Activity, "value", shift_the_means),
         ("reporting", reporter, "ranking", rank_by_id),
         ("optimization", recommend, "prune_layer", forget_to_prune),
-        ("optimization", Covariance, "correlation", weaken_correlations),
+        ("optimization", Covariance, "pairs_above", weaken_correlations),
     ],
 )
 def test_a_broken_engine_fails(
