@@ -229,9 +229,11 @@ def test_a_step_without_a_start_says_so() -> None:
 
 
 @pytest.mark.parametrize("at", [3, 19, 23, 30, 41])
-@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "phases"])
 def test_a_resumed_run_does_what_it_would_have_done(at: int, name: str, tmp_path: Path) -> None:
-    policy = Policy(**QUICK, tolerance=0.02, grow=True, plateau=0.9, regret=1e9)
+    policy: Policy | Phases = Policy(**QUICK, tolerance=0.02, grow=True, plateau=0.9, regret=1e9)
+    if name == "phases":
+        name, policy = "mlp", Phases([(0, policy), (35, replace(policy, max_parameters=150))])
     model, opt, engine, x = prepared(name)
     target = torch.randn(len(x), model(x).shape[1])
 
