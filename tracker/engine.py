@@ -72,7 +72,14 @@ class NeuronEngine(NeuronSurgeon):
         """Let the current model change itself while it trains, as the policy says; call `step` after each step.
 
         Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.
+
+        Raises:
+            SurgeryError: The policy is none.
         """
+        if policy is not None and not isinstance(policy, Policy | Phases):
+            raise SurgeryError(
+                f"A policy is a Policy or Phases, not {policy!r}. Policy.from_dict makes one of plain data."
+            )
         self.stop_self_modification()
         run = SelfModification(self, self._tracker.current.model(), policy or Policy())
         self._run, self._clock = run, lambda: run.steps
@@ -81,7 +88,7 @@ class NeuronEngine(NeuronSurgeon):
         """After each optimizer step: None, or the receipt of what was just changed.
 
         Raises:
-            SurgeryError: `start_self_modification` was not called.
+            SurgeryError: `start_self_modification` was not called, or the loss is not one number.
         """
         if self._run is None:
             raise SurgeryError("Nothing modifies itself yet: call start_self_modification(policy).")

@@ -222,10 +222,19 @@ def test_phases_follow_each_other() -> None:
     assert sum(p.numel() for p in model.parameters()) <= 200
 
 
-def test_a_step_without_a_start_says_so() -> None:
+def test_what_makes_no_sense_is_refused_in_words() -> None:
     _model, _, engine, _ = prepared("mlp")
     with pytest.raises(SurgeryError, match="start_self_modification"):
         engine.step(0.5)
+    with pytest.raises(SurgeryError, match="Policy or Phases"):
+        engine.start_self_modification({"every": 3})  # type: ignore[arg-type]
+    with pytest.raises(SurgeryError, match=r"\(step, policy\)"):
+        Phases("ab")  # type: ignore[arg-type]
+    engine.start_self_modification()
+    for loss in (torch.ones(3), "x", None):
+        with pytest.raises(SurgeryError, match="one number"):
+            engine.step(loss)  # type: ignore[arg-type]
+    engine.step(torch.ones(1, 1))
 
 
 @pytest.mark.parametrize("at", [3, 19, 23, 30, 41])

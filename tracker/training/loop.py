@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tracker.compensation import backward
 from tracker.compensation.linear import constant
-from tracker.errors import TrackerError
+from tracker.errors import SurgeryError, TrackerError
 from tracker.probe import Arguments, quiet_copy
 from tracker.statistics import Covariance
 from tracker.structure import UnitGroup
@@ -63,7 +63,7 @@ class SelfModification:
     def step(self, loss: Tensor | float) -> Receipt | None:
         """After each optimizer step; the receipt of what was changed just now, if anything was."""
         start, policy = self.policy.at(self.steps)
-        self._recent.append(torch.as_tensor(loss).detach().float())
+        self._recent.append(_number(loss))
         self.steps += 1
         since = self.steps - start - policy.warm_up
         phase = since % policy.every
@@ -257,3 +257,13 @@ def _dead(problem: Problem, size: int) -> tuple[int, ...]:
     """Units of which every consumer reads a constant."""
     quiet = constant(problem.covariance, problem.mean)
     return tuple(u for u, columns in enumerate(problem.units[:size]) if bool(quiet[columns].all()))
+
+
+def _number(loss: Tensor | float) -> Tensor:
+    try:
+        return torch.as_tensor(loss).detach().float().reshape(())
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise SurgeryError(
+            f"step takes the loss of the step, one number, not {shape}. Pass its mean."
+        ) from error

@@ -258,7 +258,10 @@ class Phases:
     parts: tuple[tuple[int, Policy], ...]
 
     def __init__(self, parts: Iterable[tuple[int, Policy]]) -> None:
-        object.__setattr__(self, "parts", tuple((step, policy) for step, policy in parts))
+        try:
+            object.__setattr__(self, "parts", tuple((step, policy) for step, policy in parts))
+        except (TypeError, ValueError) as error:
+            raise SurgeryError(f"Phases are [(step, policy), ...], not {parts!r}.") from error
         starts = [step for step, _ in self.parts]
         whole = all(type(step) is int for step in starts)
         if not whole or not starts or starts[0] != 0 or sorted(set(starts)) != starts:
