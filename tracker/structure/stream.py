@@ -22,10 +22,20 @@ from tracker.structure.integers import Choice, Integers, resolved
 from tracker.structure.trace import CallKey, Source, Trace, following, tensors_in, user_frame
 
 LONGEST = 1 << 17  # indices; of longer axes (all positions of an image) sizes are not predicted
-# Copies and casts come and go with memory layouts and dtypes.
+# Copies, casts and other looks at the same values come and go with memory layouts and dtypes.
 _NEUTRAL = (
     "_to_copy", "clone", "view", "_unsafe_view", "alias", "detach", "expand", "contiguous", "lift_fresh",
+    "t", "transpose", "permute", "squeeze", "unsqueeze", "_reshape_alias",
 )  # fmt: skip
+# After these, sizes and paths depend on values: which rows an expert is given, say.
+_DECIDED = {
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "_local_scalar_dense",
+}
 
 _NONE, _UNKNOWN = -1, -2  # in the place of an axis: its size stays; nothing is known
 Shape = tuple[int, ...]
@@ -128,6 +138,8 @@ def differing(
     lose indices. Otherwise a path that data decides (which expert is asked) may differ, and is left out.
     """
     left = forecast.sizes(choice) if forecast.integers.places else []
+    rows = (row for stream in (before, after) for part in stream.calls.values() for row in part)
+    same = same and not any(row.op in _DECIDED for row in rows)
     for call in dict.fromkeys((*before.calls, *after.calls)):
         old, new = before.calls.get(call, []), after.calls.get(call, [])
         axes = forecast.calls.get(call, [])
