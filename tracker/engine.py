@@ -92,7 +92,12 @@ class NeuronEngine(NeuronSurgeon):
         """
         if self._run is None:
             raise SurgeryError("Nothing modifies itself yet: call start_self_modification(policy).")
-        return self._run.step(loss)
+        tracker = self._tracker
+        before, tracker.current = tracker.current, tracker.tracked(self._run.model)
+        try:
+            return self._run.step(loss)  # of its own model, whichever was tracked since
+        finally:
+            tracker.current = before
 
     def stop_self_modification(self) -> None:
         """Change nothing any more; `life` stays."""

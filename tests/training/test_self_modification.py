@@ -222,6 +222,42 @@ def test_phases_follow_each_other() -> None:
     assert sum(p.numel() for p in model.parameters()) <= 200
 
 
+def test_a_verdict_takes_back_no_change_but_its_own() -> None:
+    policy = Policy(**QUICK, tolerance=10.0, at_most=0.3, regret=0.01)
+    for by_hand in (False, True):
+        model, _, engine, x = prepared("mlp")
+        engine.start_self_modification(policy)
+        for step in range(1, 17):
+            model(x)
+            changed = engine.step(float(step))
+            if changed is not None and by_hand:
+                engine.expand_layer("0", 1)
+        assert [e.operation for e in engine.journal] == ["prune_units", "expand_layer"] * by_hand
+        assert ("undone" in [d.what for d in engine.life]) is not by_hand
+
+
+def test_a_run_keeps_to_its_model_and_stops_when_told() -> None:
+    model, _, engine, x = prepared("mlp")
+    engine.start_self_modification(Policy(**QUICK, tolerance=10.0, regret=1e9))
+    other = mlp()
+    engine.track_model(other, "other", example_inputs=x)
+    shapes = [p.shape for p in other.parameters()]
+    receipts = []
+    for _ in range(12):
+        model(x)
+        receipts.append(engine.step(1.0))
+    assert any(receipts)
+    assert [p.shape for p in other.parameters()] == shapes
+    assert not engine.journal  # of the other model, which is the current one
+    engine.stop_self_modification()
+    before, life = [p.shape for p in model.parameters()], list(engine.life)
+    for _ in range(24):
+        model(x)
+        assert engine.step(1.0) is None
+    assert [p.shape for p in model.parameters()] == before
+    assert engine.life == life
+
+
 def test_what_makes_no_sense_is_refused_in_words() -> None:
     _model, _, engine, _ = prepared("mlp")
     with pytest.raises(SurgeryError, match="start_self_modification"):

@@ -41,14 +41,17 @@ def reestimate(model: nn.Module, batches: Iterable[Any]) -> tuple[list[str], Und
         raise SurgeryError("No batch reached a norm: pass batches as the model takes them.")
     new = {name: _whole(parts) for name, parts in seen.items()}
     own, log = _running(model), UndoLog()
-    with writable():
-        for name, moments in new.items():
-            for buffer, value in zip(
-                (own[name].running_mean, own[name].running_var), moments, strict=True
-            ):
-                assert buffer is not None
-                log.add(partial(buffer.copy_, buffer.clone()))
-                buffer.copy_(value)
+    try:
+        with writable():
+            for name, moments in new.items():
+                buffers = own[name].running_mean, own[name].running_var
+                for buffer, value in zip(buffers, moments, strict=True):
+                    assert buffer is not None
+                    log.add(partial(buffer.copy_, buffer.clone()))
+                    buffer.copy_(value)
+    except BaseException:
+        log.undo()
+        raise
     return list(new), log
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from tracker.probe import Arguments, quiet_copy
 from tracker.statistics import Covariance
 from tracker.structure import UnitGroup
 from tracker.structure.sizes import tensors
-from tracker.surgery import Receipt
+from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.calibration import Watcher, consumers
 from tracker.surgery.compression import Limits, Problem, problems_of
 from tracker.surgery.flops import flops_by_weight
@@ -57,11 +57,15 @@ class SelfModification:
         self._means: list[float] = []  # before each look
         self._blocked: dict[str, int] = {}
         self._watch: Watcher | None = None
-        self._open: tuple[int, float, tuple[str, ...], Callable[[], None]] | None = None
+        # A change that awaits its verdict: step, loss before, groups, and what would take it back.
+        self._open: tuple[int, float, tuple[str, ...], UndoLog | None] | None = None
+        self._stopped = False
         self._note("kept", "the beginning", float("nan"))
 
     def step(self, loss: Tensor | float) -> Receipt | None:
         """After each optimizer step; the receipt of what was changed just now, if anything was."""
+        if self._stopped:
+            return None
         start, policy = self.policy.at(self.steps)
         self._recent.append(_number(loss))
         self.steps += 1
@@ -116,7 +120,8 @@ class SelfModification:
             self._watch.go_on(seen)
 
     def stop(self) -> None:
-        """Observe no more."""
+        """Observe and change nothing any more."""
+        self._stopped = True
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
@@ -149,7 +154,7 @@ class SelfModification:
                 self._blocked[name] = policy.patience
             self._note("refused", str(error), loss)
             return None
-        self._open = (self.steps, lately, wanted.groups, self._surgeon.undo)
+        self._open = (self.steps, lately, wanted.groups, self._surgeon._undo)
         what = "pruned" if wanted.remove else "recycled" if wanted.recycle else "expanded"
         self._note(what, wanted.why, loss)
         return receipt
@@ -194,12 +199,9 @@ class SelfModification:
         self._open = None
         _, policy = self.policy.at(self.steps - 1)
         after = self._mean(policy.settle // 2)
-        if after <= before * (1 + policy.regret):
-            return
-        try:
-            undo()
-        except TrackerError:
-            return  # something else was changed since
+        if after <= before * (1 + policy.regret) or self._surgeon._undo is not undo:
+            return  # it kept what it promised, or something else was changed since
+        self._surgeon.undo()
         for name in names:
             self._blocked[name] = policy.patience
         self._note("undone", f"the loss rose from {before:.4f} to {after:.4f}", after)
