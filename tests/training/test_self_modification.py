@@ -165,6 +165,12 @@ def test_what_a_policy_decides() -> None:
     assert dict(tight.decide([one], now, [1.0], {}).remove) == {"g": (0, 1)}
     assert len(Policy(max_flops=20).decide([one], now, [1.0], {}).remove["g"]) == 5
     assert len(Policy(max_flops=20, floor=8).decide([one], now, [1.0], {}).remove["g"]) == 2
+    # From where it loses least for what it costs, unit by unit.
+    cheap = Candidate("c", "c", 10, tuple(range(9)), (0.1, 0.2, 9.0, *[99.0] * 6), Size(3, 6))
+    dear = Candidate("d", "d", 10, tuple(range(9)), (0.4, 0.8, 1.2, *[99.0] * 6), Size(3, 6))
+    tight = Policy(tolerance=0.0, max_parameters=88)
+    both = tight.decide([dear, cheap], now, [1.0], {}).remove
+    assert {name: len(units) for name, units in both.items()} == {"c": 2, "d": 2}
     # What says nothing goes, or gets a new start.
     quiet = candidate(dead=(4,))
     assert dict(Policy(recycle=True).decide([quiet], now, [1.0], {}).recycle) == {"g": (4,)}
