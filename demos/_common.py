@@ -6,7 +6,9 @@ results written elsewhere.
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Demos run from a clone, from any folder, with nothing installed but requirements.txt.
@@ -39,3 +41,20 @@ def section(page: Path, title: str, content: str) -> None:
     tail = rest[after + 1 :] if found and after >= 0 else ""
     parts = [head.rstrip(), f"## {title}\n\n{content.strip()}", tail.strip()]
     page.write_text("\n\n".join(p for p in parts if p) + "\n", encoding="utf-8")
+
+
+def table_by_seed(
+    heads: Sequence[str],
+    results: Sequence[Any],
+    numbers: Callable[[Any], tuple[float, ...]],
+    cells: Callable[..., Sequence[str]],
+) -> str:
+    """Markdown: for each result its name, seed and `cells(*numbers(result))`; of several seeds their means as well."""
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in dict.fromkeys(r.name for r in results):
+        rows = [(str(r.seed), *numbers(r)) for r in results if r.name == name]
+        if len(rows) > 1:
+            columns = list(zip(*rows, strict=True))[1:]
+            rows.append(("mean", *(sum(column) / len(column) for column in columns)))
+        lines += [f"| {name} | {seed} | {' | '.join(cells(*values))} |" for seed, *values in rows]
+    return "\n".join(lines)

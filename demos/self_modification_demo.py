@@ -14,10 +14,9 @@ import datetime
 import math
 import os
 from dataclasses import dataclass
-from statistics import mean
 
 import torch
-from _common import CHECKPOINTS, REPORTS, ROOT, VISUALIZATIONS, quick, section, wrote
+from _common import CHECKPOINTS, REPORTS, ROOT, VISUALIZATIONS, quick, section, table_by_seed, wrote
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -120,24 +119,20 @@ def train(
 
 
 def table(results: list[Result]) -> str:
-    """As Markdown, with the means where there are several seeds."""
-    lines = [
-        "| network | seed | test accuracy | parameters | training FLOPs | steps |",
-        "|---" * 6 + "|",
-    ]
+    """As Markdown, relative to the largest."""
     full = max(r.flops for r in results)
     most = max(r.parameters for r in results)
-    for name in dict.fromkeys(r.name for r in results):
-        mine = [r for r in results if r.name == name]
-        rows = [(str(r.seed), r.accuracy, r.parameters, r.flops, r.steps) for r in mine]
-        if len(mine) > 1:
-            rows.append(("mean", *(mean(column) for column in list(zip(*rows, strict=True))[1:])))
-        for seed, accuracy, parameters, flops, steps in rows:
-            lines.append(
-                f"| {name} | {seed} | {accuracy:.2%} | {parameters:,.0f} ({parameters / most:.1%}) "
-                f"| {flops:.3g} ({flops / full:.0%}) | {steps:,.0f} |"
-            )
-    return "\n".join(lines)
+    return table_by_seed(
+        ("network", "seed", "test accuracy", "parameters", "training FLOPs", "steps"),
+        results,
+        lambda r: (r.accuracy, r.parameters, r.flops, r.steps),
+        lambda accuracy, parameters, flops, steps: (
+            f"{accuracy:.2%}",
+            f"{parameters:,.0f} ({parameters / most:.1%})",
+            f"{flops:.3g} ({flops / full:.0%})",
+            f"{steps:,.0f}",
+        ),
+    )
 
 
 def show(model: nn.Module, engine: NeuronEngine) -> None:

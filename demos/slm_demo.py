@@ -15,11 +15,10 @@ import datetime
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 
 import torch
 from _bytes import GPT, WINDOW, Source, loss_of, perplexity
-from _common import CHECKPOINTS, REPORTS, ROOT, VISUALIZATIONS, quick, section, wrote
+from _common import CHECKPOINTS, REPORTS, ROOT, VISUALIZATIONS, quick, section, table_by_seed, wrote
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -141,21 +140,18 @@ def picture(results: list[Result], path: Path) -> Path:
 
 
 def table(results: list[Result]) -> str:
-    """As Markdown, with the means where there are several seeds."""
-    lines = [
-        "| model | seed | held-out loss | parameters | training FLOPs | steps |",
-        "|---" * 6 + "|",
-    ]
-    for name in dict.fromkeys(r.name for r in results):
-        mine = [r for r in results if r.name == name]
-        rows = [(str(r.seed), r.loss, r.parameters, r.flops, r.steps) for r in mine]
-        if len(mine) > 1:
-            rows.append(("mean", *(mean(column) for column in list(zip(*rows, strict=True))[1:])))
-        for seed, loss, parameters, flops, steps in rows:
-            lines.append(
-                f"| {name} | {seed} | {loss:.4f} | {parameters:,.0f} | {flops:.3g} | {steps:,.0f} |"
-            )
-    return "\n".join(lines)
+    """As Markdown."""
+    return table_by_seed(
+        ("model", "seed", "held-out loss", "parameters", "training FLOPs", "steps"),
+        results,
+        lambda r: (r.loss, r.parameters, r.flops, r.steps),
+        lambda loss, parameters, flops, steps: (
+            f"{loss:.4f}",
+            f"{parameters:,.0f}",
+            f"{flops:.3g}",
+            f"{steps:,.0f}",
+        ),
+    )
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from tracker.distributed import Ranks, watch_wrapper
 from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
 from tracker.journal import Entry, Journal, When, fingerprint
-from tracker.probe import ExampleInputs
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.newborn import watch
@@ -89,22 +88,8 @@ class NeuronChanger(NeuronWatcher):
             self._ranks.merge_windows(observer)
             self._merged = observer.version
 
-    def track_model(
-        self,
-        model: nn.Module,
-        name: str = "model",
-        example_inputs: ExampleInputs | None = None,
-        *,
-        axes: Mapping[str, int] | None = None,
-        batch_dim: int = 0,
-    ) -> dict[str, list[int]]:
-        """Give every neuron of `model` an id, and make it the current model: see `NeuronWatcher.track_model`.
-
-        A DistributedDataParallel wrapper refuses to run once its module was changed, until `renew` makes it anew.
-        """
-        ids = super().track_model(model, name, example_inputs, axes=axes, batch_dim=batch_dim)
+    def _met(self, model: nn.Module) -> None:
         watch_wrapper(model)
-        return ids
 
     def attach_follower(self, *models: nn.Module) -> None:
         """Have these copies of the model (an EMA, say) change alike."""

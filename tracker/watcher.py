@@ -75,7 +75,8 @@ class NeuronWatcher:
         """Give every neuron of `model` an id, and make it the current model.
 
         Args:
-            model: Any module; wrappers of `torch.compile` and data parallelism are looked through.
+            model: Any module; wrappers of `torch.compile` and data parallelism are looked through. One of
+                DistributedDataParallel refuses to run once its module was changed, until `tracker.renew` makes it anew.
             name: What reports call it.
             example_inputs: A tuple of positional arguments, a dict of keyword arguments, or one tensor. With them the
                 width of custom modules is known at once; else their neurons get ids at the first forward pass.
@@ -89,7 +90,12 @@ class NeuronWatcher:
             NotTrackedError: There is no layer with neurons, or the module runs no hooks.
             StructureError: The forward pass with the example inputs failed.
         """
-        return self._tracker.track(model, name, example_inputs, axes, batch_dim).neuron_map
+        entry = self._tracker.track(model, name, example_inputs, axes, batch_dim)
+        self._met(model)
+        return entry.neuron_map
+
+    def _met(self, model: nn.Module) -> None:
+        """For those who want to know what was tracked, wrappers and all."""
 
     def get_neuron_info(self, neuron_id: int) -> tuple[str, int]:
         """(layer name, local index) of a neuron of any tracked model.

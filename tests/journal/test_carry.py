@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.journal.test_checkpoint import CHANGES, begun, fresh
+from tests.journal.runs import CHANGES, begun, fresh
 from tests.surgery.subjects import equal, train
 from tracker import CheckpointError, NeuronEngine
 from tracker.journal.carry import KEY

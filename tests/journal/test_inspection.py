@@ -14,7 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.journal.test_checkpoint import HOSTILE, ROOT, begun, edit, put
+from tests.journal.runs import ROOT, begun
+from tests.journal.test_hostile_files import HOSTILE, edit, put
 from tests.surgery.subjects import train
 from tracker.__main__ import main
 from tracker.schema import FOLDER, load_schema, problems

@@ -17,7 +17,7 @@ from tracker.structure.ints import Attribute, missing, shadow
 from tracker.structure.sizes import adapt, tensors
 from tracker.structure.twins import FreeHeadsAttention, liberate
 from tracker.surgery.depth import INSERTED, Bypass, ReluIdentity, ResidualBlock, replace_module
-from tracker.surgery.undo import UndoLog, writable
+from tracker.surgery.undo import UndoLog, rewrite, writable
 
 if TYPE_CHECKING:
     from tracker.journal.entries import Entry
@@ -210,14 +210,5 @@ def _liberate(module: nn.Module, log: UndoLog) -> None:
 
 
 def _swap(tensor: Tensor, value: Tensor, log: UndoLog) -> None:
-    old, gradient = tensor.detach(), tensor.grad
-
-    def back() -> None:
-        tensor.grad = None  # its shape must fit at every moment
-        tensor.set_(old)  # type: ignore[call-overload]
-        tensor.grad = gradient
-
-    log.add(back)
-    tensor.grad = None
     # A saved value lies in memory as it did: kernels round by that.
-    tensor.set_(value.to(tensor.device).clone(memory_format=torch.preserve_format))  # type: ignore[call-overload]
+    rewrite(tensor, value.to(tensor.device).clone(memory_format=torch.preserve_format), None, log)

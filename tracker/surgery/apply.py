@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tracker.surgery.depth import replace_module
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import StateChange, is_flat, moved, moved_state
 from tracker.surgery.plan import Plan
-from tracker.surgery.undo import UndoLog, writable
+from tracker.surgery.undo import UndoLog, rewrite, writable
 
 
 def require(plan: Plan, model: nn.Module) -> None:
@@ -111,7 +112,7 @@ def _swaps(
         if name in plan.fresh:
             new += plan.fresh[name].to(new)
         gradient = None if tensor.grad is None else moved(tensor.grad, slots)
-        swaps.append(_tensor_swap(tensor, new.to(tensor.dtype), gradient))
+        swaps.append(partial(rewrite, tensor, new.to(tensor.dtype), gradient))
         change = StateChange(slots, plan.gains.get(name, {}), name in plan.rewritten)
         for optimizer in optimizers:
             swaps += _state_swaps(optimizer, tensor, change, notes)
@@ -143,23 +144,6 @@ def _mixed(plan: Plan, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
             weight[..., list(mix.target)] += source @ mix.matrix.to(weight.device)
         values[mix.tensor] = mix.weight(weight, old.shape)
     return values
-
-
-def _tensor_swap(tensor: Tensor, new: Tensor, gradient: Tensor | None) -> Callable[[UndoLog], None]:
-    def swap(log: UndoLog) -> None:
-        old, old_gradient = tensor.detach(), tensor.grad
-
-        def back() -> None:
-            tensor.grad = None  # its shape must fit at every moment
-            tensor.set_(old)  # type: ignore[call-overload]
-            tensor.grad = old_gradient
-
-        log.add(back)
-        tensor.grad = None
-        tensor.set_(new)  # type: ignore[call-overload]
-        tensor.grad = gradient
-
-    return swap
 
 
 def _state_swaps(

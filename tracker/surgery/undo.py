@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 Step = Callable[[], object]
 
@@ -26,6 +27,24 @@ class UndoLog:
             while self._steps:
                 self._steps.pop()()
         torch.clear_autocast_cache()
+
+
+def rewrite(tensor: Tensor, new: Tensor, gradient: Tensor | None, log: UndoLog) -> None:
+    """Give a parameter or buffer new content and shape in place: the one way in which any is written.
+
+    It stays the same object, so that ties, hooks, the optimizer's groups and the graphs of earlier losses go on.
+    """
+    old, old_gradient = tensor.detach(), tensor.grad
+
+    def back() -> None:
+        tensor.grad = None  # its shape must fit at every moment
+        tensor.set_(old)  # type: ignore[call-overload]
+        tensor.grad = old_gradient
+
+    log.add(back)
+    tensor.grad = None
+    tensor.set_(new)  # type: ignore[call-overload]
+    tensor.grad = gradient
 
 
 @contextmanager
