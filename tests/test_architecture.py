@@ -22,6 +22,7 @@ ORDER = [
     "structure",
     "observation",
     "outputs",
+    "graphs",
     "hooks",
     "tracker",
     "analyzer",

@@ -6,36 +6,26 @@ structure cannot tell, or when asked for, it is observed at its own layer's outp
 
 from __future__ import annotations
 
-import itertools
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracker.graphs import GraphHook, is_new_data
 from tracker.layers import Layer, width_of
 from tracker.outputs import first_floating, tensors_in
-from tracker.probe import is_probing
 from tracker.slotmap import SlotMap
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch
 from tracker.structure import Tap
 
-# Private in torch, so looked up with care: -1 outside of a backward pass.
-_graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-_functorch = getattr(torch._C, "_functorch", None)
-_functorch_level: Callable[[], Any] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
-_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
-
 # Wider layers are not correlated: neurons² numbers of 12 bytes are 3 GB here.
 MAX_CORRELATED = 16384
-
-
 NOTED = 8  # passes of a window that all show which outputs the model returns
 
 
@@ -237,53 +227,24 @@ class Observer:
         self.noting = number < NOTED or number & (number - 1) == 0
 
 
-class InertHook:
-    """What a hook becomes when its module is copied or unpickled: nothing."""
-
-    def __call__(self, *args: object, **kwargs: object) -> None:
-        """Do nothing."""
-
-
-class Hook:
-    """A hook that neither keeps an observer alive nor follows its module into a copy or a file.
-
-    Inside a compiled graph it calls the operator `tracker::observe`, which comes back to `seen` at run time: so
-    tracking neither breaks the graph nor silently vanishes from it. Always returns None: the output stays as it is.
-    """
+class Hook(GraphHook):
+    """A hook of an observer, which it does not keep alive."""
 
     def __init__(self, observer: Observer) -> None:
+        super().__init__()
         self._observer = weakref.ref(observer)
-        self._key = next(_keys)
-        with torch.inference_mode(False):
-            self._ticket = torch.zeros(())
-        _hooks_in_graphs[self._key] = self
-
-    def __deepcopy__(self, memo: object) -> InertHook:
-        return InertHook()
-
-    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
-        return InertHook, ()
 
     def listener(self) -> Observer | None:
         """The observer, if it lives, records, and this pass is new data."""
         observer = self._observer()
-        return observer if observer and observer.recording and _is_new_data() else None
+        return observer if observer and observer.recording and is_new_data() else None
 
     def taker(self) -> Observer | None:
         """The same, if it is the turn of this pass. Asked by each layer in each pass."""
         observer = self._observer()
-        if observer is None or not observer.recording or not _is_new_data():
+        if observer is None or not observer.recording or not is_new_data():
             return None
         return observer if observer.every == 1 or observer.is_due() else None
-
-    def in_graph(self, tensor: Tensor | None) -> None:
-        """Leave a call of the operator in the graph that is being compiled."""
-        if tensor is not None and not _exporting():
-            torch.ops.tracker.observe(tensor, self._ticket, self._key)
-
-    def seen(self, tensor: Tensor) -> None:
-        """Called by the operator, each time that the compiled graph runs."""
-        raise NotImplementedError
 
 
 class LayerHook(Hook):
@@ -331,7 +292,7 @@ class EnterHook(Hook):
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """Forward pre-hook of the model."""
-        if torch.compiler.is_compiling() or not _is_new_data():
+        if torch.compiler.is_compiling() or not is_new_data():
             return
         observer = self._observer()
         if observer is not None and observer.inputs is None:
@@ -403,36 +364,3 @@ def detach_sites(observer: Observer) -> None:
 def watch_inputs(observer: Observer, model: nn.Module) -> RemovableHandle:
     """Have the first forward pass supply the example inputs that tracing needs."""
     return model.register_forward_pre_hook(EnterHook(observer), with_kwargs=True)
-
-
-def _is_new_data() -> bool:
-    """False for recomputation under checkpointing, function transforms, tracing, and passes of our own."""
-    return (
-        _graph_task_id() == -1
-        and not is_probing()
-        and _functorch_level() is None
-        and _tracing_state() is None
-    )
-
-
-def _exporting() -> bool:
-    # Not torch.compiler.is_exporting(): torch 2.9 answers True inside torch.compile, and nothing would be observed.
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
-
-
-# A compiled graph can name a hook by a number only.
-_keys = itertools.count()
-_hooks_in_graphs: weakref.WeakValueDictionary[int, Hook] = weakref.WeakValueDictionary()
-
-
-# The ticket is declared as written to, so that no compiler drops the call as useless.
-@torch.library.custom_op("tracker::observe", mutates_args=("ticket",))
-def _observe_op(tensor: Tensor, ticket: Tensor, key: int) -> None:
-    hook = _hooks_in_graphs.get(key)
-    if hook is not None:
-        hook.seen(tensor)
-
-
-@_observe_op.register_fake
-def _nothing_to_shape(tensor: Tensor, ticket: Tensor, key: int) -> None:
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
-from tracker.hooks import Observer, Site, Window, attach, attach_sites, detach_sites, watch_inputs
+from tracker.graphs import forget_compiled_graphs
+from tracker.hooks import (
+    Observer,
+    Site,
+    Window,
+    attach,
+    attach_sites,
+    detach_sites,
+    watch_inputs,
+)
 from tracker.identity import LayerIds, NeuronRegistry, layer_named
 from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
@@ -179,7 +187,7 @@ class ActivationTracker:
         entry.detach()
         entry.handles, entry.hooked = attach(entry.observer, entry.model()), True
         self._current = entry
-        _forget_compiled_graphs()
+        forget_compiled_graphs()
 
     def start(
         self,
@@ -415,13 +423,6 @@ def _resolve_widths(observer: Observer, model: nn.Module, example_inputs: Exampl
         detach_sites(observer)
         observer.recording = False
         observer.clear()
-
-
-def _forget_compiled_graphs() -> None:
-    """Graphs compiled before the hooks were there would never call them, in silence (pytorch #117758)."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.utils.counters["frames"]:
-        dynamo.reset()
 
 
 def _first_mode(observer: Observer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.surgery.subjects import MODELS, OPTIMIZERS, holds_exactly_the_live, mlp, prepared
 from tracker import NeuronEngine, Phases, Policy, SurgeryError
@@ -262,6 +264,40 @@ def test_a_run_keeps_to_its_model_and_stops_when_told() -> None:
         assert engine.step(1.0) is None
     assert [p.shape for p in model.parameters()] == before
     assert engine.life == life
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["compiled", "recomputed"])
+def test_the_same_life_however_the_passes_are_run(way: str) -> None:
+    """Looks see what compiled graphs compute, and see what checkpointing recomputes once."""
+
+    def lived(how: str) -> tuple[list[Any], list[torch.Tensor]]:
+        model, opt, engine, x = prepared("mlp")
+        run: Any = model
+        if how == "compiled":
+            torch._dynamo.reset()
+            run = torch.compile(model, backend="aot_eager")
+        elif how == "recomputed":
+            run = partial(checkpoint, model, use_reentrant=False)
+        policy = Policy(
+            **QUICK, tolerance=0.02, grow=True, plateau=1.0, max_parameters=400, regret=9.0
+        )
+        engine.start_self_modification(policy)
+        for _ in range(40):
+            loss = run(x).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            engine.step(loss)
+        life = [(d.step, d.what, d.parameters) for d in engine.life]
+        return life, [p.detach() for p in model.parameters()]
+
+    plain, other = lived("plain"), lived(way)
+    assert plain[0] == other[0]
+    assert len({parameters for _, _, parameters in plain[0]}) > 1
+    for a, b in zip(plain[1], other[1], strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_what_makes_no_sense_is_refused_in_words() -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tracker.compensation.linear import EXACT
-from tracker.hooks import tensors_in
-from tracker.probe import Arguments, arguments, forward_once, is_probing, quiet_copy
+from tracker.graphs import GraphHook, forget_compiled_graphs, is_new_data
+from tracker.outputs import tensors_in
+from tracker.probe import Arguments, arguments, forward_once, quiet_copy
 from tracker.statistics import Covariance, CovarianceStream
 from tracker.structure import UnitGroup
 from tracker.tracker import ActivationTracker, Read
@@ -154,19 +156,10 @@ class Watcher:
             taps = kernel_places(module) if patches else 1
             self._dims[one.weight] = one.reads, taps
 
-            def hook(
-                module: nn.Module,
-                args: object,
-                kwargs: object,
-                one: Consumer = one,
-                taps: int = taps,
-            ) -> None:
-                if heard or not is_probing():
-                    tensor = tensors_in((args, kwargs))[0]
-                    rows = _rows(tensor, one.axis) if taps == 1 else self._patches(module, tensor)
-                    self._add(one, rows)
-
+            hook = ReadingHook(self, one, module, taps, heard=heard)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if not heard:
+            forget_compiled_graphs()
 
     def stop(self) -> dict[str, Read]:
         """Take the hooks off; what was seen, by consumer's weight."""
@@ -186,7 +179,9 @@ class Watcher:
         """Have seen this already."""
         self._streams = {w: CovarianceStream.resumed(value) for w, value in seen.items()}
 
-    def _add(self, one: Consumer, rows: Tensor) -> None:
+    def add(self, one: Consumer, module: nn.Module, taps: int, tensor: Tensor) -> None:
+        """Take one input of a consumer in."""
+        rows = _rows(tensor, one.axis) if taps == 1 else self._patches(module, tensor)
         if one.weight not in self._streams:
             self._streams[one.weight] = CovarianceStream(rows.shape[1], rows.device)
         self._streams[one.weight].add(rows)
@@ -207,6 +202,30 @@ class Watcher:
         step = max(1, found.shape[0] * found.shape[2] // max(PATCHES, 4 * found.shape[1]))
         self._seen += 1
         return found.transpose(1, 2).flatten(0, 1)[self._seen * 7 % step :: step]
+
+
+class ReadingHook(GraphHook):
+    """Stands at a consumer's door for a watcher; `heard`: also in passes of our own."""
+
+    def __init__(
+        self, watcher: Watcher, one: Consumer, module: nn.Module, taps: int, *, heard: bool
+    ) -> None:
+        super().__init__()
+        self._watcher, self._one, self._module, self._taps = watcher, one, module, taps
+        self._heard = heard
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        """Forward pre-hook of the consumer."""
+        tensor = tensors_in((args, kwargs))[0]
+        if torch.compiler.is_compiling():
+            self.in_graph(tensor)
+        else:
+            self.seen(tensor)
+
+    def seen(self, tensor: Tensor) -> None:
+        """Also called from inside a compiled graph."""
+        if self._heard or is_new_data():
+            self._watcher.add(self._one, self._module, self._taps, tensor)
 
 
 def kernel_places(module: nn.Module) -> int:
