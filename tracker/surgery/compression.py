@@ -13,9 +13,10 @@ from tqdm import tqdm
 from tracker.compensation import Path, allocate, backward, select
 from tracker.compensation.linear import second_moment
 from tracker.errors import SurgeryError
-from tracker.probe import Arguments, copy_of
+from tracker.probe import Arguments
 from tracker.structure import UnitGroup
 from tracker.structure.integers import UnsolvableError
+from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration import Consumer, consumers, reads_of
@@ -328,6 +329,6 @@ def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
 def _achieved(plan: Plan, model: nn.Module, inputs: Arguments, of: str, estimate: float) -> float:
     if of != "flops":
         return estimate
-    bench = copy_of(model)
+    bench = light_copy(model)
     apply(plan, [bench], [])
     return float(flops(bench, inputs)[1])
