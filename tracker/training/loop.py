@@ -15,6 +15,7 @@ from tracker.compensation import backward
 from tracker.compensation.linear import constant
 from tracker.errors import SurgeryError, TrackerError
 from tracker.probe import Arguments, quiet_copy
+from tracker.reads import Read
 from tracker.statistics import Covariance
 from tracker.structure import UnitGroup
 from tracker.structure.sizes import tensors
@@ -23,7 +24,6 @@ from tracker.surgery.calibration import Watcher, consumers
 from tracker.surgery.compression import Limits, Problem, problems_of
 from tracker.surgery.flops import flops_by_weight
 from tracker.surgery.transaction import count
-from tracker.tracker import Read
 from tracker.training.policy import Candidate, Phases, Policy, Requests, Size
 
 if TYPE_CHECKING:
