@@ -145,8 +145,8 @@ def page(four_rows: list[Row], large: list[Row], facts: list[str]) -> str:
             "",
             *facts,
             "",
-            "Memory in multiples of the model's weights: of the call alone, over the model, and what stays. A covariance",
-            "takes (columns)² numbers of 8 bytes; consumers that read the same share one.",
+            "Memory in multiples of the model's weights: of the call alone, over the model, and what stays. A",
+            "covariance takes (columns)² numbers of 8 bytes; consumers that read the same share one.",
             "",
             *table(
                 "| call | s | peak of the call | peak over the model | stays | process, GB |", large

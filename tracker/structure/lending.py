@@ -158,31 +158,36 @@ class InFloat64:
         return difference
 
     def _lent(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not (self._awake or self._cuts):
+        if tensor is None or not (self._awake or id(tensor) in self._cuts):
             return tensor
         token = _lending.set(True)
         try:
-            return self._edited(tensor, double=self._awake)
+            return self._edited(tensor) if self._awake else self._outline(tensor)
         finally:
             _lending.reset(token)
 
-    def _edited(self, tensor: Tensor, *, double: bool) -> Tensor:
-        value = tensor
+    def _edited(self, tensor: Tensor) -> Tensor:
+        value = tensor.detach()
         for dim, stays in self._cuts.get(id(tensor), {}).items():
-            value = value.detach().index_select(dim, stays)
-        if double and value.is_floating_point():
-            value = value.detach().double()
-        for dim, gone in self._masks.get(id(tensor), []) if double else ():
-            value = value.detach().clone() if value.data_ptr() == tensor.data_ptr() else value
+            value = value.index_select(dim, stays)
+        value = value.double() if value.is_floating_point() else value
+        for dim, gone in self._masks.get(id(tensor), []):
+            value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
             value.index_fill_(dim, gone, 0)
         return value
+
+    def _outline(self, tensor: Tensor) -> Tensor:
+        """Between passes only sizes are asked for."""
+        cuts = self._cuts[id(tensor)]
+        sizes = [len(cuts[d]) if d in cuts else n for d, n in enumerate(tensor.shape)]
+        return tensor.detach().new_empty(()).expand(sizes)
 
     def _edit_buffers(self) -> None:
         edited: dict[int, Tensor] = {}
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and (id(buffer) in self._cuts or id(buffer) in self._masks):
-                    value = edited.setdefault(id(buffer), self._edited(buffer, double=True))
+                    value = edited.setdefault(id(buffer), self._edited(buffer))
                     module._buffers[key] = value
 
     @contextmanager
