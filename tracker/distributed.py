@@ -174,6 +174,15 @@ class Ranks:
             merged[name] = Read(dim, self._covariance(covariance, width), taps)
         return merged
 
+    def sums(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all ranks of float64 tensors that all have."""
+        found = {}
+        for name in sorted(products):
+            sent = products[name].to(self._device, copy=True)
+            dist.all_reduce(sent, group=self.group)
+            found[name] = sent.cpu()
+        return found
+
     def _window(
         self, own: Window | None, neurons: int, correlated: bool, threshold: float
     ) -> Window:

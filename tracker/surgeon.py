@@ -8,6 +8,8 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+from torch import Tensor
+
 from tracker.changer import NeuronChanger, Neurons
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
@@ -144,6 +146,7 @@ class NeuronSurgeon(NeuronChanger):
         *,
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
+        directions: Tensor | None = None,
         seed: int = 0,
         dry_run: bool = False,
         verify: bool = True,
@@ -152,7 +155,7 @@ class NeuronSurgeon(NeuronChanger):
 
         They are read with weights of zero at first. Their own weights are random directions or, where `batches` and
         `loss` are given (`loss(output, batch)`, the batch's first entry is what the model takes), those by which the
-        loss falls fastest.
+        loss falls fastest; or `directions` that are given, (1 or more, incoming features), best first.
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -160,22 +163,34 @@ class NeuronSurgeon(NeuronChanger):
 
         def plan() -> tuple[Plan, list[str]]:
             layer_named(list(self._tracker.current.layers), layer_name)
-            directions = None
+            best = directions
             if batches is not None and loss is not None:
-                directions = gradient_directions(self._tracker, layer_name, batches, loss)
-            return plan_expansion(self._tracker, layer_name, count, directions, seed), []
+                best = gradient_directions(self._tracker, layer_name, batches, loss)
+            return plan_expansion(self._tracker, layer_name, count, best, seed), []
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 
     def expand_layers(
-        self, counts: Mapping[str, int], *, seed: int = 0, dry_run: bool = False
+        self,
+        counts: Mapping[str, int],
+        *,
+        directions: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        dry_run: bool = False,
     ) -> Receipt:
         """Add neurons to several layers ({layer name: count}) as one change; see `expand_layer`.
 
         Raises:
             SurgeryError: None of them can grow. Of several, those that can do; the receipt's `skipped` has the others.
         """
-        steps = [partial(self.expand_layer, n, count, seed=seed) for n, count in counts.items()]
+        best, names = dict(directions or {}), list(counts)
+        if best:  # from the last: what one layer reads must not grow before it does
+            order = list(self._tracker.current.layers)
+            names.sort(key=lambda n: -order.index(n) if n in order else 0)
+        steps = [
+            partial(self.expand_layer, n, counts[n], directions=best.get(n), seed=seed)
+            for n in names
+        ]
         return self._change_all("expand_layer", steps, [], dry_run=dry_run)
 
     def recycle_neurons(

@@ -253,11 +253,13 @@ class ActivationTracker:
             The ids of new neurons.
         """
         entry = self.current
+        there = dict(entry.model().named_parameters(remove_duplicate=False))
         reads = {
             name: read.reslot(tensors[name][read.dim])
             if read.dim in tensors.get(name, {})
             else read
             for name, read in entry.reads.items()
+            if name in there
         }
         sites = {site.name: site for site in entry.observer.sites}
         moved = {name: sites[name].reslotted(slots) for name, slots in layers.items()}

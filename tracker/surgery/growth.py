@@ -19,6 +19,7 @@ from tracker.structure.integers import UnsolvableError
 from tracker.structure.ints import Attribute
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
+from tracker.surgery.directions import directions_of
 from tracker.surgery.plan import Plan, plan_removal
 from tracker.surgery.takeover import taken_over
 from tracker.tracker import ActivationTracker
@@ -147,6 +148,10 @@ def fresh_values(
             chosen = given.get(name)
             flat = content.flatten(1)
             if chosen is not None:
+                if chosen.shape[1:] != flat.shape[1:]:
+                    raise SurgeryError(
+                        f"Directions for {name} are of the shape (any, {flat.shape[1]}), not {tuple(chosen.shape)}."
+                    )
                 best = min(len(chosen), len(at))
                 flat[:best] = chosen[:best].double().cpu()
             # Along other dimensions that grow as well there is nothing to read yet.
@@ -199,8 +204,7 @@ def gradient_directions(
     """Incoming directions of new neurons of a linear layer by which the loss falls fastest: (rank, features).
 
     Right singular vectors of E[δ xᵀ], δ the gradient at the outputs of the layer's consumers and x its own inputs:
-    GradMax (Evci et al., 2022, section 3) with the roles of incoming and outgoing weights exchanged, since incoming
-    weights of zero never learn behind a ReLU.
+    see `directions_of`.
     """
     model = tracker.current.model()
     group = _growing(tracker.structure(), layer)
@@ -233,10 +237,7 @@ def gradient_directions(
                 return None
             step = torch.cat(rows, 1).T @ x
             product = step if product is None else product + step
-    if product is None:
-        return None
-    _, strength, directions = torch.linalg.svd(product, full_matrices=False)
-    return directions[strength > 1e-9 * strength[0]]
+    return None if product is None else directions_of(product)
 
 
 def appended(size: int, template: Sequence[int], count: int) -> SlotMap:
