@@ -86,10 +86,10 @@ class NeuronChanger(NeuronWatcher):
 
         Raises:
             SurgeryError: torch.distributed is not initialised.
-            VerificationError: The replicas do not have the same weights.
+            VerificationError: The replicas, or the states of their attached optimizers, are not the same.
         """
         ranks = Ranks(group)
-        ranks.require_same_model(self._tracker.current.model())
+        ranks.require_same_model(self._tracker.current.model(), self._optimizers)
         self._ranks = ranks
 
     def merge_statistics(self) -> None:
@@ -157,7 +157,7 @@ class NeuronChanger(NeuronWatcher):
                         log=log,
                     )
                 if self._ranks is not None:
-                    self._ranks.require_same_model(model)
+                    self._ranks.require_same_model(model, self._optimizers)
             if not dry_run:
                 self._note(drawn, receipt, (before, fingerprint(model)), log)
                 self._undo = log
