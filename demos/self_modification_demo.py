@@ -51,9 +51,8 @@ GROW = Plan(
     [16],
     [256],
     1.0,
-    Policy(warm_up=100, every=100, shrink=False, grow=True, plateau=1.0, max_parameters=150_000,
-           gradients=False),
-)  # fmt: skip
+    Policy(warm_up=100, every=100, shrink=False, grow=True, plateau=1.0, max_parameters=150_000),
+)
 
 
 @dataclass

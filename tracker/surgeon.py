@@ -25,6 +25,7 @@ from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
 from tracker.surgery.transaction import refuse_inside_a_pass
+from tracker.surgery.uniform import Key, plan_width, uneven
 
 
 class NeuronSurgeon(NeuronChanger):
@@ -192,6 +193,51 @@ class NeuronSurgeon(NeuronChanger):
             for n in names
         ]
         return self._change_all("expand_layer", steps, [], dry_run=dry_run)
+
+    def uniform_widths(
+        self, *, shrink: bool = False, seed: int = 0, dry_run: bool = False
+    ) -> Receipt | None:
+        """Make groups of one kind in repeated blocks (the MLPs of all decoder layers, say) equally wide, as one change.
+
+        All become as wide as the widest, by units that nothing reads yet: the model's function stays. With `shrink`
+        as narrow as the narrowest, what matters least going and the consumers taking over. Of one kind are groups whose
+        tensors have the same names but for numbers, and the same shapes but for the units.
+
+        Returns:
+            None where they are equally wide already.
+
+        Raises:
+            SurgeryError: One of them cannot change, nothing was touched; the message says which, and why.
+        """
+        with self._together("uniform_widths"):
+            refuse_inside_a_pass(self._tracker)
+            wanted = uneven(self.structure, self._tracker.current.model(), widest=not shrink)
+        return self._to_widths(wanted, "uniform_widths", seed=seed, dry_run=dry_run)
+
+    def _to_widths(
+        self, wanted: Mapping[Key, int], what: str, *, seed: int = 0, dry_run: bool = False
+    ) -> Receipt | None:
+        """Give groups these widths, all or none."""
+        if not wanted:
+            return None
+
+        steps = [
+            partial(
+                self._change,
+                partial(plan_width, self._tracker, key, units, seed),
+                dry_run=False,
+                verify=True,
+            )
+            for key, units in wanted.items()
+        ]
+        last = self._undo
+        receipt = self._change_all(what, steps, [], dry_run=dry_run)
+        if receipt.skipped:
+            if not dry_run:
+                self.undo()
+                self._undo = last
+            raise SurgeryError(f"{what}: {receipt.skipped[0]}")
+        return receipt
 
     def recycle_neurons(
         self, neuron_ids: Neurons, *, seed: int = 0, dry_run: bool = False, verify: bool = True

@@ -34,6 +34,7 @@ def plan_expansion(
     count: int,
     directions: Tensor | None = None,
     seed: int = 0,
+    group: UnitGroup | None = None,
 ) -> Plan:
     """The plan that adds `count` neurons to a layer: read with zero weights, made from random or given directions.
 
@@ -43,6 +44,7 @@ def plan_expansion(
         count: Neurons; a multiple of those of the layer that one unit comprises.
         directions: (≥ 1, incoming features) for the first of the new neurons, best first; random beyond.
         seed: Of the random directions.
+        group: That grows; else the one that the layer makes, of heads and their dimensions the heads.
 
     Raises:
         SurgeryError: The layer makes no units that can be added one by one; the message says why.
@@ -51,7 +53,7 @@ def plan_expansion(
         raise SurgeryError(f"A layer is expanded by 1 neuron or more, not by {count!r}.")
     entry = tracker.current
     model = entry.model()
-    group = _growing(tracker.structure(), layer)
+    group = group or _growing(tracker.structure(), layer)
     template = group.size - 1
     own = [i for name, i in group.neurons(template) if name == layer]
     units, rest = divmod(count, len(own))
