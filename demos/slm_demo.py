@@ -49,6 +49,7 @@ def policy_for(steps: int, parameters: int) -> Policy:
     return Policy(
         warm_up=2 * every, every=every, look=every // 4, settle=every // 2,
         shrink=False, grow=True, plateau=1.0, max_parameters=parameters,
+        gradients=False,
     )  # fmt: skip
 
 

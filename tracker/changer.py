@@ -13,8 +13,10 @@ from tracker.distributed import Ranks, watch_wrapper
 from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
 from tracker.journal import Entry, Journal, When, fingerprint
+from tracker.probe import Arguments, quiet_copy
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
+from tracker.surgery.latency import PASSES, latency
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan
@@ -51,6 +53,22 @@ class NeuronChanger(NeuronWatcher):
         """Numbers in the current model's parameters, each counted once."""
         return count(self._tracker.current.model())
 
+    def measure_latency(self, passes: int = PASSES) -> float:
+        """Milliseconds of a forward pass of the example inputs: wall time, the median of so many passes.
+
+        In eval mode and without gradients, as the model runs now on its device; two more passes warm up.
+
+        Raises:
+            SurgeryError: `passes` is no whole number above 0.
+            StructureError: The model has not run yet and no example inputs were given, or they do not fit it.
+        """
+        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+            raise SurgeryError(f"Latency is measured in 1 or more passes, not {passes!r}.")
+        _ = self.structure  # tells what is missing
+        entry = self._tracker.current
+        assert entry.observer.inputs is not None
+        return latency(quiet_copy(entry.model()), Arguments(*entry.observer.inputs), passes)
+
     def attach_optimizer(self, *optimizers: Any) -> None:
         """Have the state of these optimizers move with every change of the model."""
         self._optimizers += [
@@ -68,10 +86,10 @@ class NeuronChanger(NeuronWatcher):
 
         Raises:
             SurgeryError: torch.distributed is not initialised.
-            VerificationError: The replicas do not have the same weights.
+            VerificationError: The replicas, or the states of their attached optimizers, are not the same.
         """
         ranks = Ranks(group)
-        ranks.require_same_model(self._tracker.current.model())
+        ranks.require_same_model(self._tracker.current.model(), self._optimizers)
         self._ranks = ranks
 
     def merge_statistics(self) -> None:
@@ -139,7 +157,7 @@ class NeuronChanger(NeuronWatcher):
                         log=log,
                     )
                 if self._ranks is not None:
-                    self._ranks.require_same_model(model)
+                    self._ranks.require_same_model(model, self._optimizers)
             if not dry_run:
                 self._note(drawn, receipt, (before, fingerprint(model)), log)
                 self._undo = log

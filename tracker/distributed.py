@@ -21,6 +21,7 @@ from tracker.hooks import Observer, Window
 from tracker.reads import Read
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
 from tracker.statistics.activity import ROWS
+from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan
 
 MODES = (False, True)
@@ -115,19 +116,25 @@ class Ranks:
         for tensor in _numbers(plan):
             tensor.copy_(self._from_first(tensor))
 
-    def require_same_model(self, model: nn.Module) -> None:
-        """Refuse where parameters are not bit for bit those of the first rank.
+    def require_same_model(self, model: nn.Module, optimizers: Sequence[Any] = ()) -> None:
+        """Refuse where parameters, or optimizers' states of them, are not bit for bit those of the first rank.
 
         Raises:
             VerificationError: They are not.
         """
-        digest = hashlib.sha256()
+        digest, names = hashlib.sha256(), dict[Tensor, str]()
         for name, p in model.named_parameters():
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(
-                p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
+            names[p] = name
+            _take_in(digest, name, p)
         self.require_same(digest.hexdigest(), "The model")
+        for number, optimizer in enumerate(unwrapped(optimizers)):
+            digest = hashlib.sha256(type(optimizer).__name__.encode())
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    state = optimizer.state.get(p, {})
+                    for key in sorted(state):
+                        _take_in(digest, f"{names.get(p)} {key}", state[key])
+            self.require_same(digest.hexdigest(), f"The state of optimizer {number}")
 
     # Statistics
 
@@ -173,6 +180,15 @@ class Ranks:
             covariance = None if own is None else own.covariance
             merged[name] = Read(dim, self._covariance(covariance, width), taps)
         return merged
+
+    def sums(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all ranks of float64 tensors that all have."""
+        found = {}
+        for name in sorted(products):
+            sent = products[name].to(self._device, copy=True)
+            dist.all_reduce(sent, group=self.group)
+            found[name] = sent.cpu()
+        return found
 
     def _window(
         self, own: Window | None, neurons: int, correlated: bool, threshold: float
@@ -289,6 +305,16 @@ def _accumulators(wrapper: nn.Module) -> list[object]:
     with torch.inference_mode(False), torch.enable_grad():
         views = [p.view_as(p).grad_fn for p in wrapper.parameters() if p.requires_grad]
         return [view.next_functions[0][0] for view in views if view is not None]
+
+
+def _take_in(digest: Any, name: str, value: Any) -> None:
+    """Add a tensor's shape and bytes, or a plain value, to a hash."""
+    if not isinstance(value, Tensor):
+        digest.update(f"{name} {value!r}".encode())
+        return
+    digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+    flat = value.detach().cpu().contiguous().flatten()
+    digest.update(flat.view(torch.uint8).numpy().tobytes())
 
 
 def _covered(window: Window | None) -> int:

@@ -218,7 +218,7 @@ class NeuronEngine(NeuronSurgeon):
             self.history,
             self.journal,
             settings,
-            (None, {}) if run is None else run.gather(),
+            (None, {}, {}) if run is None else run.gather(),
         )
         return write_checkpoint(path, content)
 
@@ -254,7 +254,9 @@ class NeuronEngine(NeuronSurgeon):
                 engine.start_self_modification(Policy.from_dict(facts["run"]["policy"]))
                 assert engine._run is not None
                 log.add(engine.stop_self_modification)
-                engine._run.go_on(facts["run"], seen)
+                tables = content.tensors["statistics"]
+                look = {name: t for name, t in tables.items() if name.startswith("look.")}
+                engine._run.go_on(facts["run"], seen, look)
         engine.attach_optimizer(*optimizers)
         engine._journals[engine._model_key()] = journal
         if history is not None:

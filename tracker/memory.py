@@ -33,7 +33,7 @@ def gather(
     history: TrainingHistory,
     journal: Journal,
     settings: Mapping[str, Any],
-    run: tuple[Mapping[str, Any] | None, Mapping[str, Read]] = (None, {}),
+    run: tuple[Mapping[str, Any] | None, Mapping[str, Read], Mapping[str, Tensor]] = (None, {}, {}),
 ) -> Checkpoint:
     """All of it, as tables of tensors and plain data. run: of one that modifies itself, and what it observed."""
     entry = tracker.current
@@ -75,7 +75,7 @@ def gather(
         {
             "model": weights,
             "optimizer": states,
-            "statistics": {**_seen(tracker), **_reads("run", run[1]), **inputs},
+            "statistics": {**_seen(tracker), **_reads("run", run[1]), **run[2], **inputs},
             "random": noise,
         },
         {"journal": journal.to_dict(), "engine": engine},
@@ -321,7 +321,7 @@ def _restore_seen(
     sites = {site.name: site for site in entry.observer.sites}
     whole: dict[str, dict[str, Tensor]] = {}
     for key, value in tables.items():
-        if key.startswith("input."):
+        if key.startswith(("input.", "look.")):
             continue
         kind, mode, rest = key.split("/", 2)
         if kind == "activity":

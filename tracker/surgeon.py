@@ -8,6 +8,8 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+from torch import Tensor
+
 from tracker.changer import NeuronChanger, Neurons
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
@@ -23,6 +25,7 @@ from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
 from tracker.surgery.transaction import refuse_inside_a_pass
+from tracker.surgery.uniform import Key, plan_width, uneven
 
 
 class NeuronSurgeon(NeuronChanger):
@@ -144,6 +147,7 @@ class NeuronSurgeon(NeuronChanger):
         *,
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
+        directions: Tensor | None = None,
         seed: int = 0,
         dry_run: bool = False,
         verify: bool = True,
@@ -152,7 +156,7 @@ class NeuronSurgeon(NeuronChanger):
 
         They are read with weights of zero at first. Their own weights are random directions or, where `batches` and
         `loss` are given (`loss(output, batch)`, the batch's first entry is what the model takes), those by which the
-        loss falls fastest.
+        loss falls fastest; or `directions` that are given, (1 or more, incoming features), best first.
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -160,23 +164,80 @@ class NeuronSurgeon(NeuronChanger):
 
         def plan() -> tuple[Plan, list[str]]:
             layer_named(list(self._tracker.current.layers), layer_name)
-            directions = None
+            best = directions
             if batches is not None and loss is not None:
-                directions = gradient_directions(self._tracker, layer_name, batches, loss)
-            return plan_expansion(self._tracker, layer_name, count, directions, seed), []
+                best = gradient_directions(self._tracker, layer_name, batches, loss)
+            return plan_expansion(self._tracker, layer_name, count, best, seed), []
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 
     def expand_layers(
-        self, counts: Mapping[str, int], *, seed: int = 0, dry_run: bool = False
+        self,
+        counts: Mapping[str, int],
+        *,
+        directions: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        dry_run: bool = False,
     ) -> Receipt:
         """Add neurons to several layers ({layer name: count}) as one change; see `expand_layer`.
 
         Raises:
             SurgeryError: None of them can grow. Of several, those that can do; the receipt's `skipped` has the others.
         """
-        steps = [partial(self.expand_layer, n, count, seed=seed) for n, count in counts.items()]
+        best, names = dict(directions or {}), list(counts)
+        if best:  # from the last: what one layer reads must not grow before it does
+            order = list(self._tracker.current.layers)
+            names.sort(key=lambda n: -order.index(n) if n in order else 0)
+        steps = [
+            partial(self.expand_layer, n, counts[n], directions=best.get(n), seed=seed)
+            for n in names
+        ]
         return self._change_all("expand_layer", steps, [], dry_run=dry_run)
+
+    def uniform_widths(
+        self, *, shrink: bool = False, seed: int = 0, dry_run: bool = False
+    ) -> Receipt | None:
+        """Make groups of one kind in repeated blocks (the MLPs of all decoder layers, say) equally wide, as one change.
+
+        All become as wide as the widest, by units that nothing reads yet: the model's function stays. With `shrink`
+        as narrow as the narrowest, what matters least going and the consumers taking over. Of one kind are groups whose
+        tensors have the same names but for numbers, and the same shapes but for the units.
+
+        Returns:
+            None where they are equally wide already.
+
+        Raises:
+            SurgeryError: One of them cannot change, nothing was touched; the message says which, and why.
+        """
+        with self._together("uniform_widths"):
+            refuse_inside_a_pass(self._tracker)
+            wanted = uneven(self.structure, self._tracker.current.model(), widest=not shrink)
+        return self._to_widths(wanted, "uniform_widths", seed=seed, dry_run=dry_run)
+
+    def _to_widths(
+        self, wanted: Mapping[Key, int], what: str, *, seed: int = 0, dry_run: bool = False
+    ) -> Receipt | None:
+        """Give groups these widths, all or none."""
+        if not wanted:
+            return None
+
+        steps = [
+            partial(
+                self._change,
+                partial(plan_width, self._tracker, key, units, seed),
+                dry_run=False,
+                verify=True,
+            )
+            for key, units in wanted.items()
+        ]
+        last = self._undo
+        receipt = self._change_all(what, steps, [], dry_run=dry_run)
+        if receipt.skipped:
+            if not dry_run:
+                self.undo()
+                self._undo = last
+            raise SurgeryError(f"{what}: {receipt.skipped[0]}")
+        return receipt
 
     def recycle_neurons(
         self, neuron_ids: Neurons, *, seed: int = 0, dry_run: bool = False, verify: bool = True

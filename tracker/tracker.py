@@ -226,7 +226,8 @@ class ActivationTracker:
             The ids of new neurons.
         """
         entry = self.current
-        reads = reslotted(entry.reads, tensors)
+        there = dict(entry.model().named_parameters(remove_duplicate=False))
+        reads = reslotted({n: r for n, r in entry.reads.items() if n in there}, tensors)
         sites = {site.name: site for site in entry.observer.sites}
         moved = {name: sites[name].reslotted(slots) for name, slots in layers.items()}
         before = {name: (sites[name].neurons, sites[name].windows) for name in layers}

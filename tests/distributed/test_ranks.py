@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,11 @@ def fail(rank: int, size: int) -> list[str]:
         transaction._as_expected = broken
     refused(lambda: engine.prune_units({"0": [1, 2]}))
     transaction._as_expected = whole
+    moment = optimizer.state[model[2].weight]["exp_avg"]
+    moment += rank
+    refused(lambda: engine.prune_units({"0": [1, 2]}))
+    refused(engine.attach_process_group)
+    moment -= rank
     with torch.no_grad():
         model[0].weight[0, 0] += rank
     before = weights(model)
@@ -191,10 +197,24 @@ def test_what_one_saw_all_saw_and_all_change_or_none(size: int, tmp_path: Path) 
         assert "plan of prune_units of rank 1 is not that of rank 0" in told[1]
         assert "the last check failed" in told[2]
         assert f"rank {size - 1}" in told[2] or rank == size - 1
-        assert "The model of rank 1" in told[3]
+        assert "The state of optimizer 0 of rank 1" in told[3]
+        assert "The state of optimizer 0 of rank 1" in told[4]
+        assert "The model of rank 1" in told[5]
 
 
-def live(rank: int, size: int) -> dict[str, Any]:
+GROW = Policy(
+    warm_up=10, every=20, look=6, settle=8, tolerance=0.02, floor=2, grow=True, plateau=1.0,
+    max_parameters=500,
+)  # fmt: skip
+MORE = {
+    "merge": replace(GROW, merge=True, tolerance=0.3),
+    "insert": replace(GROW, shrink=False, grow=False, insert=2, max_parameters=None),
+    "drop": replace(GROW, drop=0.9, shrink=False, grow=False),
+    "latency": replace(GROW, grow=False, tolerance=0.0, max_latency=1e-4),
+}
+
+
+def live(rank: int, size: int, policy: Policy = GROW) -> dict[str, Any]:
     """A run that modifies itself, on its share of each batch."""
     model = network()
     wrapped: nn.Module = DistributedDataParallel(model) if size > 1 else model
@@ -202,19 +222,8 @@ def live(rank: int, size: int) -> dict[str, Any]:
     engine = tracked(wrapped, optimizer=optimizer)
     if size > 1:
         engine.attach_process_group()
-    engine.start_self_modification(
-        Policy(
-            warm_up=10,
-            every=20,
-            look=6,
-            settle=8,
-            tolerance=0.02,
-            floor=2,
-            grow=True,
-            plateau=1.0,
-            max_parameters=500,
-        )
-    )
+    engine.start_self_modification(policy)
+    engine.correlation_threshold = 0.5
     generator = torch.Generator().manual_seed(3)
     for _ in range(80):
         x, y = torch.randn(16, 6, generator=generator), torch.randn(16, 3, generator=generator)
@@ -242,6 +251,20 @@ def test_one_machine_or_two_the_same_life(tmp_path: Path) -> None:
     assert found[0]["life"] == alone["life"]
     for a, b in zip(found[0]["weights"], alone["weights"], strict=True):
         assert torch.allclose(a, b, atol=1e-3)
+
+
+def live_more(rank: int, size: int) -> dict[str, Any]:
+    return {name: live(rank, size, policy) for name, policy in MORE.items()}
+
+
+def test_all_ranks_live_alike_whatever_the_policy_does(tmp_path: Path) -> None:
+    first, second = run(2, tmp_path, live_more)
+    done = {"merge": "merged", "insert": "inserted", "drop": "dropped", "latency": "pruned"}
+    for name, what in done.items():
+        assert what in {d[1] for d in first[name]["life"]}, first[name]["life"]
+        assert first[name]["life"] == second[name]["life"]
+        for a, b in zip(first[name]["weights"], second[name]["weights"], strict=True):
+            assert torch.equal(a, b)
 
 
 def shard(rank: int, size: int) -> list[str]:

@@ -303,11 +303,17 @@ def _is_block(units: Units, place: Place) -> bool:
 
 def _named(groups: list[UnitGroup]) -> list[UnitGroup]:
     """Unique names, stable for one architecture: the first layer that makes the units, counted where it recurs."""
-    seen: Counter[str] = Counter()
-    totals = Counter(group.name for group in groups)
-    named = []
+    mates: dict[str, list[UnitGroup]] = {}
     for group in groups:
-        seen[group.name] += 1
-        suffix = f"#{seen[group.name]}" if totals[group.name] > 1 else ""
-        named.append(replace(group, name=(group.name or "model") + suffix))
+        mates.setdefault(group.name, []).append(group)
+    # Heads and their dimensions are found in any order, and must not change places from one trace to the next.
+    for same in mates.values():
+        same.sort(key=lambda g: (g.kind, tuple(next(iter(g.members[0].values())))))
+    seen: Counter[str] = Counter()
+    named = []
+    for name in [group.name for group in groups]:
+        group = mates[name][seen[name]]
+        seen[name] += 1
+        suffix = f"#{seen[name]}" if len(mates[name]) > 1 else ""
+        named.append(replace(group, name=(name or "model") + suffix))
     return named

@@ -117,6 +117,16 @@ def block_for(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
         return ResidualBlock(linear(), linear()).train(layer.training)
 
 
+def can_follow(layer: nn.Module) -> bool:
+    """Whether another layer can be inserted behind this one."""
+    return isinstance(layer, nn.Linear | _ConvNd) and INSERTED not in layer._modules
+
+
+def inserted_layers(model: nn.Module) -> int:
+    """Layers that were inserted so far, with those that were removed again."""
+    return sum(name.rpartition(".")[2] == INSERTED for name, _ in model.named_modules())
+
+
 def read_by(model: nn.Module, inputs: Arguments, name: str) -> set[str]:
     """Names of the operations that take the output of a layer."""
     bench = quiet_copy(model)

@@ -20,6 +20,7 @@ from tracker.structure.ints import Attribute
 from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
+from tracker.surgery.directions import directions_of
 from tracker.surgery.plan import Plan, plan_removal
 from tracker.surgery.takeover import taken_over
 from tracker.tracker import ActivationTracker
@@ -34,6 +35,7 @@ def plan_expansion(
     count: int,
     directions: Tensor | None = None,
     seed: int = 0,
+    group: UnitGroup | None = None,
 ) -> Plan:
     """The plan that adds `count` neurons to a layer: read with zero weights, made from random or given directions.
 
@@ -43,6 +45,7 @@ def plan_expansion(
         count: Neurons; a multiple of those of the layer that one unit comprises.
         directions: (≥ 1, incoming features) for the first of the new neurons, best first; random beyond.
         seed: Of the random directions.
+        group: That grows; else the one that the layer makes, of heads and their dimensions the heads.
 
     Raises:
         SurgeryError: The layer makes no units that can be added one by one; the message says why.
@@ -51,7 +54,7 @@ def plan_expansion(
         raise SurgeryError(f"A layer is expanded by 1 neuron or more, not by {count!r}.")
     entry = tracker.current
     model = entry.model()
-    group = _growing(tracker.structure(), layer)
+    group = group or _growing(tracker.structure(), layer)
     template = group.size - 1
     own = [i for name, i in group.neurons(template) if name == layer]
     units, rest = divmod(count, len(own))
@@ -148,6 +151,10 @@ def fresh_values(
             chosen = given.get(name)
             flat = content.flatten(1)
             if chosen is not None:
+                if chosen.shape[1:] != flat.shape[1:]:
+                    raise SurgeryError(
+                        f"Directions for {name} are of the shape (any, {flat.shape[1]}), not {tuple(chosen.shape)}."
+                    )
                 best = min(len(chosen), len(at))
                 flat[:best] = chosen[:best].double().cpu()
             # Along other dimensions that grow as well there is nothing to read yet.
@@ -200,8 +207,7 @@ def gradient_directions(
     """Incoming directions of new neurons of a linear layer by which the loss falls fastest: (rank, features).
 
     Right singular vectors of E[δ xᵀ], δ the gradient at the outputs of the layer's consumers and x its own inputs:
-    GradMax (Evci et al., 2022, section 3) with the roles of incoming and outgoing weights exchanged, since incoming
-    weights of zero never learn behind a ReLU.
+    see `directions_of`.
     """
     model = tracker.current.model()
     group = _growing(tracker.structure(), layer)
@@ -234,10 +240,7 @@ def gradient_directions(
                 return None
             step = torch.cat(rows, 1).T @ x
             product = step if product is None else product + step
-    if product is None:
-        return None
-    _, strength, directions = torch.linalg.svd(product, full_matrices=False)
-    return directions[strength > 1e-9 * strength[0]]
+    return None if product is None else directions_of(product)
 
 
 def appended(size: int, template: Sequence[int], count: int) -> SlotMap:

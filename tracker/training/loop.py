@@ -6,30 +6,37 @@ import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tracker.compensation import backward
-from tracker.compensation.linear import constant
 from tracker.errors import SurgeryError, TrackerError
 from tracker.probe import Arguments, quiet_copy
 from tracker.reads import Read
 from tracker.statistics import Covariance
-from tracker.structure import UnitGroup
-from tracker.structure.sizes import tensors
 from tracker.surgery import Receipt, UndoLog
-from tracker.surgery.calibration import Watcher, consumers
-from tracker.surgery.compression import Limits, Problem, problems_of
+from tracker.surgery.depth import inserted_layers
 from tracker.surgery.flops import flops_by_weight
+from tracker.surgery.latency import latency
 from tracker.surgery.transaction import count
-from tracker.training.policy import Candidate, Phases, Policy, Requests, Size
+from tracker.training.candidates import Prices, bypasses, candidates, grown, neurons_of
+from tracker.training.look import Look, Seen
+from tracker.training.policy import Phases, Policy, Requests, Size
 
 if TYPE_CHECKING:
     from tracker.surgeon import NeuronSurgeon
 
 POINTS = 8  # of the loss curve, from one look to the next
+DONE = {
+    "prune_units": "pruned",
+    "merge_neurons": "merged",
+    "expand_layer": "expanded",
+    "recycle_neurons": "recycled",
+    "insert_layer": "inserted",
+    "remove_layer": "dropped",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,8 @@ class Decision:
     """One entry of a network's life: what was decided at a step, and why."""
 
     step: int
-    what: str  # "pruned", "expanded", "recycled", "kept", "undone", "refused"
+    # "pruned", "merged", "expanded", "recycled", "inserted", "dropped", "kept", "undone", "refused"
+    what: str
     why: str
     loss: float
     parameters: int
@@ -56,7 +64,8 @@ class SelfModification:
         self._recent: list[Tensor] = []
         self._means: list[float] = []  # before each look
         self._blocked: dict[str, int] = {}
-        self._watch: Watcher | None = None
+        self._watch: Look | None = None
+        self._seen = Seen()  # in the last look, beside what consumers read
         # A change that awaits its verdict: step, loss before, groups, and what would take it back.
         self._open: tuple[int, float, tuple[str, ...], UndoLog | None] | None = None
         self._stopped = False
@@ -82,8 +91,8 @@ class SelfModification:
             self._begin_to_observe()
         return None
 
-    def gather(self) -> tuple[dict[str, Any], dict[str, Read]]:
-        """Where the run is, as plain data, and what it observed since it began to look.
+    def gather(self) -> tuple[dict[str, Any], dict[str, Read], dict[str, Tensor]]:
+        """Where the run is, as plain data, and what it observed since it began to look: reads, and other tensors.
 
         A change that awaits its verdict is not among it: nothing could take it back later.
         """
@@ -98,9 +107,17 @@ class SelfModification:
             "life": [asdict(decision) for decision in self.life],
             "observes": self._watch is not None,
         }
-        return data, {} if self._watch is None else self._watch.seen()
+        if self._watch is None:
+            return data, {}, {}
+        tables, data["inputs"] = self._watch.seen.gather()
+        return data, self._watch.reads(), tables
 
-    def go_on(self, data: Mapping[str, Any], seen: Mapping[str, Covariance]) -> None:
+    def go_on(
+        self,
+        data: Mapping[str, Any],
+        seen: Mapping[str, Covariance],
+        tables: Mapping[str, Tensor],
+    ) -> None:
         """Go on where `gather` was called.
 
         Raises:
@@ -117,7 +134,7 @@ class SelfModification:
         if data["observes"]:
             self._begin_to_observe()
             assert self._watch is not None
-            self._watch.go_on(seen)
+            self._watch.go_on(seen, tables, data.get("inputs"))
 
     def stop(self) -> None:
         """Observe and change nothing any more."""
@@ -127,9 +144,9 @@ class SelfModification:
             self._watch = None
 
     def _begin_to_observe(self) -> None:
-        groups = [g for g in self._surgeon.structure.groups if g.prunable and g.exact]
-        wanted, _ = consumers(self.model, groups)
-        self._watch = Watcher(self.model, wanted)
+        # The policy that will decide, which is the one that holds at this step.
+        _, policy = self.policy.at(self.steps)
+        self._watch = Look(self._surgeon._tracker, policy)
 
     def _look(self, policy: Policy) -> Receipt | None:
         if self._watch is None:
@@ -137,7 +154,9 @@ class SelfModification:
         tracker = self._surgeon._tracker
         reads, ranks = self._watch.stop(), self._surgeon._ranks
         tracker.current.reads = reads if ranks is None else ranks.merge_reads(reads)
-        self._watch = None
+        self._seen, self._watch = self._watch.seen, None
+        if ranks is not None:
+            self._seen.products = ranks.sums(self._seen.products)
         lately = self._mean(policy.settle)
         loss = self._mean()
         self._recent = []
@@ -155,8 +174,7 @@ class SelfModification:
             self._note("refused", str(error), loss)
             return None
         self._open = (self.steps, lately, wanted.groups, self._surgeon._undo)
-        what = "pruned" if wanted.remove else "recycled" if wanted.recycle else "expanded"
-        self._note(what, wanted.why, loss)
+        self._note(DONE[receipt.operation], wanted.why, loss)
         return receipt
 
     def _decided(self, policy: Policy) -> Requests:
@@ -167,17 +185,48 @@ class SelfModification:
             if ranks is None or ranks.rank == 0:
                 inputs = tracker.current.observer.inputs
                 assert inputs is not None  # there is a structure
-                by_weight, other = flops_by_weight(quiet_copy(self.model), Arguments(*inputs))
-                now = Size(count(self.model), sum(by_weight.values()) + other)
-                candidates = self._candidates(policy, by_weight)
-                wanted = policy.decide(candidates, now, self._means, self._blocked)
+                bench = quiet_copy(self.model)
+                by_weight, other = flops_by_weight(bench, Arguments(*inputs))
+                flops = sum(by_weight.values()) + other
+                time = latency(bench, Arguments(*inputs)) if policy.times else 0.0
+                now = Size(count(self.model), flops, time)
+                price = Prices(by_weight, time / max(flops, 1.0))
+                able = candidates(self._surgeon, policy, price)
+                decide = partial(
+                    policy.decide,
+                    able,
+                    now,
+                    self._means,
+                    self._blocked,
+                    inserted=inserted_layers(self.model),
+                )
+                wanted = decide()
+                if policy.drop and not (wanted.remove or wanted.merge or wanted.recycle):
+                    wanted = decide(bypasses=bypasses(tracker, able, self._seen.inputs, price))
         return wanted if ranks is None else Requests(**ranks.of_first(asdict(wanted)))
 
     def _do(self, wanted: Requests) -> Receipt:
+        surgeon, tracker = self._surgeon, self._surgeon._tracker
         if wanted.remove:
             units = {name: list(gone) for name, gone in wanted.remove.items()}
-            return self._surgeon.prune_units(units, compensate=True)
-        groups = {g.name: g for g in self._surgeon.structure.groups}
+            return surgeon.prune_units(units, compensate=True)
+        if wanted.insert:
+            return surgeon.insert_layer(wanted.insert[0])
+        if wanted.drop:
+            return surgeon.remove_layer(wanted.drop[0], batches=self._seen.inputs)
+        groups = {g.name: g for g in surgeon.structure.groups}
+        if wanted.merge:
+            pairs = [
+                ids
+                for name, folded in wanted.merge.items()
+                for keep, drop in folded
+                for ids in zip(
+                    neurons_of(tracker, groups[name], keep),
+                    neurons_of(tracker, groups[name], drop),
+                    strict=True,
+                )
+            ]
+            return surgeon.merge_neurons(pairs)
         if wanted.recycle:
             ids = [
                 i
@@ -185,12 +234,14 @@ class SelfModification:
                 for u in units
                 for i in groups[g].neuron_ids(u)
             ]
-            return self._surgeon.recycle_neurons(ids, seed=self.steps)
+            return surgeon.recycle_neurons(ids, seed=self.steps)
         growth = {}
         for name, number in wanted.expand.items():
-            layer, own = self._grown(groups[name])
+            layer, own = grown(tracker, groups[name])
             growth[layer] = number * own
-        return self._surgeon.expand_layers(growth, seed=self.steps)
+        return surgeon.expand_layers(
+            growth, seed=self.steps, directions=self._seen.directions(growth)
+        )
 
     def _judge(self) -> None:
         """Whether the last change kept what it promised; if not, it is taken back with the steps since."""
@@ -206,40 +257,6 @@ class SelfModification:
             self._blocked[name] = policy.patience
         self._note("undone", f"the loss rose from {before:.4f} to {after:.4f}", after)
 
-    def _candidates(self, policy: Policy, by_weight: Mapping[str, float]) -> list[Candidate]:
-        """The groups that can shrink by themselves, and what that is predicted to cost."""
-        groups, problems, _ = problems_of(self._surgeon._tracker, Limits(floor=policy.floor))
-        learnt = {name for name, _ in self.model.named_parameters()}
-        held = {name: t.shape for name, t in tensors(self.model).items()}
-        found = []
-        for group, problem in zip(groups, problems, strict=True):
-            selection = backward(
-                problem.covariance,
-                problem.weight,
-                problem.units,
-                problem.protected,
-                count=problem.count,
-                mean=problem.mean,
-            )
-            errors = (selection.errors / max(selection.total, 1e-300)).tolist()
-            parameters = flops = 0.0
-            for (name, dim), indices in group.members[0].items():
-                share = len(indices) / held[name][dim]
-                parameters += share * held[name].numel() if name in learnt else 0.0
-                flops += share * by_weight.get(name, 0.0)
-            layer, _ = self._grown(group)
-            order = tuple(u for u in selection.order if u < group.size)
-            cost, dead = Size(parameters, flops), _dead(problem, group.size)
-            found.append(Candidate(group.name, layer, group.size, order, tuple(errors), cost, dead))
-        return found
-
-    def _grown(self, group: UnitGroup) -> tuple[str, int]:
-        """The tracked layer by which a group grows, and how many of its neurons a unit comprises."""
-        tracked = self._surgeon._tracker.current.layers
-        neurons = [layer for layer, _ in group.neurons(0) if layer in tracked]
-        made = [layer for layer in neurons if layer in group.layers] or neurons
-        return (made[0], made.count(made[0])) if made else (group.name, 1)
-
     def _mean(self, last: int | None = None) -> float:
         """Mean loss, over all ranks, of the last steps since the last look; one read for all of them."""
         taken = self._recent if last is None else self._recent[-last:]
@@ -253,12 +270,6 @@ class SelfModification:
         layers = self._surgeon._tracker.current.layers
         widths = {name: len(layer.ids) for name, layer in layers.items()}
         self.life.append(Decision(self.steps, what, why, loss, count(self.model), widths))
-
-
-def _dead(problem: Problem, size: int) -> tuple[int, ...]:
-    """Units of which every consumer reads a constant."""
-    quiet = constant(problem.covariance, problem.mean)
-    return tuple(u for u, columns in enumerate(problem.units[:size]) if bool(quiet[columns].all()))
 
 
 def _number(loss: Tensor | float) -> Tensor:

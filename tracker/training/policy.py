@@ -10,10 +10,15 @@ from tracker.errors import SurgeryError
 
 
 class Size(NamedTuple):
-    """Of a network, or of one unit of it. flops: of one forward pass of the example inputs."""
+    """Of a network, or of one unit of it.
+
+    flops: Of one forward pass of the example inputs.
+    latency: Of such a pass, in milliseconds; 0 where no budget asks for it. A unit's is its share of the FLOPs.
+    """
 
     parameters: float
     flops: float
+    latency: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,9 @@ class Candidate:
     errors: Predicted relative error of its consumers once 1, 2, … units are gone, in `order`.
     cost: Of one unit.
     dead: Units of which the consumers read a constant.
+    pairs: (unit that stays, unit that is folded into it), each unit in one part only.
+    merge_errors: Predicted relative error of the consumers once 1, 2, … pairs are folded, in the order of `pairs`.
+    deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
     """
 
     name: str
@@ -33,24 +41,51 @@ class Candidate:
     errors: tuple[float, ...]
     cost: Size
     dead: tuple[int, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    merge_errors: tuple[float, ...] = ()
+    deeper: Size | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """A layer, or a residual block, that could be removed.
+
+    error: Relative error of the model's outputs without it, what is left refitted; of inputs that the fit did not see.
+    cost: What would be saved.
+    """
+
+    name: str
+    error: float
+    cost: Size
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
     """What a policy wants done, and why, or why nothing.
 
-    remove, recycle: Group name → units. expand: Group name → units to add.
+    remove, recycle: Group name → units. expand: Group name → units to add. merge: Group name → (keep, drop) units.
+    insert: Layers behind which one is inserted. drop: Layers and blocks that are removed.
     """
 
     why: str
     remove: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     recycle: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     expand: Mapping[str, int] = field(default_factory=dict)
+    merge: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    insert: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """All that is to change."""
-        return (*self.remove, *self.recycle, *self.expand)
+        """All that is to change, groups and layers by their names."""
+        return (
+            *self.remove,
+            *self.recycle,
+            *self.expand,
+            *self.merge,
+            *self.insert,
+            *self.drop,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +101,18 @@ class Policy:
     shrink: Whether units may go.
     grow: Whether layers may be expanded, once the loss stands still.
     recycle: Whether units that say nothing get a new start in their places, rather than go.
+    merge: Whether redundant units are folded into others, pair by pair, up to the tolerance, before any go.
+    insert: Layers that may be inserted in all, one at a time, once the loss stands still and none can be expanded.
+    drop: Relative error of the model's outputs up to which a layer or a residual block is removed, one at a time,
+        what is left refitted; measured on inputs that the fit did not see. 0: none is.
+    gradients: Whether new units of linear layers look where the loss falls fastest, as the gradients of the look's
+        passes tell; else, and where these tell nothing, in random directions.
     plateau: Relative improvement of the loss between two looks below which it stands still; 1: always.
     min_parameters, max_parameters: Between which the network stays; None for no bound. Where it is larger than the
         greatest at the beginning, units go beyond the tolerance until it is not.
     min_flops, max_flops: The same of the FLOPs of a forward pass of the example inputs.
+    min_latency, max_latency: The same of the milliseconds that such a pass takes, measured at each look. Time is
+        noisy: with one of these, the same seed may give another structure.
     settle: Steps after a change over which its effect is measured.
     regret: Relative rise of the loss, against that before the change, from which on it is undone.
     patience: Looks for which a group is left alone after a change of it was undone.
@@ -85,11 +128,17 @@ class Policy:
     shrink: bool = True
     grow: bool = False
     recycle: bool = False
+    merge: bool = False
+    insert: int = 0
+    drop: float = 0.0
+    gradients: bool = True
     plateau: float = 0.02
     min_parameters: int | None = None
     max_parameters: int | None = None
     min_flops: int | None = None
     max_flops: int | None = None
+    min_latency: float | None = None
+    max_latency: float | None = None
     settle: int = 50
     regret: float = 0.1
     patience: int = 3
@@ -106,6 +155,19 @@ class Policy:
             )
         if not 0 < self.at_most < 1:
             raise SurgeryError(f"at_most is a share between 0 and 1, not {self.at_most!r}.")
+        if self.insert < 0 or not self.drop >= 0:
+            raise SurgeryError(
+                "insert is a number of layers and drop a relative error, both 0 or more, not "
+                f"{self.insert!r} and {self.drop!r}."
+            )
+        for bound in (self.min_latency, self.max_latency):
+            if bound is not None and not bound > 0:
+                raise SurgeryError(f"A latency is a number of milliseconds above 0, not {bound!r}.")
+
+    @property
+    def times(self) -> bool:
+        """Whether the model's latency counts."""
+        return self.min_latency is not None or self.max_latency is not None
 
     def at(self, step: int) -> tuple[int, Policy]:
         """The step from which a policy holds at `step`, and that policy: always this one."""
@@ -117,6 +179,9 @@ class Policy:
         now: Size,
         losses: Sequence[float],
         blocked: Mapping[str, int],
+        *,
+        bypasses: Sequence[Bypass] = (),
+        inserted: int = 0,
     ) -> Requests:
         """What to do now.
 
@@ -124,15 +189,33 @@ class Policy:
             candidates: The groups that can change.
             now: Size of the network.
             losses: Mean loss before each look so far, the last one now.
-            blocked: Groups that are left alone for so many looks.
+            blocked: Groups and layers that are left alone for so many looks.
+            bypasses: Layers and blocks that could be removed.
+            inserted: Layers that were inserted so far.
         """
         free = [c for c in candidates if not blocked.get(c.name)]
         dead = {c.name: c.dead for c in free if c.dead and len(c.dead) < c.size}
         if self.recycle and dead:
             count = sum(map(len, dead.values()))
             return Requests(f"{count} units say nothing", recycle=dead)
+        merge = self._merging(free, now) if self.merge else {}
+        if merge:
+            count = sum(map(len, merge.values()))
+            why = f"{count} units can be folded into others within an error of {self.tolerance:g}"
+            return Requests(why, merge=merge)
         remove, why = self._removal(free, now)
-        return Requests(why, remove=remove) if remove else self._growth(free, now, losses, why)
+        if remove:
+            return Requests(why, remove=remove)
+        drop = self._dropping([b for b in bypasses if not blocked.get(b.name)], now)
+        if drop is not None:
+            return Requests(
+                f"without {drop.name} the outputs err by {drop.error:.2g}", drop=(drop.name,)
+            )
+        if bypasses:
+            least = min(bypasses, key=lambda b: b.error)
+            why += f", and without {least.name} the outputs would err by {least.error:.2g}"
+        grown = self._growth(free, now, losses, why)
+        return grown if grown.groups else self._insertion(free, now, losses, inserted, grown)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -159,13 +242,65 @@ class Policy:
     def _bounds(self, now: Size, least: bool) -> Size:
         """What may still go (`least`), or come; negative where the network is beyond."""
         if least:
-            return Size(
-                now.parameters - (self.min_parameters or 0), now.flops - (self.min_flops or 0)
-            )
-        infinite = float("inf")
-        most = infinite if self.max_parameters is None else self.max_parameters
-        fast = infinite if self.max_flops is None else self.max_flops
-        return Size(most - now.parameters, fast - now.flops)
+            floors = (self.min_parameters, self.min_flops, self.min_latency)
+            return Size(*(n - (bound or 0) for n, bound in zip(now, floors, strict=True)))
+        tops = (self.max_parameters, self.max_flops, self.max_latency)
+        return Size(
+            *(float("inf") if top is None else top - n for n, top in zip(now, tops, strict=True))
+        )
+
+    def _merging(
+        self, free: Sequence[Candidate], now: Size
+    ) -> dict[str, tuple[tuple[int, int], ...]]:
+        left, merge = self._bounds(now, least=True), dict[str, tuple[tuple[int, int], ...]]()
+        for one in free:
+            most = min(int(self.at_most * one.size), one.size - self.floor)
+            count = sum(e <= self.tolerance for e in one.merge_errors[: max(most, 0)])
+            count = min(count, *_fits(left, one.cost))
+            if count > 0:
+                merge[one.name] = one.pairs[:count]
+                left = _less(left, one.cost, count)
+        return merge
+
+    def _dropping(self, able: Sequence[Bypass], now: Size) -> Bypass | None:
+        """Of the layers without which the outputs err little enough, the one that saves most for what they err."""
+        least, most = self._bounds(now, least=True), self._bounds(now, least=False)
+        fit = [
+            b
+            for b in able
+            if b.error <= self.drop and min(_less(least, b.cost, 1)) >= 0
+            # What reads a narrow layer may become larger without it.
+            if all(m >= 0 or c > 0 for m, c in zip(_less(most, b.cost, -1), b.cost, strict=True))
+        ]
+        if self.drop <= 0 or not fit:
+            return None
+        # Errors that are next to nothing do not count: a whole block goes rather than its smallest layer.
+        return min(fit, key=lambda b: max(b.error, self.drop / 100) / max(b.cost.parameters, 1.0))
+
+    def _insertion(
+        self,
+        free: Sequence[Candidate],
+        now: Size,
+        losses: Sequence[float],
+        inserted: int,
+        otherwise: Requests,
+    ) -> Requests:
+        if inserted >= self.insert or not self._still(losses):
+            return otherwise
+        room = self._bounds(now, least=False)
+        able = [
+            (c.errors[0] / max(c.deeper.parameters, 1.0), c.layer)
+            for c in free
+            if c.deeper is not None and c.errors and min(_less(room, c.deeper, 1)) >= 0
+        ]
+        if not able:
+            return Requests("no layer can be inserted within the budget")
+        layer = max(able, key=lambda pair: pair[0])[1]
+        still = "the loss stands still" if self.plateau < 1 else "it is time to grow"
+        return Requests(f"{still}, and fullest for its cost: {layer}", insert=(layer,))
+
+    def _still(self, losses: Sequence[float]) -> bool:
+        return not (len(losses) < 2 or losses[-1] < (1 - self.plateau) * losses[-2])
 
     def _removal(
         self, free: Sequence[Candidate], now: Size
@@ -200,7 +335,7 @@ class Policy:
         """Take more, unit by unit, each where it loses least for what it costs, until the budget is met."""
         taken = 0
         while min(room) < 0:
-            short = 0 if room.parameters < 0 else 1
+            short = next(i for i, space in enumerate(room) if space < 0)
             able = [c for c in free if counts.get(c.name, 0) < most[c.name] and c.cost[short] > 0]
             if not able:
                 break
@@ -220,7 +355,7 @@ class Policy:
     ) -> Requests:
         if not self.grow:
             return Requests(otherwise)
-        if len(losses) < 2 or losses[-1] < (1 - self.plateau) * losses[-2]:
+        if not self._still(losses):
             return Requests("the loss still falls")
         room = self._bounds(now, least=False)
 
@@ -287,7 +422,8 @@ def _policy(data: Mapping[str, Any]) -> Policy:
         kind = type(getattr(usual, name))
         fits = type(value) is kind or (kind is float and type(value) is int)
         if kind is type(None):  # a bound
-            fits = value is None or type(value) is int
+            measured = name.endswith("latency") and type(value) is float
+            fits = value is None or type(value) is int or measured
         if not fits:
             raise SurgeryError(f"{name} of a policy is not {value!r}.")
     return Policy(**data)

@@ -1,0 +1,254 @@
+"""What a policy chooses from: units, pairs, places for a layer, layers to spare; each with its predicted cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tracker.compensation import backward
+from tracker.compensation.linear import constant
+from tracker.errors import TrackerError
+from tracker.outputs import tensors_in
+from tracker.probe import Arguments, copy_of, forward_once, quiet_copy
+from tracker.structure import UnitGroup
+from tracker.structure.sizes import tensors
+from tracker.surgery.apply import apply
+from tracker.surgery.compression import Limits, Problem, problems_of
+from tracker.surgery.depth import INSERTED, can_follow
+from tracker.surgery.plan import Plan
+from tracker.surgery.restructuring import plan_layer_removal
+from tracker.tracker import ActivationTracker
+from tracker.training.policy import Bypass, Candidate, Policy, Size
+
+if TYPE_CHECKING:
+    from tracker.surgeon import NeuronSurgeon
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What weights cost. flops: of a forward pass, by weight. time: milliseconds for each FLOP, 0 where none counts."""
+
+    flops: Mapping[str, float]
+    time: float
+
+    def size(self, parameters: float, flops: float) -> Size:
+        """With the milliseconds that so many FLOPs take."""
+        return Size(parameters, flops, flops * self.time)
+
+
+def candidates(surgeon: NeuronSurgeon, policy: Policy, price: Prices) -> list[Candidate]:
+    """The groups that can change by themselves, and what that is predicted to cost."""
+    tracker = surgeon._tracker
+    model = tracker.current.model()
+    groups, problems, _ = problems_of(tracker, Limits(floor=policy.floor))
+    learnt = {name for name, _ in model.named_parameters()}
+    held = {name: t.shape for name, t in tensors(model).items()}
+    modules = dict(model.named_modules())
+    found = []
+    for group, problem in zip(groups, problems, strict=True):
+        selection = backward(
+            problem.covariance,
+            problem.weight,
+            problem.units,
+            problem.protected,
+            count=problem.count,
+            mean=problem.mean,
+        )
+        total = max(selection.total, 1e-300)
+        parameters = flops = 0.0
+        for (name, dim), indices in group.members[0].items():
+            share = len(indices) / held[name][dim]
+            parameters += share * held[name].numel() if name in learnt else 0.0
+            flops += share * price.flops.get(name, 0.0)
+        layer, _ = grown(tracker, group)
+        pairs, losses = (
+            _pairs(problem, group.size, total, surgeon.correlation_threshold)
+            if policy.merge
+            else ((), ())
+        )
+        found.append(
+            Candidate(
+                group.name,
+                layer,
+                group.size,
+                tuple(u for u in selection.order if u < group.size),
+                tuple((selection.errors / total).tolist()),
+                price.size(parameters, flops),
+                _dead(problem, group.size),
+                pairs,
+                losses,
+                _deeper(modules.get(layer), layer, price) if policy.insert else None,
+            )
+        )
+    return found
+
+
+def bypasses(
+    tracker: ActivationTracker,
+    able: Sequence[Candidate],
+    inputs: Sequence[Arguments],
+    price: Prices,
+) -> list[Bypass]:
+    """Layers and residual blocks that could go, as half of these inputs say when the other half was fitted."""
+    if not inputs:
+        return []
+    model = tracker.current.model()
+    fitted, asked = (inputs, inputs) if len(inputs) == 1 else (inputs[::2], inputs[1::2])
+    linear = [c.layer for c in able if isinstance(model.get_submodule(c.layer), nn.Linear)]
+    found = []
+    for name in [*linear, *_blocks(model, inputs[0])]:
+        try:
+            plan, _ = plan_layer_removal(tracker, name, fitted, force=False)
+            error = _error(model, plan, asked)
+        except TrackerError:
+            continue  # it cannot go
+        found.append(Bypass(name, error, _saved(model, name, plan, price)))
+    return found
+
+
+def grown(tracker: ActivationTracker, group: UnitGroup) -> tuple[str, int]:
+    """The tracked layer by which a group grows, and how many of its neurons a unit comprises."""
+    tracked = tracker.current.layers
+    neurons = [layer for layer, _ in group.neurons(0) if layer in tracked]
+    made = [layer for layer in neurons if layer in group.layers] or neurons
+    return (made[0], made.count(made[0])) if made else (group.name, 1)
+
+
+def neurons_of(tracker: ActivationTracker, group: UnitGroup, unit: int) -> list[int]:
+    """Ids of a unit's neurons in the layer by which its group grows."""
+    layer, _ = grown(tracker, group)
+    ids = tracker.current.layers[layer].ids
+    return [ids[i] for name, i in group.neurons(unit) if name == layer]
+
+
+def _dead(problem: Problem, size: int) -> tuple[int, ...]:
+    """Units of which every consumer reads a constant."""
+    quiet = constant(problem.covariance, problem.mean)
+    return tuple(u for u, columns in enumerate(problem.units[:size]) if bool(quiet[columns].all()))
+
+
+def _pairs(
+    problem: Problem, size: int, total: float, correlation: float
+) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...]]:
+    """(keep, drop) units, cheapest first, none in two parts; and the relative error once 1, 2, … of them are folded.
+
+    A unit's columns are folded each into its counterpart, by the best affine map a = cov / var. Of x_drop is left
+    r = x_drop − a·x_keep, and the consumers lose tr(W_drop E[r rᵀ] W_dropᵀ). All its columns correlate by
+    `correlation` or more.
+    """
+    c, w = problem.covariance.double(), problem.weight.double()
+    columns = torch.tensor(problem.units[:size])  # (units, columns of each)
+    live = ~constant(c, problem.mean)[columns].any(1)
+    gram = w.T @ w
+    variance = c.diagonal()[columns].clamp(min=1e-300)
+    price = torch.zeros(size, size, dtype=torch.float64)  # (keep, drop)
+    slopes, alike = [], live[:, None] & live
+    for i, at in enumerate(columns.T):
+        cross = c[at[:, None], at]
+        slopes.append(cross / variance[:, i, None])
+        alike &= cross.square() >= correlation**2 * variance[:, i, None] * variance[:, i]
+    for i, at in enumerate(columns.T):
+        for j, to in enumerate(columns.T):
+            # E[rᵢ rⱼ] for every (keep, drop): of drop's own, less what keep says of either, and what it says twice.
+            left = c[at, to] - slopes[i] * c[at[:, None], to] - slopes[j] * c[to[:, None], at]
+            left += slopes[i] * slopes[j] * c[at, to][:, None]
+            price += gram[at, to] * left
+    price[~alike] = torch.inf
+    price.fill_diagonal_(torch.inf)
+    busy, pairs = set[int](), list[tuple[int, int]]()
+    for place in price.flatten().argsort(stable=True).tolist():
+        keep, drop = divmod(place, size)
+        if price[keep, drop] == torch.inf:
+            break
+        if keep not in busy and drop not in busy:
+            busy |= {keep, drop}
+            pairs.append((keep, drop))
+    if not pairs:
+        return (), ()
+    return tuple(pairs), tuple(_together(c, gram, columns, slopes, pairs, total))
+
+
+def _together(
+    c: Tensor,
+    gram: Tensor,
+    columns: Tensor,
+    slopes: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    total: float,
+) -> list[float]:
+    """Relative errors once 1, 2, … pairs are folded, their leftovers added up with what they have in common."""
+    wide = columns.shape[1]
+    dropped = torch.tensor([int(columns[d, i]) for _, d in pairs for i in range(wide)])
+    kept = torch.tensor([int(columns[k, i]) for k, _ in pairs for i in range(wide)])
+    slope = torch.stack([slopes[i][k, d] for k, d in pairs for i in range(wide)])
+    rows = c[dropped] - slope[:, None] * c[kept]
+    common = rows[:, dropped] - slope * rows[:, kept]
+    lost = (common * gram[dropped[:, None], dropped]).cumsum(0).cumsum(1).diagonal()
+    return (lost[wide - 1 :: wide].clamp(min=0) / total).tolist()
+
+
+def _deeper(layer: nn.Module | None, name: str, price: Prices) -> Size | None:
+    """At most what a layer costs that is inserted behind this one: two square ones with biases."""
+    if layer is None or not can_follow(layer):
+        return None
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    width = int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+    each = price.flops.get(f"{name}.weight", 0.0) / weight.numel()
+    return price.size(2 * width * (width + 1), 2 * each * width * width)
+
+
+def _blocks(model: nn.Module, inputs: Arguments) -> Iterator[str]:
+    """Modules with parts and parameters that give, once in a pass, what has the shape of what they took."""
+    bench, calls = quiet_copy(model), dict[str, list[bool]]()
+    for name, module in bench.named_modules():
+        parts = next(module.children(), None) is not None
+        if not name or not parts or next(module.parameters(), None) is None:
+            continue
+
+        def hook(m: nn.Module, args: object, kwargs: object, out: object, name: str = name) -> None:
+            took, gave = tensors_in((args, kwargs)), tensors_in(out)
+            same = bool(took and gave) and took[0].shape == gave[0].shape
+            calls.setdefault(name, []).append(same)
+
+        module.register_forward_hook(hook, with_kwargs=True)
+    forward_once(bench, inputs)
+    # A layer with another behind it is none: its name stands for both.
+    alone = (n for n, same in calls.items() if same == [True])
+    return (n for n in alone if INSERTED not in bench.get_submodule(n)._modules)
+
+
+def _error(model: nn.Module, plan: Plan, inputs: Sequence[Arguments]) -> float:
+    """Σ‖Δy‖² / Σ‖y − mean y‖² of the first tensor of more than one dimension that the model puts out."""
+    bench = copy_of(model)
+    apply(plan, [bench], [])
+    lost = total = 0.0
+    for batch in inputs:
+        before, after = (
+            _first(forward_once(m, batch)) for m in (quiet_copy(model), quiet_copy(bench))
+        )
+        lost += float((after - before).square().sum())
+        total += float((before - before.flatten(0, -2).mean(0)).square().sum())
+    error = lost / max(total, 1e-300)
+    return error if error == error else float("inf")
+
+
+def _first(output: object) -> Tensor:
+    found = next(t for t in tensors_in(output) if t.ndim > 1 and t.is_floating_point())
+    return found.detach().double()
+
+
+def _saved(model: nn.Module, name: str, plan: Plan, price: Prices) -> Size:
+    """What the removed module has, less what others get."""
+    gone = dict(model.get_submodule(name).named_parameters(prefix=name))
+    held = tensors(model)
+    parameters = float(sum(p.numel() for p in gone.values()))
+    flops = sum(price.flops.get(n, 0.0) for n in gone)
+    for key, new in plan.fresh.items():
+        old = held[key].numel()
+        parameters -= new.numel() - old
+        flops -= price.flops.get(key, 0.0) * (new.numel() - old) / old
+    return price.size(parameters, flops)
