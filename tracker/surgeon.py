@@ -301,8 +301,9 @@ class NeuronSurgeon(NeuronChanger):
     def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
         """Insert a layer of the same width behind the layer `after`; the model's function stays.
 
-        The identity where a ReLU reads the layer, a residual block of zero output elsewhere. It is a child of `after`,
-        named "inserted".
+        The identity where a ReLU reads the layer, a residual block of zero output elsewhere. Behind a residual block
+        (of a transformer, say) a copy of it, whose last layers are zero: it passes on what it is given until it
+        learns (Wu et al., 2024, LLaMA Pro, 3.2). It is a child of `after`, named "inserted".
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.

@@ -16,6 +16,7 @@ from tracker.errors import CheckpointError
 from tracker.structure.ints import Attribute, missing, shadow
 from tracker.structure.sizes import adapt, tensors
 from tracker.structure.twins import FreeHeadsAttention, liberate
+from tracker.surgery.copies import copied, is_block
 from tracker.surgery.depth import INSERTED, Bypass, ReluIdentity, ResidualBlock, replace_module
 from tracker.surgery.undo import UndoLog, rewrite, writable
 
@@ -99,8 +100,12 @@ def become(
                 and theirs is not None
                 and parent._modules.get(child) is not theirs
             ):
-                near = next(parent.parameters(recurse=False), None)
+                near = next(parent.parameters(), None)
+                known = dict(parent.named_buffers())
                 own = theirs.to_empty(device=device if near is None else near.device)
+                for key, buffer in own.named_buffers():  # of copies, what no checkpoint holds
+                    if key in known and known[key].shape == buffer.shape:
+                        buffer.copy_(known[key])
                 replace_module(model, name, own, optimizers, log)
         shapes = {name: tensor.shape for name, tensor in tensors(twin).items()}
         for name, tensor in tensors(model).items():
@@ -121,6 +126,8 @@ def described(module: nn.Module) -> dict[str, Any]:
     """Plain data from which a module that came with a change can be made again."""
     if isinstance(module, Bypass):
         return {"kind": "Bypass", "returns": module.returns, "passes": module.passes}
+    if not isinstance(module, ReluIdentity | ResidualBlock):
+        return {"kind": "Copy"}  # of the block that it stands behind
     layer: Any = module.linear if isinstance(module, ReluIdentity) else module.into
     width = layer.weight.shape[0]
     return {"kind": type(module).__name__, "layer": type(layer).__name__, "width": width}
@@ -157,6 +164,10 @@ def _built(twin: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:
             raise ValueError("an unknown bypass")
         return Bypass(spec["returns"], spec["passes"])
     mate = _module(twin, path)
+    if kind == "Copy":
+        if child != INSERTED or mate is None or INSERTED in mate._modules or not is_block(mate):
+            raise ValueError(f"no copy of {path!r} can stand behind it")
+        return copied(twin, path)
     if kind not in BLOCKS or child != INSERTED or not isinstance(mate, nn.Linear | _ConvNd):
         raise ValueError(f"unknown module {kind!r} at {name!r}")
     width, make = spec["width"], LAYERS[spec["layer"]]

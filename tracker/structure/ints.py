@@ -218,11 +218,12 @@ def _instrument(
                     part = TInt(part, at)
                 parts.append(part)
             table[name] = type(value)(parts)
-        elif _is_config(name, value) and id(value) in own and len(owner) < 3:
+        elif is_config(name, value) and id(value) in own and len(owner) < 3:
             _instrument(value, path, (*owner, name), values, own)
 
 
-def _is_config(name: str, value: object) -> bool:
+def is_config(name: str, value: object) -> bool:
+    """Whether a module's attribute of this name is a configuration."""
     if isinstance(value, nn.Module) or callable(value) or not hasattr(value, "__dict__"):
         return False
     return (
@@ -240,7 +241,7 @@ def assign(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
         memo = {id(part): part for part in shared}
         for module in model.modules():
             for name, value in list(vars(module).items()):
-                if _is_config(name, value):
+                if is_config(name, value):
                     vars(module)[name] = copy.deepcopy(value, memo)
     for attribute, value in attributes.items():
         table = vars(_holder(model, attribute))

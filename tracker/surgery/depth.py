@@ -75,10 +75,27 @@ class Bypass(nn.Module):
         return (y,) if self.returns == "tuple" else y
 
 
-def run_inserted(module: nn.Module, args: object, output: Any) -> Any:
-    """Forward hook of a layer with an inserted one: the output goes through it."""
+def run_inserted(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Forward hook of a layer or block with an inserted one: the output goes through it.
+
+    What stands behind a block is called as the block was, its output in the place of the first tensor.
+    """
     inserted: Any = module._modules[INSERTED]
-    return inserted(output)
+    if isinstance(module, nn.Linear | _ConvNd):
+        return inserted(output)
+    args, kwargs = again_with(args, kwargs, tensors_in(output)[0])
+    return inserted(*args, **kwargs)
+
+
+def again_with(args: Any, kwargs: Any, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block, `stream` in the place of the first tensor."""
+    args, kwargs = list(args), dict(kwargs)
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            args[i] = stream
+            return tuple(args), kwargs
+    key = next(k for k, value in kwargs.items() if isinstance(value, Tensor))
+    return tuple(args), {**kwargs, key: stream}
 
 
 def block_for(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
@@ -178,17 +195,23 @@ def replace_module(
     log.add(back)
     parent._modules[child] = module
     if child == INSERTED:
-        log.add(parent.register_forward_hook(run_inserted).remove)
+        log.add(parent.register_forward_hook(run_inserted, with_kwargs=True).remove)
+    like = {n: id(p) for n, p in parent.named_parameters()} if child == INSERTED else {}
     mates = {id(p) for p in parent.parameters(recurse=False)}
     still = {id(p) for p in model.parameters()}
     gone = [p for p in ([] if old is None else old.parameters()) if id(p) not in still]
     mates |= {id(p) for p in gone}
-    fresh = list(module.parameters())
+    named = dict(module.named_parameters())
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if any(id(p) in mates for p in group["params"]):
+            here = {id(p) for p in group["params"]}
+            fresh = [
+                p for n, p in named.items() if like.get(n) in here
+            ]  # of copies, each with its original
+            if here & mates or fresh:
+                fresh = [*fresh, *(p for n, p in named.items() if n not in like)]
+                named = {n: p for n, p in named.items() if not any(p is f for f in fresh)}
                 _regroup(group, gone, fresh, log)
-                fresh = []
         for parameter in gone:
             if parameter in optimizer.state:
                 state = optimizer.state[parameter]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from tracker.errors import SurgeryError
 from tracker.probe import Arguments
 from tracker.structure.sizes import tensors
-from tracker.surgery.depth import INSERTED, block_for, removal_of
+from tracker.surgery.copies import block_copy, counted, is_block
+from tracker.surgery.depth import INSERTED, block_for, can_follow, removal_of
 from tracker.surgery.plan import Plan
 from tracker.tracker import ActivationTracker
 
@@ -16,15 +17,22 @@ EXPLAINED = 0.1
 
 
 def plan_insertion(tracker: ActivationTracker, after: str) -> Plan:
-    """The plan that puts a layer of the same width behind the layer `after`; the function stays.
+    """The plan that puts a layer behind the layer `after`, or a copy of it behind a block; the function stays.
 
     Raises:
-        SurgeryError: It is no linear or convolutional layer, or has one behind it already.
+        SurgeryError: It is no linear or convolutional layer and no residual block, or has one behind it already.
     """
     entry = tracker.current
     model = entry.model()
     assert entry.observer.inputs is not None
-    block = block_for(model, Arguments(*entry.observer.inputs), after)
+    inputs, attributes = Arguments(*entry.observer.inputs), {}
+    module = dict(model.named_modules()).get(after)
+    if module is None or can_follow(module) or INSERTED in module._modules or not is_block(module):
+        block = block_for(model, inputs, after)
+    else:
+        with entry.observer.paused():
+            block = block_copy(model, inputs, after)
+        attributes = counted(model, block)
     return Plan(
         (),
         {},
@@ -33,6 +41,7 @@ def plan_insertion(tracker: ActivationTracker, after: str) -> Plan:
         {n: t.shape for n, t in tensors(model).items()},
         operation="insert_layer",
         promise="exact",
+        attributes=attributes,
         modules={f"{after}.{INSERTED}": block},
     )
 
