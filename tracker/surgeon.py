@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tracker.changer import NeuronChanger, Neurons
+from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
 from tracker.probe import Arguments, arguments
@@ -266,6 +267,8 @@ class NeuronSurgeon(NeuronChanger):
         round_to: int = 1,
         floor: int | Mapping[str, int] = 1,
         inexact: bool = False,
+        criterion: str | Criterion = "reconstruction",
+        compensate: bool = True,
         progress: bool = True,
         dry_run: bool = False,
         verify: bool = True,
@@ -282,6 +285,10 @@ class NeuronSurgeon(NeuronChanger):
             round_to: Widths are to be multiples of it.
             floor: Units that must stay in each group, or in some: {group name: units}.
             inexact: Whether groups may shrink that a norm runs over (the residual stream).
+            criterion: Which units of a group go first: by what the consumers lose once the others take over, or, as
+                baselines, "magnitude", "taylor" (of the gradients that are there), "activity", "fluctuation",
+                "random", one registered with `tracker.compensation.criterion`, or such a function itself.
+            compensate: Whether the consumers take over what goes.
             progress: Show a bar while units are weighed.
             dry_run: Only tell what would happen.
             verify: Compare with what is promised, on a copy in float64 and after the change.
@@ -293,7 +300,15 @@ class NeuronSurgeon(NeuronChanger):
             self.calibrate(batches)
         limits = Limits(round_to, floor, inexact)
         return self._change(
-            lambda: plan_compression(self._tracker, keep, of, limits, progress=progress),
+            lambda: plan_compression(
+                self._tracker,
+                keep,
+                of,
+                limits,
+                criterion=criterion,
+                compensate=compensate,
+                progress=progress,
+            ),
             dry_run=dry_run,
             verify=verify,
         )

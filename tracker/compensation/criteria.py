@@ -19,7 +19,7 @@ class Evidence:
     weight:   (m, n): the consumers' columns
     produced: (n,): L2 norm of what produces each column
     variance: (n,)
-    activity: (n,): E|a|
+    activity: (n,): root mean square of what is read
     taylor:   (n,): Σ gradient·weight over what belongs to each column
     seed:     of the random criterion
     """
@@ -81,7 +81,7 @@ def magnitude(evidence: Evidence) -> Tensor:
 
 @criterion("activity")
 def activity(evidence: Evidence) -> Tensor:
-    """E|a|."""
+    """Root mean square activation."""
     return evidence.per_unit(_need(evidence.activity, "activity"))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tracker.compensation import Path, allocate, backward, select
+from tracker.compensation.criteria import Criterion
 from tracker.compensation.linear import second_moment
 from tracker.errors import SurgeryError
 from tracker.probe import Arguments
@@ -22,6 +23,7 @@ from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration import Consumer, consumers, reads_of
+from tracker.surgery.evidence import RECONSTRUCTION, check_criterion, ordered
 from tracker.surgery.flops import flops, flops_by_weight
 from tracker.surgery.plan import Plan
 from tracker.surgery.removal import plan_pruning
@@ -62,9 +64,18 @@ class Problem:
 
 
 def plan_compression(
-    tracker: ActivationTracker, keep: float, of: str, limits: Limits, *, progress: bool = False
+    tracker: ActivationTracker,
+    keep: float,
+    of: str,
+    limits: Limits,
+    *,
+    criterion: str | Criterion = RECONSTRUCTION,
+    compensate: bool = True,
+    progress: bool = False,
 ) -> tuple[Plan, list[str]]:
     """The plan that keeps the share `keep` of the model's parameters, FLOPs, or prunable units.
+
+    criterion: In which order units go; how many of each group, their reconstruction error always says.
 
     Raises:
         SurgeryError: It cannot be met to within 2%; the message says why.
@@ -73,6 +84,7 @@ def plan_compression(
         raise SurgeryError(f"compress keeps a share of one of {', '.join(OF)}, not of {of!r}.")
     if not isinstance(keep, float) or not 0 < keep < 1:
         raise SurgeryError(f"keep is a share between 0 and 1, not {keep!r}.")
+    check_criterion(criterion)
     entry = tracker.current
     model = entry.model()
     groups, problems, left_out = problems_of(tracker, limits)
@@ -81,10 +93,13 @@ def plan_compression(
             "There is nothing to compress: no group can be pruned whose consumers were seen to read. "
             + "; ".join(left_out[:3])
         )
+    held, chosen = tensors(model), criterion != RECONSTRUCTION
     bar = tqdm(problems, desc="Weighing units", unit="group", disable=not progress, leave=False)
     found = [
-        backward(p.covariance, p.weight, p.units, p.protected, count=p.count, mean=p.mean)
-        for p in bar
+        ordered(held, g, p, criterion)
+        if chosen
+        else backward(p.covariance, p.weight, p.units, p.protected, count=p.count, mean=p.mean)
+        for g, p in zip(groups, bar, strict=True)
     ]
     paths = []
     for group, selection in zip(groups, found, strict=True):
@@ -102,11 +117,13 @@ def plan_compression(
         removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
         removed = _nearer(removed, paths, [s.exact for s in found], cost, budget)
         units = {
-            g.name: chosen_units(problems, i, g, n, found[i].order)
+            g.name: sorted(found[i].order[:n])
+            if chosen
+            else chosen_units(problems, i, g, n, found[i].order)
             for i, (g, n) in enumerate(zip(groups, removed, strict=True))
             if n
         }
-        plan, notes = plan_pruning(tracker, units, compensate=True)
+        plan, notes = plan_pruning(tracker, units, compensate)
         achieved = _achieved(plan, model, inputs, of, cost(removed))
         error = abs(achieved - target) / whole
         if best is None or error < best[0]:
