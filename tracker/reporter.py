@@ -159,7 +159,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     lines += _limited(
         (
             f"  neuron {c['neuron_id']} ({c['layer_name']}[{c['local_index']}]): {c['reason']}, fires in "
-            f"{c['firing_frequency']:.1%} of observations"
+            f"{c['firing_frequency']:.1%} of observations{_predicted(c)}"
             for c in recommendations["prune"]
         ),
         limit,
@@ -169,7 +169,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
         (
             f"  {c['layer_name']}: {c['neuron_pair'][1]} into {c['neuron_pair'][0]}, correlation "
             f"{c['correlation']:+.4f}; {c['neuron_pair'][0]} explains {c['explained_variance']:.2%} of "
-            f"{c['neuron_pair'][1]}"
+            f"{c['neuron_pair'][1]}{_predicted(c)}"
             for c in recommendations["merge"]
         ),
         limit,
@@ -185,6 +185,11 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     )
     lines += [""] + [f"Note: {note}." for note in recommendations["metadata"]["notes"]]
     return _text(lines)
+
+
+def _predicted(entry: Mapping[str, Any]) -> str:
+    change = entry.get("predicted_output_change")
+    return "" if change is None else f"; changes what reads it by {change:.2%}"
 
 
 def ranking(

@@ -19,6 +19,7 @@ from tracker.surgery import Receipt
 from tracker.surgery.advice import requests
 from tracker.surgery.calibration import collect, consumers
 from tracker.surgery.compression import Limits, plan_compression
+from tracker.surgery.foresight import foretell
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.norms import reestimate
@@ -354,6 +355,28 @@ class NeuronSurgeon(NeuronChanger):
             return plan_layer_removal(self._tracker, layer_name, list(given), force)
 
         return self._change(plan, dry_run=dry_run, verify=verify)
+
+    def generate_optimization_recommendations(
+        self,
+        pruning_threshold: float = 0.01,
+        redundancy_threshold: float | None = None,
+        saturation_threshold: float = 0.95,
+    ) -> dict[str, Any]:
+        """What to prune, merge and expand, as plain data (JSON Schema: tracker/schemas).
+
+        With correlation observed, also what each removal is predicted to change once the others take over, and
+        neurons that several others together explain exactly.
+
+        Args:
+            pruning_threshold: Firing frequency below which a neuron is recommended to be pruned.
+            redundancy_threshold: |correlation| from which on a pair is recommended to be merged.
+            saturation_threshold: Average firing frequency from which on a layer is recommended to be expanded.
+        """
+        advice = super().generate_optimization_recommendations(
+            pruning_threshold, redundancy_threshold, saturation_threshold
+        )
+        foretell(self._tracker, self._findings()[0], advice)
+        return advice
 
     def apply_recommendations(
         self,

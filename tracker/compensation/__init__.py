@@ -2,7 +2,14 @@
 
 from tracker.compensation.allocate import Path, allocate
 from tracker.compensation.criteria import CRITERIA, Evidence, criterion, lowest, scores
-from tracker.compensation.select import Selection, backward, forward, path, select
+from tracker.compensation.select import (
+    Selection,
+    backward,
+    explained_units,
+    forward,
+    path,
+    select,
+)
 from tracker.compensation.solve import Solution, compensate, explained_share, moments, residual
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "compensate",
     "criterion",
     "explained_share",
+    "explained_units",
     "forward",
     "lowest",
     "moments",

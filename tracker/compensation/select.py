@@ -98,6 +98,23 @@ def backward(
     return Selection(tuple(order), errors, total, len(exact))
 
 
+def explained_units(
+    covariance: Tensor,
+    weight: Tensor,
+    units: Sequence[Sequence[int]],
+    protected: Collection[int] = (),
+    *,
+    count: int | None = None,
+    mean: Tensor | None = None,
+    tolerance: float = EXACT,
+) -> tuple[int, ...]:
+    """Units that the others explain exactly, so that all of them can go at once: those that `backward` takes first."""
+    c, w = covariance.double(), weight.double()
+    free = [u for u in range(len(units)) if u not in set(protected)]
+    found, _, _ = _dependent(c, w, units, free, len(free), count, mean, tolerance)
+    return tuple(found)
+
+
 def forward(
     covariance: Tensor,
     weight: Tensor,

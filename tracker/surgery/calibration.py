@@ -107,8 +107,10 @@ def consumers(model: nn.Module, groups: Iterable[UnitGroup]) -> tuple[list[Consu
     return list(found.values()), list(dict.fromkeys(problems))
 
 
-def reads_of(tracker: ActivationTracker, wanted: Iterable[Consumer]) -> dict[str, Read]:
-    """What these consumers read: calibrated, else from the window, else from the example inputs."""
+def reads_of(
+    tracker: ActivationTracker, wanted: Iterable[Consumer], *, example: bool = True
+) -> dict[str, Read]:
+    """What these consumers read: calibrated, else from the window, else (if `example`) on the example inputs."""
     entry = tracker.current
     found = dict(entry.reads)
     missing = [c for c in wanted if c.weight not in found]
@@ -117,7 +119,7 @@ def reads_of(tracker: ActivationTracker, wanted: Iterable[Consumer]) -> dict[str
         if seen is not None:
             found[one.weight] = Read(one.reads, seen)
             missing.remove(one)
-    if missing:
+    if missing and example:
         assert entry.observer.inputs is not None
         inputs = Arguments(*entry.observer.inputs)
         found.update(collect(entry.model(), [inputs], missing))

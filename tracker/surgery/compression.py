@@ -61,6 +61,7 @@ class Problem:
     units: list[list[int]]
     protected: list[int]
     count: int
+    consumers: int  # that read differently: blocks of the covariance
 
 
 def plan_compression(
@@ -203,9 +204,12 @@ class Problems(Sequence[Problem]):
 
 
 def problems_of(
-    tracker: ActivationTracker, limits: Limits
+    tracker: ActivationTracker, limits: Limits, *, example: bool = True
 ) -> tuple[list[UnitGroup], Sequence[Problem], list[str]]:
-    """Groups that can shrink by themselves, what their consumers read, and what was left out with the reason."""
+    """Groups that can shrink by themselves, what their consumers read, and what was left out with the reason.
+
+    example: Whether the example inputs will do for what was not observed.
+    """
     entry, structure = tracker.current, tracker.structure()
     model = entry.model()
     left_out: list[str] = []
@@ -231,7 +235,7 @@ def problems_of(
     order = {group.name: i for i, group in enumerate(structure.groups)}
     ready.sort(key=lambda g: order[g.name])
     wanted, _ = consumers(model, ready)
-    reads = reads_of(tracker, wanted)
+    reads = reads_of(tracker, wanted, example=example)
     groups: list[UnitGroup] = []
     parts: list[list[Part]] = []
     for group in ready:
@@ -295,6 +299,7 @@ def _problem(held: Mapping[str, Tensor], group: UnitGroup, parts: Sequence[Part]
         units + rest,
         list(range(len(units), len(units) + len(rest))),
         count,
+        len(parts),
     )
 
 

@@ -1,0 +1,130 @@
+"""Recommendations told what they would cost: what consumers lose once the others take over, from the same analysis.
+
+Only of units whose removal is exact in structure, and whose consumers were seen to read enough: a dimension of a
+residual stream that the others explain still leaves the norms that run over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracker.compensation import explained_share, explained_units
+from tracker.errors import TrackerError
+from tracker.observation import Observation
+from tracker.structure import UnitGroup
+from tracker.surgery.compression import Limits, Problem, problems_of
+from tracker.tracker import ActivationTracker
+
+WIDEST = 2048  # columns: wider groups would take seconds
+ENOUGH = 2  # observations for each column
+
+Neuron = tuple[str, int]
+
+
+def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, Any]) -> None:
+    """Add to `advice`, in place, what it is predicted to change, and units that the others explain exactly.
+
+    Nothing is added where no correlation was observed, or the structure cannot be traced.
+    """
+    if not tracker.current.reads and all(layer.covariance is None for layer in seen.layers):
+        return
+    try:
+        groups, problems, _ = problems_of(tracker, Limits(), example=False)
+    except TrackerError as error:
+        advice["metadata"]["notes"].append(f"what removal would change is not predicted: {error}")
+        return
+    gone = {(c["layer_name"], c["local_index"]): c for c in advice["prune"]}
+    folded = {(c["layer_name"], c["local_indices"][1]): c for c in advice["merge"]}
+    touched = {(c["layer_name"], i) for c in advice["merge"] for i in c["local_indices"]}
+    grown = {c["layer_name"]: c for c in advice["expand"]}
+    found: list[dict[str, Any]] = []
+    for i, group in enumerate(groups):
+        problem = problems[i]
+        if len(problem.covariance) > WIDEST or problem.count < ENOUGH * len(problem.covariance):
+            continue
+        neurons = [group.neurons(unit) for unit in range(group.size)]
+        alone = _alone(problem, group.size)
+        for unit, mine in enumerate(neurons if alone is not None else ()):
+            for neuron in mine:
+                for entry in (gone.get(neuron), folded.get(neuron)):
+                    if entry is not None:
+                        entry["predicted_output_change"] = float(alone[unit])  # type: ignore[index]
+        for layer in group.layers:
+            if layer in grown and (share := _mean_share(problem, group.size)) is not None:
+                grown[layer]["mean_explained_share"] = share
+        if touched.isdisjoint(n for mine in neurons for n in mine):
+            found += _explained(seen, group, problem, neurons, gone)
+    advice["prune"] += found
+    losing = {c["layer_name"] for c in found}
+    advice["expand"] = [c for c in advice["expand"] if c["layer_name"] not in losing]
+    advice["statistics"]["total_prunable_neurons"] = len(advice["prune"])
+    advice["statistics"]["layers_needing_expansion"] = len(advice["expand"])
+
+
+def _alone(problem: Problem, size: int) -> Tensor | None:
+    """How far what the consumers compute changes if one unit alone goes, relative: (units,); None for heads.
+
+    The variance that the others leave of a column, 1/[C⁻¹]ⱼⱼ, times ‖wⱼ‖² (Hassibi & Stork, 1993), over all of it.
+    """
+    if any(len(columns) != problem.consumers for columns in problem.units[:size]):
+        return None
+    share = explained_share(problem.covariance, problem.mean).nan_to_num(1.0)
+    left = problem.covariance.diagonal().clamp(min=0) * (1 - share)
+    each = left * problem.weight.double().square().sum(0)
+    total = ((problem.weight @ problem.covariance) * problem.weight).sum().clamp(min=1e-300)
+    units = torch.stack([each[list(columns)].sum() for columns in problem.units[:size]])
+    return (units / total).clamp(0, 1).sqrt()
+
+
+def _mean_share(problem: Problem, size: int) -> float | None:
+    share = explained_share(problem.covariance, problem.mean)
+    mean = share[[c for columns in problem.units[:size] for c in columns]].nanmean()
+    return None if bool(mean.isnan()) else float(mean)
+
+
+def _explained(
+    seen: Observation,
+    group: UnitGroup,
+    problem: Problem,
+    neurons: list[tuple[Neuron, ...]],
+    gone: Mapping[Neuron, Any],
+) -> list[dict[str, Any]]:
+    """Entries for units that those explain exactly which are to stay."""
+    stays = [u for u in range(group.size) if not any(n in gone for n in neurons[u])]
+    rest = problem.units[group.size :]
+    units = [*(problem.units[u] for u in stays), *rest]
+    kept = [c for columns in units for c in columns]
+    at = {c: i for i, c in enumerate(kept)}
+    index = torch.tensor(kept, dtype=torch.int64)
+    exact = explained_units(
+        problem.covariance[index[:, None], index],
+        problem.weight[:, index],
+        [[at[c] for c in columns] for columns in units],
+        range(len(stays), len(units)),
+        count=problem.count,
+        mean=None if problem.mean is None else problem.mean[index],
+    )
+    layers = {layer.name: layer for layer in seen.layers}
+    entries: list[dict[str, Any]] = []
+    for unit in [stays[u] for u in exact][: len(stays) - 1]:  # one stays in any case
+        made = [n for n in neurons[unit] if n[0] in group.layers and n[0] in layers]
+        if len(made) != 1 or layers[made[0][0]].is_output:
+            continue
+        (name, slot), a = made[0], layers[made[0][0]].activity
+        entries.append(
+            {
+                "neuron_id": layers[name].ids[slot],
+                "layer_name": name,
+                "local_index": slot,
+                "reason": "explained_by_others",
+                "firing_frequency": float(a.firing_frequency[slot]),
+                "mean_activation": float(a.mean[slot]),
+                "std_deviation": float(a.variance[slot].sqrt()),
+                "predicted_output_change": 0.0,
+            }
+        )
+    return entries
