@@ -35,6 +35,7 @@ ORDER = [
     "journal",
     "memory",
     "distributed",
+    "sharded",
     "changer",
     "surgeon",
     "training",
