@@ -66,6 +66,11 @@ def seconds(r: Result) -> float | None:
     return r["trace_seconds"] + r.get("prune_seconds", 0.0)
 
 
+def alone(r: Result) -> float | None:
+    """A graph and one cut, as Torch-Pruning's seconds are; None where nothing was cut."""
+    return r.get("bare_seconds") if r["status"] == "correct" else None
+
+
 def compared(r: Result) -> bool:
     """Whether its outputs were compared with a masked original, and not only seen to run."""
     return "difference" in r or r.get("norm_difference", 1) < 1e-6
@@ -81,13 +86,14 @@ def summary(results: Sequence[Result]) -> list[str]:
     lines = [
         "| family | models | traced | correct | of these compared | wrong | crashed | refused "
         "| time or memory up | share prunable "
-        "| s | Torch-Pruning, s | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| s | unchecked, s | Torch-Pruning, s | ratio | unchecked |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     everything = {**of_family(results), "all": list(results)}
     for family, mine in everything.items():
         count = Counter(r["status"] for r in mine)
         both = [(s, t) for r in mine if (s := seconds(r)) and (t := r["rival"].get("seconds"))]
+        bare = [(s, t) for r in mine if (s := alone(r)) and (t := r["rival"].get("seconds"))]
         cells = [
             family,
             f"{len(mine)}",
@@ -100,8 +106,10 @@ def summary(results: Sequence[Result]) -> list[str]:
             f"{count['limit']}",
             middle((r.get("share") for r in mine), "{:.1%}"),
             middle(s for s, _ in both) if both else middle(seconds(r) for r in mine),
+            middle(s for s, _ in bare) if bare else middle(alone(r) for r in mine),
             middle(t for _, t in both),
             middle(s / t for s, t in both if t > 0),
+            middle(s / t for s, t in bare if t > 0),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -135,6 +143,7 @@ def row(r: Result) -> str:
         number(r.get("norm_difference"), "{:.0e}"),
         number(r.get("trace_seconds"), "{:.2f}"),
         number(r.get("prune_seconds"), "{:.2f}"),
+        number(r.get("bare_seconds"), "{:.2f}"),
         rival.get("status", "-"),
         number(1 - theirs / size if theirs and size else None, "{:.0%}"),
         number(rival.get("seconds"), "{:.2f}"),
@@ -145,8 +154,8 @@ def row(r: Result) -> str:
 
 HEAD = (
     "| model | status | share prunable | prunable groups | removed | difference | masking moves it by "
-    "| inexact, norms masked | trace, s | prune, s | Torch-Pruning | it removed | its s | note |\n"
-    + "|---" * 14
+    "| inexact, norms masked | trace, s | prune, s | unchecked, s | Torch-Pruning | it removed | its s | note |\n"
+    + "|---" * 15
     + "|"
 )
 
@@ -193,13 +202,13 @@ def depth(results: Sequence[Result]) -> list[str]:
         "",
     ]
     lines += [
-        "| layers | trace, s | per layer, ms | prune, s | Torch-Pruning, s | per layer, ms |",
-        "|---|---|---|---|---|---|",
+        "| layers | trace, s | per layer, ms | prune, s | unchecked, s | Torch-Pruning, s | per layer, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in mine:
         n, theirs = int(r["name"].rpartition("_")[2]), r["rival"].get("seconds")
         cells = [f"{n}", f"{r['trace_seconds']:.2f}", f"{1000 * r['trace_seconds'] / n:.0f}"]
-        cells += [f"{r.get('prune_seconds', 0):.2f}"]
+        cells += [f"{r.get('prune_seconds', 0):.2f}", f"{r.get('bare_seconds', 0):.2f}"]
         cells += [f"{theirs:.2f}", f"{1000 * theirs / n:.0f}"] if theirs else ["-", "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -242,7 +251,8 @@ def page(results: Sequence[Result], missing: Sequence[str], limit: int, theirs: 
         *summary(results),
         "",
         "Shares and seconds are medians. Seconds are CPU seconds of one thread: those of the library with trials,",
-        "verification and a second trace; where both ended, beside Torch-Pruning's graph and pruning, unchecked.",
+        "verification, two calls and a second trace; *unchecked*: as Torch-Pruning's seconds are, a graph and one",
+        "cut, without trial and verification. Medians and ratios are over the models that both ended.",
     ]
     if any(r["rival"] for r in results):
         lines += [

@@ -159,8 +159,8 @@ def ours(
     groups, problems, _ = problems_of(engine._tracker, Limits())
     wanted = set(part.layers(model))
     units = {
-        g.name: chosen_units(p, g, round(share * g.size))
-        for g, p in zip(groups, problems, strict=True)
+        g.name: chosen_units(problems, i, g, round(share * g.size))
+        for i, g in enumerate(groups)
         if wanted & set(g.layers)
     }
     engine.prune_units(units, compensate=compensate)

@@ -21,6 +21,7 @@ ORDER = [
     "probe",
     "structure",
     "observation",
+    "reads",
     "outputs",
     "graphs",
     "hooks",

@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tracker.errors import SurgeryError, VerificationError
 from tracker.hooks import Observer, Window
+from tracker.reads import Read
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
 from tracker.statistics.activity import ROWS
 from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan
-from tracker.tracker import Read
 
 MODES = (False, True)
 

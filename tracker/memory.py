@@ -16,11 +16,12 @@ from tracker.journal import Checkpoint, Journal, become, lasting, twin_after
 from tracker.journal.inputs import gather_inputs, inputs_from
 from tracker.journal.noise import gather_noise
 from tracker.journal.optimizers import gather_optimizers
+from tracker.reads import Read
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
 from tracker.structure import Tap
 from tracker.structure.sizes import tensors
 from tracker.surgery.undo import UndoLog
-from tracker.tracker import ActivationTracker, Read, TrackedModel
+from tracker.tracker import ActivationTracker, TrackedModel
 
 MODES = {"train": True, "eval": False}
 PASSING = "passing/"  # buffers that are in no state dict
@@ -292,8 +293,13 @@ def _seen(tracker: ActivationTracker) -> dict[str, Tensor]:
 
 def _reads(kind: str, reads: Mapping[str, Read]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
+    written: set[int] = set()
     for name, read in reads.items():
-        found.update(_parts(f"{kind}/{read.dim}*{read.taps}/{name}", read.covariance))
+        parts = _parts(f"{kind}/{read.dim}*{read.taps}/{name}", read.covariance)
+        if id(read.covariance) in written:  # what consumers share is written for each
+            parts = {key: value.clone() for key, value in parts.items()}
+        written.add(id(read.covariance))
+        found.update(parts)
     return found
 
 

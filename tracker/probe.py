@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -94,6 +95,18 @@ def quiet_copy(model: nn.Module) -> nn.Module:
 def _is_of_the_model(hook: object) -> bool:
     owner = hook if hasattr(hook, "__qualname__") else type(hook)
     return (getattr(owner, "__module__", None) or "").startswith(("torch.", "tracker."))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """No search for garbage inside: many small objects are made that all stay, each search goes through all others."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _probes: ContextVar[int] = ContextVar("probes", default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,40 +26,13 @@ from tracker.identity import LayerIds, NeuronRegistry, layer_named
 from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
 from tracker.probe import Arguments, ExampleInputs, arguments, forward_once, quiet_copy
+from tracker.reads import Read, reslotted
 from tracker.slotmap import SlotMap
-from tracker.statistics import Activity, Covariance
+from tracker.statistics import Activity
 from tracker.structure import Structure, trace_structure
 
 OBSERVE = ("reads", "output")
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """What a consumer reads along dimension `dim` of its weight.
-
-    taps: Columns of each feature, one behind the other: the places of a convolution's kernel, or 1.
-    """
-
-    dim: int
-    covariance: Covariance
-    taps: int = 1
-
-    def reslot(self, slots: SlotMap) -> Read:
-        """The same after columns were removed, added or reordered."""
-        return Read(self.dim, self.covariance.reslot(slots.widened(self.taps)), self.taps)
-
-    def columns(self, features: Iterable[int]) -> list[int]:
-        """Columns of these features."""
-        return [i * self.taps + t for i in features for t in range(self.taps)]
-
-    def of_features(self) -> Covariance:
-        """Covariance of the features at one place: the middle of the kernel."""
-        if self.taps == 1:
-            return self.covariance
-        c = self.covariance
-        at = torch.arange(self.taps // 2, len(c.mean), self.taps)
-        return Covariance(c.count[at], c.mean[at], c.comoment[at[:, None], at])
 
 
 @dataclass(slots=True, eq=False)
@@ -254,13 +227,7 @@ class ActivationTracker:
         """
         entry = self.current
         there = dict(entry.model().named_parameters(remove_duplicate=False))
-        reads = {
-            name: read.reslot(tensors[name][read.dim])
-            if read.dim in tensors.get(name, {})
-            else read
-            for name, read in entry.reads.items()
-            if name in there
-        }
+        reads = reslotted({n: r for n, r in entry.reads.items() if n in there}, tensors)
         sites = {site.name: site for site in entry.observer.sites}
         moved = {name: sites[name].reslotted(slots) for name, slots in layers.items()}
         before = {name: (sites[name].neurons, sites[name].windows) for name in layers}

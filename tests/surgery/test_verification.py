@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tests.structure.oracle_masks import randomise
 from tracker import NeuronEngine, VerificationError
+from tracker.probe import arguments
 from tracker.structure.integers import Integers
+from tracker.structure.lending import InFloat64, light_copy
 from tracker.structure.stream import Stream, differing
 from tracker.structure.structure import trace_structure
 from tracker.structure.trace import plain_kernels
-from tracker.structure.trial import TOLERANCE, difference_from_mask, removed
+from tracker.structure.trial import TOLERANCE
 from tracker.surgery import transaction
 
 
@@ -91,14 +93,14 @@ def test_each_fault_is_caught_by_the_check_that_can_see_it(name: str, blind: boo
         with torch.no_grad():
             model.out.weight.zero_()
     choice = [(group, units)]
-    before, after = Stream(model), Stream(model)
+    bench, inputs = InFloat64(light_copy(model)), arguments(x)
+    before, after = Stream(bench.model), Stream(bench.model)
     with plain_kernels(), torch.no_grad():
-        with removed(model, choice, {}):
+        with bench.removed(choice, {}):
             if name == "columns":
-                model.out.weight = nn.Parameter(model.out.weight.flip(1))
-            with after:
-                found = model(x)
-        difference = difference_from_mask(model, x, choice, found, before)
+                bench.model.out.weight = nn.Parameter(bench.model.out.weight.flip(1))
+            found = bench.run(inputs, after)
+        difference = bench.difference_from_mask(inputs, choice, found, before, tolerance=TOLERANCE)
     rows = differing(before, after, forecast, choice, same=True)
     assert bool(rows) == bool(SEEN[name]), rows
     assert rows.startswith(SEEN[name])

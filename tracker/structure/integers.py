@@ -44,6 +44,7 @@ class Integers:
     frozen: frozenset[int] = frozenset()
     labels: int = 0  # how many
     _by_attribute: dict[Attribute, list[_Fact]] = field(default_factory=dict)
+    _stacks: list[tuple[list[int], np.ndarray, np.ndarray]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -102,8 +103,9 @@ class Integers:
         """
         if not self.facts:
             return {}
-        dead = self.dead(choice)
-        left = [int((~dead[axis].any(axis=1)).sum()) for axis in self.axes]
+        left = [
+            len(axis) - n for axis, n in zip(self.axes, self._hit(self.dead(choice)), strict=True)
+        ]
         moved = {
             i for i, (n, axis) in enumerate(zip(left, self.axes, strict=True)) if n != len(axis)
         }
@@ -127,9 +129,25 @@ class Integers:
             return {}
         like = np.zeros(self.labels, dtype=bool)
         like[self._labels_of(group.members[unit])] = True
-        more = [int(like[axis].any(axis=1).sum()) * count for axis in self.axes]
+        more = [n * count for n in self._hit(like)]
         left = [len(axis) + n for axis, n in zip(self.axes, more, strict=True)]
         return _Solution(self, left, {i for i, n in enumerate(more) if n}).found()
+
+    def _hit(self, labels: np.ndarray) -> list[int]:
+        """Of each axis, how many indices have one of these labels: (labels,) bool."""
+        if not self._stacks:  # axes of one width, one behind the other
+            widths = sorted({axis.shape[1] for axis in self.axes})
+            for width in widths:
+                at = [i for i, a in enumerate(self.axes) if a.shape[1] == width and len(a)]
+                sizes = [len(self.axes[i]) for i in at]
+                starts = np.cumsum([0, *sizes[:-1]])
+                self._stacks.append((at, np.concatenate([self.axes[i] for i in at]), starts))
+        found = [0] * len(self.axes)
+        for at, stack, starts in self._stacks:
+            hit = labels[stack[:, 0]] if stack.shape[1] == 1 else labels[stack].any(axis=1)
+            for i, n in zip(at, np.add.reduceat(hit, starts, dtype=np.int64).tolist(), strict=True):
+                found[i] = n
+        return found
 
     def step(self, group: UnitGroup) -> int | None:
         """The smallest number so that its multiples can go, or None."""

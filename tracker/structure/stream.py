@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.structure.integers import Choice, Integers, resolved
+from tracker.structure.lending import is_lending
 from tracker.structure.trace import CallKey, Source, Trace, following, tensors_in, user_frame
 
 LONGEST = 1 << 17  # indices; of longer axes (all positions of an image) sizes are not predicted
@@ -72,6 +73,8 @@ class Stream(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if is_lending():
+            return result
         name = func._schema.name.removeprefix("aten::")
         if name != "_to_copy":
             frame = user_frame(sys._getframe(1))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tracker.errors import StructureError
-from tracker.probe import Arguments, ExampleInputs
+from tracker.probe import Arguments, ExampleInputs, uninterrupted
 from tracker.structure.integers import Integers, couple
 from tracker.structure.ints import shadow
 from tracker.structure.listen import Listener
@@ -36,6 +36,7 @@ class Structure:
     frozen: list[Frozen]
     coverage: float  # share of the model's parameters that lie in prunable groups
     operations: int  # seen in the forward pass
+    flops: int  # of the same pass, by torch's formulas
     taps: Mapping[str, Tap] = field(default_factory=dict)  # layer → where its neurons are read
     integers: Integers = field(default_factory=Integers, repr=False)  # of the model's own code
     forecast: Forecast = field(default_factory=Forecast, repr=False)  # sizes after a removal
@@ -88,6 +89,7 @@ class Structure:
         return "\n".join(lines)
 
 
+@uninterrupted()
 def trace_structure(
     model: nn.Module, example_inputs: ExampleInputs | Arguments, *, trial: bool = True
 ) -> Structure:
@@ -124,7 +126,7 @@ def trace_structure(
     if trial:
         groups = try_groups(model, example_inputs, groups, integers, forecast)
     share, taps = coverage(model, groups), find_taps(trace)
-    return Structure(groups, frozen, share, trace.operations, taps, integers, forecast)
+    return Structure(groups, frozen, share, trace.operations, trace.flops, taps, integers, forecast)
 
 
 def _recorded(

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracker.probe import Arguments, ExampleInputs, forward_once
@@ -136,6 +137,7 @@ class Trace:
     order: list[str] = field(default_factory=list)  # tensors in the order of their first use
     names: dict[int, str] = field(default_factory=dict)  # id of a parameter or buffer → its key
     operations: int = 0
+    flops: int = 0  # of the pass
     calls: list[Call] = field(default_factory=list)  # of modules with parameters, in order
     undropped: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     # Of each call of a module its operations: name, and the axes of each tensor of the result.
@@ -258,6 +260,8 @@ class _Recorder(TorchDispatchMode):
         before = _layout(args)
         result = func(*args, **kwargs)
         self.trace.operations += 1
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.trace.flops += int(formula(*args, **kwargs, out_val=result))
         frame = user_frame(sys._getframe(1))
         call = self.path[-1]
         source = Source(call.module, frame.f_code.co_filename, frame.f_lineno)

@@ -140,12 +140,13 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
     for label, places in members.items():
         # What lies in buffers alone (positions of a mask that this input did not reach) is no unit.
         if any(tensor in weights for tensor, _ in places):
-            shape = tuple((place, len(indices)) for place, indices in places.items())
+            shape = (*places, *map(len, places.values()))
             alike.setdefault((shape, label in labels.inexact), []).append(label)
     groups = []
     for family in alike.values():
         units = [
-            {place: tuple(indices) for place, indices in members[label].items()} for label in family
+            dict(zip(members[label], map(tuple, members[label].values()), strict=True))
+            for label in family
         ]
         inexact = labels.inexact.get(family[0], "")
         summed = family[0] in labels.summed

@@ -15,9 +15,11 @@ from tracker.compensation.linear import EXACT
 from tracker.graphs import GraphHook, forget_compiled_graphs, is_new_data
 from tracker.outputs import tensors_in
 from tracker.probe import Arguments, arguments, forward_once, quiet_copy
-from tracker.statistics import Covariance, CovarianceStream
+from tracker.reads import Read
+from tracker.statistics import Covariance
 from tracker.structure import UnitGroup
-from tracker.tracker import ActivationTracker, Read
+from tracker.surgery.readings import Readings
+from tracker.tracker import ActivationTracker
 
 PATCHES = (
     4096  # rows of a batch that a convolution's patches give, or four for each of their columns
@@ -147,7 +149,7 @@ class Watcher:
         heard: bool = False,
         patches: bool = False,
     ) -> None:
-        self._streams: dict[str, CovarianceStream] = {}
+        self._readings = Readings()
         self._dims: dict[str, tuple[int, int]] = {}
         self._handles = []
         self._seen = 0
@@ -165,26 +167,24 @@ class Watcher:
         """Take the hooks off; what was seen, by consumer's weight."""
         while self._handles:
             self._handles.pop().remove()
-        return self.seen()
+        return self._reads(self._readings.values(release=True))
 
     def seen(self) -> dict[str, Read]:
         """What was seen so far."""
-        found = {}
-        for weight, stream in self._streams.items():
-            dim, taps = self._dims[weight]
-            found[weight] = Read(dim, stream.value(), taps)
-        return found
+        return self._reads(self._readings.values())
+
+    def _reads(self, values: Mapping[str, Covariance]) -> dict[str, Read]:
+        return {w: Read(self._dims[w][0], c, self._dims[w][1]) for w, c in values.items()}
 
     def go_on(self, seen: Mapping[str, Covariance]) -> None:
         """Have seen this already."""
-        self._streams = {w: CovarianceStream.resumed(value) for w, value in seen.items()}
+        self._readings.go_on(seen)
 
     def add(self, one: Consumer, module: nn.Module, taps: int, tensor: Tensor) -> None:
         """Take one input of a consumer in."""
         rows = _rows(tensor, one.axis) if taps == 1 else self._patches(module, tensor)
-        if one.weight not in self._streams:
-            self._streams[one.weight] = CovarianceStream(rows.shape[1], rows.device)
-        self._streams[one.weight].add(rows)
+        moved = one.axis % tensor.ndim != tensor.ndim - 1
+        self._readings.add(one.weight, tensor, rows, alone=moved or taps > 1)
 
     def _patches(self, module: Any, tensor: Tensor) -> Tensor:
         """What lies under the kernel at some of its places, each time others: (rows, channels · taps)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,18 @@ from tqdm import tqdm
 from tracker.compensation import Path, allocate, backward, select
 from tracker.compensation.linear import second_moment
 from tracker.errors import SurgeryError
-from tracker.probe import Arguments, copy_of
+from tracker.probe import Arguments
+from tracker.reads import Read
 from tracker.structure import UnitGroup
 from tracker.structure.integers import UnsolvableError
+from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration import Consumer, consumers, reads_of
 from tracker.surgery.flops import flops, flops_by_weight
 from tracker.surgery.plan import Plan
 from tracker.surgery.removal import plan_pruning
-from tracker.tracker import ActivationTracker, Read
+from tracker.tracker import ActivationTracker
 
 OF = ("parameters", "flops", "neurons")
 WITHIN = 0.02  # of the whole
@@ -99,8 +102,8 @@ def plan_compression(
         removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
         removed = _nearer(removed, paths, [s.exact for s in found], cost, budget)
         units = {
-            g.name: chosen_units(p, g, n, s.order)
-            for g, p, s, n in zip(groups, problems, found, removed, strict=True)
+            g.name: chosen_units(problems, i, g, n, found[i].order)
+            for i, (g, n) in enumerate(zip(groups, removed, strict=True))
             if n
         }
         plan, notes = plan_pruning(tracker, units, compensate=True)
@@ -164,9 +167,27 @@ def _nearer(
     return removed
 
 
+Part = tuple[list[Consumer], Read]  # consumers that read the same, and what they read
+
+
+class Problems(Sequence[Problem]):
+    """The problems of several groups, each made when it is asked for: together they would fill the memory."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[UnitGroup], parts: Sequence[list[Part]]):
+        self._held, self._groups, self._parts = tensors(model), groups, parts
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int):
+            raise TypeError("one problem at a time")
+        return _problem(self._held, self._groups[index], self._parts[index])
+
+
 def problems_of(
     tracker: ActivationTracker, limits: Limits
-) -> tuple[list[UnitGroup], list[Problem], list[str]]:
+) -> tuple[list[UnitGroup], Sequence[Problem], list[str]]:
     """Groups that can shrink by themselves, what their consumers read, and what was left out with the reason."""
     entry, structure = tracker.current, tracker.structure()
     model = entry.model()
@@ -194,45 +215,46 @@ def problems_of(
     ready.sort(key=lambda g: order[g.name])
     wanted, _ = consumers(model, ready)
     reads = reads_of(tracker, wanted)
-    groups, problems = [], []
+    groups: list[UnitGroup] = []
+    parts: list[list[Part]] = []
     for group in ready:
-        problem = _problem(model, group, reads)
-        if problem is None:
-            left_out.append(f"{group.name}: what reads it was not observed")
-        else:
+        found = _parts(model, group, reads)
+        if found:
             groups.append(group)
-            problems.append(problem)
-    return groups, problems, left_out
+            parts.append(found)
+        else:
+            left_out.append(f"{group.name}: what reads it was not observed")
+    return groups, Problems(model, groups, parts), left_out
 
 
-def _problem(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> Problem | None:
-    """The consumers of a group side by side; those that read the same are one."""
+def _parts(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> list[Part]:
+    """The consumers of a group; none if one was not observed."""
     able, _ = consumers(model, [group])
-    parts: list[tuple[Consumer, Read, Tensor]] = []
-    held = tensors(model)
+    held, unit = tensors(model), group.members[0]
+    parts: list[Part] = []
     for one in able:
         read = reads.get(one.weight)
         if read is None or not one.fits(read, held[one.weight]):
-            return None
-        weight = one.matrix(held[one.weight], read.taps)
-        for i, (other, known, w) in enumerate(parts):
+            return []
+        for together, known in parts:
+            other = together[0]
             same = other.reads == one.reads and _same_input(known, read, other, one)
-            if (
-                same
-                and group.members[0][other.weight, other.reads]
-                == group.members[0][one.weight, one.reads]
-            ):
-                parts[i] = (other, known, torch.cat((w, weight)))
+            if same and unit[other.weight, other.reads] == unit[one.weight, one.reads]:
+                together.append(one)
                 break
         else:
-            parts.append((one, read, weight))
-    if not parts:
-        return None
+            parts.append(([one], read))
+    return parts
+
+
+def _problem(held: Mapping[str, Tensor], group: UnitGroup, parts: Sequence[Part]) -> Problem:
+    """The consumers of a group side by side; those that read the same are one."""
     blocks, weights, means = [], [], []
     units: list[list[int]] = [[] for _ in range(group.size)]
     offset, count = 0, 2**62
-    for one, read, weight in parts:
-        c = read.covariance
+    for together, read in parts:
+        one, c = together[0], read.covariance
+        weight = torch.cat([each.matrix(held[each.weight], read.taps) for each in together])
         n = int(c.count.max())
         covariance = c.comoment / max(n, 1)
         scale = 1.0
@@ -264,16 +286,20 @@ def _same_input(a: Read, b: Read, one: Consumer, other: Consumer) -> bool:
     return (
         (one.bias is None) == (other.bias is None)
         and x.mean.shape == y.mean.shape
-        and torch.equal(x.mean, y.mean)
-        and torch.equal(x.comoment, y.comoment)
+        and (x is y or (torch.equal(x.mean, y.mean) and torch.equal(x.comoment, y.comoment)))
     )
 
 
 def chosen_units(
-    problem: Problem, group: UnitGroup, remove: int, order: Sequence[int] | None = None
+    problems: Sequence[Problem],
+    index: int,
+    group: UnitGroup,
+    remove: int,
+    order: Sequence[int] | None = None,
 ) -> list[int]:
     """The units that go: the first of `order` or, where few stay or none is given, as a second look says."""
     if order is None or group.size - remove <= 0.15 * group.size:
+        problem = problems[index]
         found = select(
             problem.covariance,
             problem.weight,
@@ -328,6 +354,6 @@ def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
 def _achieved(plan: Plan, model: nn.Module, inputs: Arguments, of: str, estimate: float) -> float:
     if of != "flops":
         return estimate
-    bench = copy_of(model)
+    bench = light_copy(model)
     apply(plan, [bench], [])
     return float(flops(bench, inputs)[1])

@@ -12,11 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tracker.errors import SurgeryError
 from tracker.hooks import tensors_in
-from tracker.probe import Arguments, arguments, copy_of, forward_once, quiet_copy
+from tracker.probe import Arguments, arguments, forward_once, quiet_copy
 from tracker.slotmap import SlotMap
 from tracker.structure import Structure, UnitGroup
 from tracker.structure.integers import UnsolvableError
 from tracker.structure.ints import Attribute
+from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.directions import directions_of
@@ -179,7 +180,7 @@ def with_measured_norms(tracker: ActivationTracker, plan: Plan) -> Plan:
         if isinstance(module, _NormBase) and f"{name}.running_mean" in plan.fresh
     ]
     for name in norms:
-        bench = copy_of(model)
+        bench = light_copy(model)
         apply(plan, [bench], [])
         seen: list[Tensor] = []
         bench.get_submodule(name).register_forward_pre_hook(

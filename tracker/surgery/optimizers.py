@@ -40,7 +40,8 @@ def moved(tensor: Tensor, slots: Slots) -> Tensor:
     result = tensor.detach()
     for dim, change in slots.items():
         result = change.take(result, fill=0, dim=dim)
-    return result.clone(memory_format=memory_format(tensor))
+    form = memory_format(tensor)
+    return result.contiguous(memory_format=form) if slots else result.clone(memory_format=form)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tracker.compensation import compensate
+from tracker.reads import Read
 from tracker.structure import UnitGroup
 from tracker.structure.sizes import tensors
 from tracker.surgery.calibration import Consumer, consumers, reads_of
 from tracker.surgery.plan import Mix, Plan
-from tracker.tracker import ActivationTracker, Read
+from tracker.tracker import ActivationTracker
 
 Choice = Sequence[tuple[UnitGroup, Sequence[int]]]
 

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from tracker.errors import StructureError, SurgeryError, VerificationError
-from tracker.probe import Arguments, arguments, copy_of, forward_once
-from tracker.structure.stream import Forecast, Stream, differing
-from tracker.structure.trace import plain_kernels
-from tracker.structure.trial import (
-    TOLERANCE,
-    difference_from_mask,
-    double,
+from tracker.probe import Arguments, arguments, forward_once, uninterrupted
+from tracker.structure.lending import (
+    InFloat64,
     is_finite,
+    light_copy,
     relative_difference,
-    shuffled,
     vivid,
 )
+from tracker.structure.sizes import tensors
+from tracker.structure.stream import Forecast, Stream, differing
+from tracker.structure.trace import plain_kernels
+from tracker.structure.trial import TOLERANCE, double, shuffled
 from tracker.structure.twins import liberate
 from tracker.surgery.apply import apply, require
 from tracker.surgery.flops import flops
@@ -34,6 +34,7 @@ from tracker.tracker import ActivationTracker, unwrap
 EXACT = 1e-6
 
 
+@uninterrupted()
 @torch.inference_mode(False)  # copies made inside the caller's inference mode could not be written
 def carry_out(
     tracker: ActivationTracker,
@@ -70,8 +71,9 @@ def carry_out(
             if verify
             else (plan.promise, None)
         )
-        bench = copy_of(model)
-        before, (_, flops_before) = count(model), flops(model, inputs)
+        bench = light_copy(model)
+        traced = entry.structure
+        flops_before = flops(model, inputs)[1] if traced is None else traced.flops
         apply(plan, [bench], [])
         expected, flops_after = flops(bench, inputs)
         receipt = Receipt(
@@ -81,7 +83,7 @@ def carry_out(
             units=plan.units,
             removed_ids=list(plan.removed_ids),
             added_ids=[],
-            parameters_before=before,
+            parameters_before=count(model),
             parameters_after=count(bench),
             flops_before=flops_before,
             flops_after=flops_after,
@@ -139,7 +141,7 @@ class Witness:
         assert entry.observer.inputs is not None
         inputs = double(arguments(Arguments(*entry.observer.inputs)))
         with entry.observer.paused(), plain_kernels(), torch.inference_mode(False):
-            return forward_once(copy_of(entry.model()).double(), inputs)
+            return InFloat64(light_copy(entry.model())).run(inputs)
 
 
 def count(model: nn.Module) -> int:
@@ -155,34 +157,40 @@ def _promised(
     "exact" of a plan is what the observations say; if the example inputs say otherwise, the answer is "changed".
     """
     masked = plan.promise == "masked"
-    original = copy_of(model).double()
+    whole = light_copy(model)
     if masked:  # whatever the values: constant norms could hide an error
-        vivid(original)
-    for module in original.modules() if forecast is not None else ():
+        vivid(whole)
+    for module in whole.modules() if forecast is not None else ():
         liberate(module)  # as the changed copy's attention may be: operations are compared
     exact = double(inputs)
-    bench = copy_of(original)
-    before, after = Stream(original), Stream(bench)
+    bench = light_copy(whole)
     try:
+        _without_rounding(plan, bench)
         apply(plan, [bench], [])
+        changed = InFloat64(bench)
+        after = Stream(changed.model)
         with plain_kernels():
-            found = forward_once(bench, exact, within=after)
+            found = changed.run(exact, within=after)
     except Exception as error:
         raise VerificationError(
             f"Refused: a changed copy of the model does not run ({error.__cause__ or error}). Nothing was touched."
         ) from error
+    original = InFloat64(whole)
+    before = Stream(original.model)
     with plain_kernels():
         if masked:
-            difference = difference_from_mask(original, exact, plan.choice, found, before)
+            difference = original.difference_from_mask(
+                exact, plan.choice, found, before, tolerance=TOLERANCE
+            )
         else:
-            difference = relative_difference(found, forward_once(original, exact, before))
+            difference = relative_difference(found, original.run(exact, before))
     if forecast is not None:
         same = masked and difference <= TOLERANCE
         _same_operations(differing(before, after, forecast, plan.choice, same=same))
     if not masked:
         return _kept(plan, difference)
     if difference <= TOLERANCE:
-        difference = max(difference, _difference_on_others(original, bench, exact, plan))
+        difference = max(difference, _difference_on_others(original, changed, exact, plan))
     if difference > TOLERANCE:
         raise VerificationError(
             f"Refused: without the units the output differs from the masked model's by {difference:.1e}, and "
@@ -215,22 +223,31 @@ def _kept(plan: Plan, difference: float) -> tuple[str, float]:
 
 
 def _difference_on_others(
-    original: nn.Module, bench: nn.Module, inputs: Arguments, plan: Plan
+    original: InFloat64, changed: InFloat64, inputs: Arguments, plan: Plan
 ) -> float:
     """How far a changed copy is from the masked original on other inputs than the example, if these can be run."""
     others = shuffled(inputs)
     with plain_kernels():
         try:
-            whole = forward_once(original, others)
-        except StructureError:  # not any values will do
-            return 0.0
-        if not is_finite(whole):
-            return 0.0
-        try:
-            found = forward_once(bench, others)
+            found = changed.run(others)
+            if is_finite(found):
+                return original.difference_from_mask(
+                    others, plan.choice, found, tolerance=TOLERANCE
+                )
         except StructureError:
-            return float("inf")
-        return difference_from_mask(original, others, plan.choice, found)
+            pass
+        try:  # not any values will do
+            return float("inf") if is_finite(original.run(others)) else 0.0
+        except StructureError:
+            return 0.0
+
+
+def _without_rounding(plan: Plan, bench: nn.Module) -> None:
+    """Tensors of a light copy that get new values are float64: what is rounded afterwards is no error of the plan."""
+    held = tensors(bench)
+    for name in (*plan.rewritten, *plan.fresh):
+        if held[name].is_floating_point():
+            held[name].data = held[name].data.double()
 
 
 PRESERVING = ("expand_layer", "insert_layer")

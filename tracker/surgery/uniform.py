@@ -81,12 +81,12 @@ def plan_width(
         count = (units - group.size) * own.count(own[0])
         return plan_expansion(tracker, own[0], count, None, seed, group), []
     groups, problems, left_out = problems_of(tracker, Limits())
-    found = [p for g, p in zip(groups, problems, strict=True) if g.name == name]
-    if not found:
+    index = next((i for i, g in enumerate(groups) if g.name == name), None)
+    if index is None:
         raise SurgeryError(f"Group {name!r} cannot shrink to {units} units: {'; '.join(left_out)}.")
-    one = found[0]
+    one = problems[index]
     order = backward(
         one.covariance, one.weight, one.units, one.protected, count=one.count, mean=one.mean
     ).order
-    gone = chosen_units(one, group, group.size - units, order)
+    gone = chosen_units(problems, index, group, group.size - units, order)
     return plan_pruning(tracker, {name: gone}, compensate=True)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tracker.graphs import GraphHook, is_new_data
 from tracker.journal.inputs import gather_inputs, inputs_from
 from tracker.probe import Arguments
+from tracker.reads import Read
 from tracker.statistics import Covariance
 from tracker.surgery.calibration import Watcher, consumers
 from tracker.surgery.directions import GradientWatcher, directions_of
-from tracker.tracker import ActivationTracker, Read
+from tracker.tracker import ActivationTracker
 from tracker.training.candidates import grown
 from tracker.training.policy import Policy
 

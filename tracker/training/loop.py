@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from tracker.errors import SurgeryError, TrackerError
 from tracker.probe import Arguments, quiet_copy
+from tracker.reads import Read
 from tracker.statistics import Covariance
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.depth import inserted_layers
 from tracker.surgery.flops import flops_by_weight
 from tracker.surgery.latency import latency
 from tracker.surgery.transaction import count
-from tracker.tracker import Read
 from tracker.training.candidates import Prices, bypasses, candidates, grown, neurons_of
 from tracker.training.look import Look, Seen
 from tracker.training.policy import Phases, Policy, Requests, Size

@@ -1,0 +1,102 @@
+"""Models in float64 whose weights are made when they are used."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.structure.subjects import fresh, models
+from tracker.probe import arguments, forward_once
+from tracker.structure.lending import InFloat64, light_copy, relative_difference
+from tracker.structure.trace import plain_kernels
+from tracker.structure.trial import double
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@models()
+def test_it_computes_what_a_copy_in_float64_does(name: str) -> None:
+    model, example = fresh(name)
+    before, inputs = state(model), double(arguments(example))
+    with plain_kernels():
+        expected = forward_once(copy.deepcopy(model).double(), inputs)
+        found = InFloat64(light_copy(model)).run(inputs)
+    assert relative_difference(found, expected) < 1e-14
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+class Listed(nn.Module):
+    """Its weights stand in a list as well, and that is where the forward takes them from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        self.weights = [self.first, self.second]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = torch.tanh(x @ weight)
+        return x
+
+
+def test_weights_that_are_held_elsewhere_are_doubled_too() -> None:
+    torch.manual_seed(0)
+    model, x = Listed(), torch.randn(3, 4)
+    found = InFloat64(light_copy(model)).run(double(arguments(x)))
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+    assert relative_difference(found, expected) == 0.0
+
+
+def test_what_is_set_in_a_light_copy_stays_there() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before, light = state(model), light_copy(model)
+    with torch.no_grad():
+        light[0].weight.set_(torch.zeros(2, 3))
+        light[1].running_mean += 1
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert light[0].bias.data_ptr() == model[0].bias.data_ptr()
+
+
+PEAK = """
+import torch
+from torch import nn
+from tracker import NeuronEngine
+
+def status(key):
+    return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024
+
+torch.manual_seed(0)
+model = nn.Sequential(*[m for _ in range(8) for m in (nn.Linear(2048, 2048), nn.ReLU())])
+engine = NeuronEngine()
+small = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+engine.track_model(small, "small", torch.randn(2, 4))
+engine.prune_units({"0": [1]})  # what comes with the first use is no cost of this model
+engine = NeuronEngine()
+engine.track_model(model, "wide", torch.randn(2, 2048))
+size, base = sum(p.numel() * 4 for p in model.parameters()), status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+groups = engine.structure.groups
+engine.prune_units({g.name: list(range(0, g.size, 2)) for g in groups if g.prunable})
+print((status("VmHWM") - base) / size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_removal_takes_less_memory_than_another_copy_of_the_model() -> None:
+    """Half of all units go: a quarter of the weights is left, computed once to try and once to swap in."""
+    given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}  # what is freed is no peak
+    run: Any = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, env=given_back
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 0.9  # it was above 4 with copies in float64
