@@ -36,6 +36,7 @@ ORDER = [
     "journal",
     "memory",
     "distributed",
+    "sharded",
     "changer",
     "surgeon",
     "training",

@@ -16,6 +16,7 @@ from tracker.errors import (
     VerificationError,
 )
 from tracker.journal import Entry, Journal
+from tracker.sharded import gather_sharded, shard_anew
 from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
 from tracker.surgery import Receipt
 from tracker.training import Decision, Phases, Policy
@@ -47,6 +48,8 @@ __all__ = [
     "VerificationError",
     "__version__",
     "apply_journal",
+    "gather_sharded",
     "renew",
     "rule",
+    "shard_anew",
 ]

@@ -19,7 +19,9 @@ from tracker import (
     SurgeryError,
     TrackerError,
     VerificationError,
+    gather_sharded,
     renew,
+    shard_anew,
 )
 from tracker.surgery import transaction
 
@@ -287,6 +289,76 @@ def test_sharded_models_are_watched_and_not_changed(tmp_path: Path) -> None:
     for seen, why in run(2, tmp_path, shard):
         assert seen == "8"
         assert "sharded" in why
+
+
+def reshard(rank: int, size: int) -> dict[str, Any]:
+    """Spread, gathered, changed, spread anew, three times over; with one process: never spread."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole = network()
+    whole_optimizer = torch.optim.AdamW(whole.parameters(), 1e-2)
+    engine = tracked(whole, optimizer=whole_optimizer)
+    first = engine.track_model(whole)
+    if size > 1:
+        engine.attach_process_group()
+
+    def shard(model: Any) -> None:
+        mesh = init_device_mesh("cpu", (size,))
+        for part in (model[0], model[2], model[4], model):
+            fully_shard(part, mesh=mesh)
+
+    generator = torch.Generator().manual_seed(3)
+    losses: list[float] = []
+
+    def train(model: nn.Module, optimizer: Any) -> None:
+        for _ in range(5):
+            x, y = torch.randn(16, 6, generator=generator), torch.randn(16, 3, generator=generator)
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+
+    told = ""
+    if size > 1:
+        with pytest.raises(SurgeryError, match="cannot go to SGD"):
+            shard_anew(whole, whole_optimizer, shard, lambda p: torch.optim.SGD(p, 0.1))
+    for act in (
+        lambda: engine.prune_neurons({"0": [1, 2, 3]}, compensate=False),
+        lambda: engine.expand_layer("2", 4, seed=1),
+        lambda: engine.merge_neurons([(first["2"][0], first["2"][1])]),
+        lambda: engine.insert_layer(after="0"),
+    ):
+        model, optimizer = whole, whole_optimizer
+        if size > 1:
+            model, optimizer = shard_anew(
+                whole, whole_optimizer, shard, lambda p: torch.optim.AdamW(p, 3.0)
+            )
+            assert all(hasattr(p, "placements") for p in model.parameters())
+        train(model, optimizer)
+        if size > 1:
+            gather_sharded(model, optimizer, whole, whole_optimizer)
+        act()
+        if size > 1 and not told:
+            with pytest.raises(SurgeryError, match="one architecture") as caught:
+                gather_sharded(model, optimizer, whole, whole_optimizer)
+            told = str(caught.value)
+    assert len(engine.journal) == 4
+    kept = set(first["0"]) & set(engine.track_model(whole)["0"])
+    train(whole, whole_optimizer)
+    return {"weights": weights(whole), "losses": losses, "kept": len(kept)}
+
+
+def test_sharded_models_are_gathered_changed_and_spread_anew(tmp_path: Path) -> None:
+    """As if there had been one process all the time: losses, weights, optimizer's state, ages of new units, ids."""
+    alone = reshard(0, 1)
+    assert alone["kept"] == 17
+    for found in run(2, tmp_path, reshard):
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert found["kept"] == 17
+        for a, b in zip(found["weights"], alone["weights"], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_without_other_processes_it_says_so() -> None:

@@ -285,10 +285,12 @@ def test_a_resumed_run_does_what_it_would_have_done(at: int, tmp_path: Any) -> N
     model.train()
     engine.start_self_modification(policy)
 
-    def go(model: nn.Module, opt: Any, engine: NeuronEngine, steps: int) -> list[float]:
+    def go(model: nn.Module, opt: Any, engine: NeuronEngine, start: int, steps: int) -> list[float]:
         losses = []
-        for _ in range(steps):
-            loss = (model(x) - x[:, :4]).square().mean()
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(start + step)
+            some = x[torch.randint(len(x), (60,), generator=generator)]
+            loss = (model(some) - some[:, :4]).square().mean()
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -296,14 +298,14 @@ def test_a_resumed_run_does_what_it_would_have_done(at: int, tmp_path: Any) -> N
             losses.append(float(loss.detach()))
         return losses
 
-    go(model, opt, engine, at)
+    go(model, opt, engine, 0, at)
     opt.zero_grad()
     engine.save_checkpoint(tmp_path / "run")
     torch.manual_seed(1)
     other = mlp()
     other_opt = OPTIMIZERS["Adam"](other.parameters())
     resumed = NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
-    assert go(model, opt, engine, 40) == go(other, other_opt, resumed, 40)
+    assert go(model, opt, engine, at, 40) == go(other, other_opt, resumed, at, 40)
     assert str(resumed.life) == str(engine.life)
     assert len({d.what for d in engine.life}) > 2
     engine.save_checkpoint(tmp_path / "end")

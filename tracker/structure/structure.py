@@ -118,8 +118,7 @@ def trace_structure(
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             raise StructureError(
                 f"The structure cannot be traced: {name or 'the model'} is sharded over processes. Change the whole "
-                "model before it is sharded: load its gathered state dict into a model of your code, change that, and "
-                "shard it anew."
+                "model that it was made of: gather_sharded gives it weights and optimizer state, shard_anew spreads it."
             )
     trace, integers = _recorded(model, example_inputs)
     groups, frozen = find_groups(trace)

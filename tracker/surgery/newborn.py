@@ -72,7 +72,7 @@ class _After:
                 if parameter in values:
                     state = optimizer.state[parameter]
                     # Loading a state gives it the parameter's dtype, and bfloat16 cannot count beyond 256.
-                    age = state[AGE] = state[AGE].float() + 1
+                    age = state[AGE] = _placed(state[AGE], parameter).float() + 1
                     factor = _correction(age, *group["betas"]).to(parameter.dtype)
                     old = values[parameter]
                     parameter.copy_(
@@ -80,6 +80,16 @@ class _After:
                     )
                     if bool((age >= GROWN_UP).all()):
                         del state[AGE]
+
+
+def _placed(age: Tensor, parameter: Any) -> Tensor:
+    """Ages of a parameter that was sharded since: sharded like it. Loading a state leaves them whole."""
+    if not hasattr(parameter, "placements") or hasattr(age, "placements"):
+        return age
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Tensor = distribute_tensor(age, parameter.device_mesh, parameter.placements)
+    return placed
 
 
 def _correction(age: Tensor, beta1: float, beta2: float) -> Tensor:

@@ -86,7 +86,10 @@ class SelfModification:
         if self._open is not None and self.steps >= self._open[0] + policy.settle:
             self._judge()
         if since >= 0 and phase == 0:
-            return self._look(policy)
+            try:
+                return self._look(policy)
+            finally:
+                self._seen = Seen()  # it holds inputs of the model
         if since >= -policy.look and phase == policy.every - policy.look:
             self._begin_to_observe()
         return None
