@@ -10,7 +10,7 @@ from torch import Tensor
 from tracker.slotmap import SlotMap
 from tracker.statistics.native import kernel
 from tracker.statistics.native.products import NativeProducts
-from tracker.statistics.products import NARROW, TorchProducts
+from tracker.statistics.products import TorchProducts
 from tracker.statistics.reduce import split_at
 
 TILE = 64  # rows of pairs that are searched together: they stay in cache
@@ -116,9 +116,7 @@ class CovarianceStream:
         self._begin(Covariance.empty(neurons, device))
 
     def _begin(self, total: Covariance) -> None:
-        # Narrow layers are summed in float64 throughout, so that what is exact is seen to be; compiled code does not.
-        wide = len(total.mean) > NARROW and total.mean.device.type == "cpu"
-        native = kernel() if wide else None
+        native = kernel() if total.mean.device.type == "cpu" else None
         # Outside any inference mode: tensors made inside could not be written outside.
         with torch.inference_mode(False):
             own = [

@@ -7,10 +7,10 @@ extern "C" int tracker_activity(const void*, int64_t, int64_t, int64_t, int64_t,
                                 int64_t, void (*)(void (*)(void*), void*, unsigned, unsigned));
 
 struct Stream {
-    int64_t neurons, capacity, staged;
+    int64_t neurons, capacity, staged, precise;
     int64_t* count;
     double* mean;
-    float* stage;
+    void* stage;
     double* total;
 };
 extern "C" int tracker_width();
@@ -18,26 +18,30 @@ extern "C" void tracker_flush(Stream*, int64_t, void (*)(void (*)(void*), void*,
 extern "C" void tracker_covariance(Stream*, const void*, int64_t, int64_t, int64_t, int64_t, const double*,
                                    const int64_t*, int64_t, void (*)(void (*)(void*), void*, unsigned, unsigned));
 
-static float values[64 * 1024];
+static float values[64 * 1024];  // as float64, half of them
 
 int main() {
     const int64_t outers[] = {1, 3, 130}, neurons[] = {1, 7, 67}, inners[] = {1, 4, 49, 100};
     for (int64_t outer : outers)
         for (int64_t c : neurons)
             for (int64_t inner : inners)
-                for (int64_t type = 0; type < 3; ++type) {
+                for (int64_t type = 0; type < 4; ++type) {
                     double table[9 * 67] = {}, mean[67];
                     if (outer * c * inner > 64 * 1024) continue;
-                    if (tracker_activity(values, type, outer, c, inner, c * inner, 0.01, table, mean, 1, 0)) return 1;
+                    if (type == 3 && outer * c * inner > 32 * 1024) continue;
+                    // float64 is for precise products alone
+                    if (tracker_activity(values, type % 3, outer, c, inner, c * inner, 0.01, table, mean, 1, 0)) return 1;
                     if (table[c - 1] != (double)(outer * inner) || table[3 * c - 1] != table[c - 1]) return 2;
                     static int64_t count[67];
                     static double means[67], total[67 * 67];
-                    static float stage[128 * 64];
-                    Stream stream = {c, 64, 0, count, means, stage, total};
-                    memset(stage, 0, sizeof stage);
-                    tracker_covariance(&stream, values, type, outer, inner, c * inner, mean, 0, 1, 0);
-                    tracker_flush(&stream, 1, 0);
-                    if (stream.staged || total[0] != 0) return 3;
+                    static double stage[128 * 64];
+                    for (int64_t precise = type == 3; precise < 2; ++precise) {
+                        Stream stream = {c, 64, 0, precise, count, means, stage, total};
+                        memset(stage, 0, sizeof stage);
+                        tracker_covariance(&stream, values, type, outer, inner, c * inner, mean, 0, 1, 0);
+                        tracker_flush(&stream, 1, 0);
+                        if (stream.staged || total[0] != 0) return 3;
+                    }
                 }
     return tracker_width() > 16;
 }

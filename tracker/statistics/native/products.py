@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tracker.statistics.native.loading import TYPES, Kernel
+from tracker.statistics.products import NARROW
 
 CAPACITY = 512  # rows that are multiplied out together
+DOUBLE = 3  # code of float64, which precise streams take
 PARALLEL = 256  # neurons from which on torch's threads share the work
 
 
@@ -18,7 +20,7 @@ class Stream(ctypes.Structure):
     """The state, as in covariance.cpp."""
 
     _fields_: ClassVar = [
-        *((name, ctypes.c_int64) for name in ("neurons", "capacity", "staged")),
+        *((name, ctypes.c_int64) for name in ("neurons", "capacity", "staged", "precise")),
         *((name, ctypes.c_void_p) for name in ("count", "mean", "stage", "total")),
     ]
 
@@ -29,16 +31,19 @@ class NativeProducts:
     def __init__(self, native: Kernel, count: Tensor, mean: Tensor, total: Tensor) -> None:
         self.device = mean.device
         self._native, self._neurons = native, len(mean)
-        columns = 2 * native.width()
+        precise = self._neurons <= NARROW
+        columns = native.width() * (1 if precise else 2)
         self._count, self._mean, self._total = count, mean, total
-        self._stage = torch.zeros(-(-self._neurons // columns), CAPACITY, columns)
+        self._types = {**TYPES, torch.float64: DOUBLE} if precise else TYPES
+        dtype = torch.float64 if precise else torch.float32
+        self._stage = torch.zeros(-(-self._neurons // columns), CAPACITY, columns, dtype=dtype)
         places = (t.data_ptr() for t in (count, mean, self._stage, total))
-        self._stream = Stream(self._neurons, CAPACITY, 0, *places)
+        self._stream = Stream(self._neurons, CAPACITY, 0, int(precise), *places)
         self._address = ctypes.addressof(self._stream)
 
     def add(self, x: Tensor, mean: Tensor) -> bool:
         """X (outer, neurons, inner), all of it finite, and its mean. False: not for this type."""
-        code = TYPES.get(x.dtype)
+        code = self._types.get(x.dtype)
         if code is None or type(x) is not Tensor or x.is_neg():
             return False
         self._add(x, code, mean, None)
@@ -46,7 +51,8 @@ class NativeProducts:
 
     def add_centred(self, rows: Tensor, mean: Tensor, n: Tensor) -> None:
         """Rows minus their mean; zeros in the place of what is left out, n (neurons,) is what is not."""
-        self._add(rows.float()[:, :, None], 0, mean, n.contiguous())
+        rows = rows.to(self._stage.dtype)
+        self._add(rows[:, :, None], self._types[rows.dtype], mean, n.contiguous())
 
     def _add(self, x: Tensor, code: int, mean: Tensor, n: Tensor | None) -> None:
         outer, _, inner = x.shape
