@@ -15,7 +15,17 @@ import pytest
 import torch
 
 from tracker.slotmap import SlotMap
-from tracker.statistics import Activity, ActivityStream, Scratch, native, observe, stream
+from tracker.statistics import (
+    Activity,
+    ActivityStream,
+    Covariance,
+    CovarianceStream,
+    Scratch,
+    covariance,
+    native,
+    observe,
+    stream,
+)
 from tracker.statistics.activity import M2, MEAN, OBSERVATIONS
 from tracker.statistics.native import build, loading
 
@@ -247,6 +257,16 @@ def test_every_vector_width(
     for x, axis in AWKWARD.values():
         ours = accumulated([x], axis, monkeypatch)
         same(ours, accumulated([x], axis, monkeypatch, by_torch=True))
+    monkeypatch.setattr(covariance, "kernel", lambda: kernel)
+    for neurons, error in ((33, 1e-12), (150, 1e-6)):
+        rows = torch.randn(700, neurons, generator=torch.Generator().manual_seed(0))
+        centred = rows.double() - rows.double().mean(0)
+        expected = centred.T @ centred
+        found = Covariance.of(rows)
+        assert (found.comoment - expected).abs().max() < error * expected.abs().max()
+        assert found.pairs_above(0.05) == Covariance(
+            found.count, found.mean, found.comoment.T
+        ).pairs_above(0.05)  # by torch: it is not contiguous
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -379,3 +399,40 @@ assert engine.get_neuron_stats(0)["observations"] == 160
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_kernel
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("neurons", [1, 2, 63, 200])
+def test_both_paths_find_the_same_pairs(
+    neurons: int, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Constant neurons and twins among them; more pairs than there is room for at first."""
+    rows = torch.randn(50, neurons, generator=torch.Generator().manual_seed(neurons))
+    rows[:, ::7] = 2.0
+    rows[:, 1::9] = rows[:, :1] if neurons > 1 and threshold else rows[:, 1::9]
+    value = Covariance.of(rows)
+    ours = value.pairs_above(threshold)
+    with monkeypatch.context() as patch:
+        patch.setattr(covariance, "kernel", lambda: None)
+        theirs = value.pairs_above(threshold)
+    assert ours == theirs
+    assert threshold or neurons < 200 or len(ours) > 4096
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(300, 5, 1), (40, 17, 9), (7, 128, 80)], ids=str)
+def test_narrow_products_are_those_of_float64(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """What depends exactly leaves no more unexplained than float64 rounds; maps and rows, all types."""
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
+    stream = CovarianceStream(shape[1])
+    for part in x.split(13):
+        stream.add(part, part.double().mean((0, 2)), axis=1)
+    rows = x.double().transpose(1, 2).flatten(0, 1)
+    centred = rows - rows.mean(0)
+    expected = centred.T @ centred
+    error = (stream.value().comoment - expected).abs().max() / expected.abs().max()
+    assert error < 1e-12

@@ -84,25 +84,26 @@ class Covariance:
         Searched tile by tile: no second (neurons, neurons) matrix is made.
         """
         scale, count = self.deviation().reciprocal(), self.count.double()
-        bound = (
-            (threshold * (1 - 1e-12)) * count / scale
-        )  # of |co-moment|, in deviations of the other neuron
-        size = count.numel()
-        found: list[tuple[int, int, float]] = []
+        # Of |co-moment|, in deviations of the other neuron.
+        bound = (threshold * (1 - 1e-12)) * count / scale
+        i, j = self._near(scale, bound).unbind(1)
+        r = (self.comoment[i, j] * scale[i] * scale[j] / count[i]).clamp_(-1, 1)
+        kept = (r.abs() >= threshold) & (count[i] == count[j])  # others did not see the same stream
+        return list(zip(i[kept].tolist(), j[kept].tolist(), r[kept].tolist(), strict=True))
+
+    def _near(self, scale: Tensor, bound: Tensor) -> Tensor:
+        """Pairs i < j with |co-moment| · scale[j] ≥ bound[i]: (pairs, 2)."""
+        native = kernel() if scale.device.type == "cpu" else None
+        if native is not None and self.comoment.is_contiguous():
+            return native.pairs(self.comoment, scale.contiguous(), bound.contiguous())
+        size, found = scale.numel(), []
         work = torch.empty(TILE * size, dtype=torch.float64, device=scale.device)
         for start in range(0, size, TILE):
             block = self.comoment[start : start + TILE, start:]
-            tile = torch.mul(
-                block, scale[start:], out=work[: block.numel()].view(block.shape)
-            ).abs_()
-            i, j = (tile >= bound[start : start + TILE, None]).nonzero().unbind(1)
-            i, j = i[i < j] + start, j[i < j] + start
-            r = (self.comoment[i, j] * scale[i] * scale[j] / count[i]).clamp_(-1, 1)
-            kept = (r.abs() >= threshold) & (
-                count[i] == count[j]
-            )  # others did not see the same stream
-            found += zip(i[kept].tolist(), j[kept].tolist(), r[kept].tolist(), strict=True)
-        return found
+            tile = torch.mul(block, scale[start:], out=work[: block.numel()].view(block.shape))
+            pairs = (tile.abs_() >= bound[start : start + TILE, None]).nonzero() + start
+            found.append(pairs[pairs[:, 0] < pairs[:, 1]])
+        return torch.cat(found) if found else torch.zeros((0, 2), dtype=torch.int64)
 
 
 class CovarianceStream:

@@ -18,6 +18,8 @@ extern "C" void tracker_flush(Stream*, int64_t, void (*)(void (*)(void*), void*,
 extern "C" void tracker_covariance(Stream*, const void*, int64_t, int64_t, int64_t, int64_t, const double*,
                                    const int64_t*, int64_t, void (*)(void (*)(void*), void*, unsigned, unsigned));
 
+extern "C" int64_t tracker_pairs(const double*, int64_t, const double*, const double*, int64_t*, int64_t);
+
 static float values[64 * 1024];  // as float64, half of them
 
 int main() {
@@ -43,5 +45,10 @@ int main() {
                         if (stream.staged || total[0] != 0) return 3;
                     }
                 }
+    static double products[67 * 67], ones[67];
+    for (int i = 0; i < 67 * 67; ++i) products[i] = 1;
+    for (int i = 0; i < 67; ++i) ones[i] = 1;
+    int64_t found[2 * 5];
+    if (tracker_pairs(products, 67, ones, ones, found, 5) != 67 * 33 || found[9] != 5) return 4;
     return tracker_width() > 16;
 }

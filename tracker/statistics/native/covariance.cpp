@@ -239,3 +239,26 @@ EXPORT void tracker_covariance(Stream* stream, const void* x, int64_t type, int6
     else if (s.precise) take<double>(s, x, type, outer, inner, stride, centre, threads, fork);
     else take<float>(s, x, type, outer, inner, stride, centre, threads, fork);
 }
+
+// Pairs i < j with |products(i, j)| * scale[j] >= bound[i], row by row: their number, of which `room` are written to
+// `found` (room, 2). NaN finds nothing.
+EXPORT int64_t tracker_pairs(const double* products, int64_t neurons, const double* scale, const double* bound,
+                             int64_t* found, int64_t room) {
+    const int CHUNK = 64;
+    int64_t count = 0;
+    for (int64_t i = 0; i < neurons; ++i) {
+        const double* row = products + i * neurons;
+        const double least = bound[i];
+        for (int64_t from = i + 1; from < neurons; from += CHUNK) {
+            int64_t end = from + CHUNK < neurons ? from + CHUNK : neurons;
+            int any = 0;
+            for (int64_t j = from; j < end; ++j) any |= __builtin_fabs(row[j]) * scale[j] >= least;
+            for (int64_t j = from; any && j < end; ++j)
+                if (__builtin_fabs(row[j]) * scale[j] >= least) {
+                    if (count < room) found[2 * count] = i, found[2 * count + 1] = j;
+                    ++count;
+                }
+        }
+    }
+    return count;
+}

@@ -29,6 +29,7 @@ class Kernel(NamedTuple):
     reduce: Callable[..., int]
     stage: Callable[..., None]
     flush: Callable[..., None]
+    search: Callable[..., int]
     width: Callable[[], int]  # fp32 lanes of a vector
     fork: int | None
 
@@ -70,6 +71,20 @@ class Kernel(NamedTuple):
         )
         return None if done == 2 else done == 0
 
+    def pairs(self, products: Tensor, scale: Tensor, bound: Tensor) -> Tensor:
+        """Pairs i < j with |products[i, j]| · scale[j] ≥ bound[i]: (pairs, 2) int64, in order of i, j.
+
+        products: (neurons, neurons), scale and bound: (neurons,), float64 and contiguous, on the CPU.
+        """
+        room = 4096
+        while True:
+            found = torch.empty((room, 2), dtype=torch.int64)
+            places = [t.data_ptr() for t in (scale, bound, found)]
+            count = self.search(products.data_ptr(), len(scale), *places, room)
+            if count <= room:
+                return found[:count]
+            room = count
+
 
 def kernel() -> Kernel | None:
     """The kernel, built at the first call ever, found and loaded at the first call of the process; or None."""
@@ -102,16 +117,19 @@ def _opened(path: str) -> Kernel:
     code = ctypes.CDLL(path)
     number, address = ctypes.c_int64, ctypes.c_void_p
     reduce, stage, flush = code.tracker_activity, code.tracker_covariance, code.tracker_flush
+    search = code.tracker_pairs
     reduce.argtypes = [address, *[number] * 5, ctypes.c_double, address, address, number, address]
     stage.argtypes = [address, address, *[number] * 4, address, address, number, address]
     flush.argtypes = [address, number, address]
+    search.argtypes = [address, number, *[address] * 3, number]
     stage.restype = flush.restype = None
+    search.restype = number
     try:
         # The threads that torch itself runs on: a second pool would fight them for the processors.
         fork = ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, address).value
     except (AttributeError, OSError):
         fork = None
-    return Kernel(reduce, stage, flush, code.tracker_width, fork)
+    return Kernel(reduce, stage, flush, search, code.tracker_width, fork)
 
 
 def _try(found: Kernel) -> None:
@@ -135,7 +153,8 @@ def _try(found: Kernel) -> None:
             refused = found.add(x, 1, neurons, 0.5, got.data_ptr(), None) is False
             if not (done and same and close and refused and torch.equal(before, got)):
                 raise UnavailableError(f"the compiled code computes something else for {dtype}")
-    _try_products(found, wave.view(33, 70))
+    for rows in (wave.view(33, 70), wave.view(15, 154)):  # narrow, wide
+        _try_products(found, rows)
 
 
 def _try_products(found: Kernel, rows: Tensor) -> None:
@@ -144,7 +163,7 @@ def _try_products(found: Kernel, rows: Tensor) -> None:
     size = rows.shape[1]
     own = torch.zeros(size, dtype=torch.int64), torch.zeros(size).double()
     products = NativeProducts(found, *own, torch.zeros(size, size).double())
-    for part in rows.split(20):
+    for part in rows.split(10):
         products.add(part.float()[:, :, None], part.mean(0))
     centred = rows - rows.mean(0)
     if not torch.allclose(products.totals()[2].triu(), (centred.T @ centred).triu(), atol=1e-3):
