@@ -118,3 +118,96 @@ def test_a_checkpoint_keeps_the_turns_and_the_choice(tmp_path: Path) -> None:
         again(torch.randn(5, 6))
     assert resumed.get_neuron_stats(ids["0"][0])["observations"] == 10
     assert resumed.get_neuron_stats(ids["2"][0])["observations"] == 0
+
+
+def comoments(engine: NeuronEngine, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    covariance = engine._tracker.observe().layers[layer].covariance
+    return covariance.count, covariance.comoment
+
+
+@pytest.mark.parametrize("rows", [24, 21, 5, 1])
+def test_a_sample_of_rows_leaves_none_out_for_ever(rows: int) -> None:
+    """As many passes over the same rows as there are turns: together each row once."""
+    model, x = mlp(), torch.randn(rows, 6)
+    engine = NeuronEngine(observe="output")
+    engine.track_model(model, "model", x)
+    engine.start_tracking(enable_correlation_analysis=True)
+    model(x)
+    whole, everything = comoments(engine), engine.get_neuron_stats(3)
+    engine.start_tracking(enable_correlation_analysis=True, correlation_every=8)
+    for _ in range(8):
+        model(x)
+    count, comoment = comoments(engine)
+    assert torch.equal(count, whole[0])
+    assert torch.allclose(comoment, whole[1], atol=1e-6)
+    assert engine.get_neuron_stats(3)["observations"] == 8 * everything["observations"]
+
+
+def test_of_maps_samples_or_positions_are_taken() -> None:
+    conv = nn.Conv2d(2, 5, 3)
+    engine = NeuronEngine(observe="output")
+    for shape, taken in (((16, 2, 7, 7), 4 * 25), ((2, 2, 8, 8), 2 * 9), ((1, 2, 3, 4), 2)):
+        engine.track_model(conv, "conv", torch.randn(shape))
+        engine.start_tracking(enable_correlation_analysis=True, correlation_every=4)
+        conv(torch.randn(shape))
+        assert comoments(engine)[0].unique().tolist() == [taken]
+
+
+def test_correlations_of_a_sample_lie_within_their_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    model, batches = mlp(), [torch.randn(256, 6) for _ in range(32)]
+    engine = NeuronEngine(observe="output")
+    engine.track_model(model, "model", batches[0])
+    found = []
+    for sampling in (1, 8):
+        engine.start_tracking(enable_correlation_analysis=True, correlation_every=sampling)
+        for batch in batches:
+            model(batch)
+        found.append(engine._tracker.observe().layers[0].covariance.correlation())
+    error = (1 - found[0].square()) / (32 * 32 - 1) ** 0.5
+    assert bool(((found[1] - found[0]).abs() <= 5 * error + 1e-9).all())
+    assert not torch.equal(found[0], found[1])
+    engine.print_correlation_analysis()
+    printed = capsys.readouterr().out
+    assert "12.5% of the observations, 1,024 at least" in printed
+    assert "standard error of 0.006" in printed
+
+
+def test_a_sample_proves_nothing_exact() -> None:
+    """A neuron that fires in rows that were left out is not constant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, -1
+        model[0].weight[2, 0] = 1
+    x = torch.randn(400, 6)
+    x[::2, 0], x[1::2, 0] = -5, 5
+    engine = NeuronEngine()
+    engine.track_model(model, "model", x[:40])
+    engine.start_tracking(enable_correlation_analysis=True, correlation_every=2)
+    model(x)
+    receipt = engine.prune_neurons({"0": [2]}, dry_run=True)
+    assert receipt.promise == "changed"
+
+
+def test_a_sample_of_nothing_is_refused(engine: NeuronEngine) -> None:
+    with pytest.raises(StatisticsError, match="correlation_every"):
+        engine.start_tracking(enable_correlation_analysis=True, correlation_every=0)
+
+
+def test_sampling_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    model, batches = mlp(), torch.randn(6, 16, 6)
+    engine = NeuronEngine()
+    engine.track_model(model, "model", batches[0])
+    engine.start_tracking(enable_correlation_analysis=True, correlation_every=4)
+    for batch in batches[:3]:
+        model(batch)
+    engine.save_checkpoint(tmp_path / "saved")
+    again = NeuronEngine.load_checkpoint(tmp_path / "saved", other := mlp())
+    for batch in batches[3:]:
+        model(batch), other(batch)
+    ours, theirs = comoments(engine), comoments(again)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.allclose(ours[1], theirs[1])

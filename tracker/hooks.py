@@ -89,6 +89,7 @@ class Observer:
     recording: bool = False
     correlate: bool = False
     every: int = 1  # of so many passes of a mode one is observed, the first one first
+    sampling: int = 1  # of so many rows of a pass one goes into the covariance
     chosen: frozenset[str] | None = None  # layers that are observed; None: all
     passes: dict[bool, int] = field(default_factory=dict)
     # Of the first pass, or as given.
@@ -160,7 +161,11 @@ class Observer:
             window.activity.add(output, axis, self.scratch)
         else:
             mean = window.activity.add(output, axis, self.scratch, mean=True)
-            window.covariance.add(output, mean, axis)
+            if self.sampling == 1:
+                window.covariance.add(output, mean, axis)
+            else:
+                turn = self.passes.get(training, 0) // self.every
+                window.covariance.add_some(output, axis, self.sampling, turn)
 
     def _open_window(self, site: Site, training: bool, device: torch.device) -> Window:
         neurons: int = site.neurons  # type: ignore[assignment]

@@ -55,8 +55,10 @@ def gather(
         "inputs": places,
         "run": run[0],
         "samples": {str(int(flag)): n for flag, n in observer.samples.items()},
+        "passes": {str(int(flag)): n for flag, n in observer.passes.items()},
         "correlated": entry.correlated,
         "every": observer.every,
+        "sampling": observer.sampling,
         "chosen": None if observer.chosen is None else sorted(observer.chosen),
         "mode": entry.mode,
         "history": history.to_dict() if history.epochs else None,
@@ -182,8 +184,10 @@ def load_tracker(
         _give_ids(tracker, entry, facts["registry"])
         observer.inputs = inputs_from(content.tensors["statistics"], facts["inputs"])
         observer.samples = {bool(int(k)): _whole(n) for k, n in facts["samples"].items()}
+        observer.passes = {bool(int(k)): _whole(n) for k, n in facts.get("passes", {}).items()}
         entry.correlated = observer.correlate = bool(facts["correlated"])
         observer.every, chosen = max(1, _whole(facts.get("every", 1))), facts.get("chosen")
+        observer.sampling = max(1, _whole(facts.get("sampling", 1)))
         observer.chosen = None if chosen is None else frozenset(map(str, chosen))
         if facts["mode"] not in (*MODES, "all", None):
             raise ValueError(f"{facts['mode']!r} is no mode")

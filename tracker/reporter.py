@@ -83,6 +83,7 @@ def correlation_report(
         "=" * WIDE,
         f"Correlation threshold: {threshold:g}",
         f"Samples used for correlation: {observation.samples}",
+        *_sampled(findings, threshold),
         "",
         "REDUNDANT NEURON PAIRS BY LAYER:",
         "-" * MIDDLE,
@@ -104,6 +105,24 @@ def correlation_report(
         lines += ["", f"Constant neurons have no correlation and are in no pair: {constant}."]
     lines += _unobserved(findings)
     return _text(lines)
+
+
+def _sampled(findings: Mapping[str, LayerFindings], threshold: float) -> list[str]:
+    """How sure correlations of a sample of rows are: (1 - r²) / √(n - 1) (Fisher, 1915)."""
+    shares = [
+        (int(c.count.max()), int(f.layer.activity.observations.max()))
+        for f in findings.values()
+        if (c := f.layer.covariance) is not None and len(c.count)
+    ]
+    known = [(rows, rows / seen) for rows, seen in shares if seen and rows > 1]
+    if not known or min(share for _, share in known) > 0.9:
+        return []
+    rows, share = min(known)
+    error = (1 - threshold**2) / (rows - 1) ** 0.5
+    return [
+        f"Of a sample: {share:.1%} of the observations, {rows:,} at least; a correlation of {threshold:g} has a "
+        f"standard error of {error:.1g}"
+    ]
 
 
 def activity_report(

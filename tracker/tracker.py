@@ -168,12 +168,17 @@ class ActivationTracker:
         mode: str | None,
         every: int = 1,
         layers: Collection[str] | None = None,
+        sampling: int = 1,
     ) -> None:
         """Begin a fresh window of statistics on the current model."""
         if mode is not None and mode not in MODES:
             raise StatisticsError(f"mode is one of {', '.join(MODES)} or None, not {mode!r}.")
         if every < 1:
             raise StatisticsError(f"every is a number of passes, 1 or more, not {every!r}.")
+        if sampling < 1:
+            raise StatisticsError(
+                f"correlation_every is a number of rows, 1 or more, not {sampling!r}."
+            )
         entry = self.current
         observer = entry.observer
         names = [site.name for site in observer.sites]
@@ -185,7 +190,7 @@ class ActivationTracker:
         self._set_taps(entry)
         observer.clear()
         observer.correlate = entry.correlated = correlate
-        observer.every, entry.mode = every, mode
+        observer.every, observer.sampling, entry.mode = every, sampling, mode
         observer.recording = True
 
     def stop(self) -> None:

@@ -142,6 +142,7 @@ class NeuronWatcher:
         *,
         every: int = 1,
         layers: Collection[str] | None = None,
+        correlation_every: int = 1,
     ) -> None:
         """Begin a fresh window of statistics; hooks are registered if they are not yet.
 
@@ -149,15 +150,15 @@ class NeuronWatcher:
             enable_correlation_analysis: Stream the covariance of each layer as well (neurons² numbers a layer).
             mode: Which passes the reports speak of: those of the model in "train" mode, in "eval" mode, or "all"
                 mixed. None: the mode of the first pass. What the other mode shows is kept apart.
-            every: Observe one pass of so many, of each mode the first one first; the others cost next to nothing,
-                and their samples are not counted.
+            every: Observe one pass of so many, of each mode the first one first; the others are not counted.
             layers: Names of the layers to observe. None: all.
+            correlation_every: Take one row of so many into the covariance, each time others; see docs/observation.md.
 
         Raises:
-            StatisticsError: `mode` or `every` makes no sense.
+            StatisticsError: `mode`, `every` or `correlation_every` makes no sense.
             NotTrackedError: The model has no layer of that name.
         """
-        self._tracker.start(enable_correlation_analysis, mode, every, layers)
+        self._tracker.start(enable_correlation_analysis, mode, every, layers, correlation_every)
 
     def stop_tracking(self) -> None:
         """Record no more. The window stays readable until the next one begins."""
@@ -285,8 +286,7 @@ class NeuronWatcher:
         Raises:
             StatisticsError: The file is missing, broken, or foreign.
         """
-        loaded = TrainingHistory.load(path)
-        self._histories[self._model_key()] = loaded
+        self._histories[self._model_key()] = loaded = TrainingHistory.load(path)
         return loaded
 
     def get_neuron_evolution(self, neuron_id: int) -> dict[str, list[Any]]:

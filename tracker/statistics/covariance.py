@@ -155,6 +155,24 @@ class CovarianceStream:
         self._products.add_centred(torch.where(kept, rows - mean, 0), mean, n)
 
     @torch.no_grad()
+    def add_some(self, output: Tensor, axis: int, step: int, turn: int) -> None:
+        """Take one row of `step` of a layer output in; others at each `turn`, so that none is left out for ever.
+
+        Rows are samples where there are enough of them, else positions; of an output with fewer, all rows at every
+        `step`-th turn.
+        """
+        x = split_at(output.detach(), axis)
+        first = turn % step
+        if x.shape[0] >= step:
+            x = x[first::step]
+        elif x.shape[2] >= step:
+            x = x[:, :, first::step]
+        elif first:
+            return
+        mean = x.double().mean((0, 2))
+        self.add(x, mean if bool(mean.isfinite().all()) else None, axis=1)
+
+    @torch.no_grad()
     def value(self) -> Covariance:
         """What was observed so far, on the CPU."""
         count, mean, total = self._products.totals()

@@ -245,7 +245,8 @@ def _rows(tensor: Tensor, axis: int) -> Tensor:
 def _from_window(tracker: ActivationTracker, one: Consumer) -> Covariance | None:
     """The covariance of a layer that was observed at this consumer's door."""
     observer = tracker.current.observer
-    for site in observer.sites:
+    # Of a sample nothing is exact: a neuron may have fired in a row that was left out.
+    for site in observer.sites if observer.sampling == 1 else ():
         tap = site.tap
         if tap is not None and tap.reader == one.module and tap.positions == 1:
             window = next((w for w in site.windows.values() if w.covariance is not None), None)
