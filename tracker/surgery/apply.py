@@ -17,7 +17,7 @@ from tracker.structure.sizes import adapt, tensors
 from tracker.surgery.depth import replace_module
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import StateChange, is_flat, moved, moved_state
-from tracker.surgery.plan import Plan
+from tracker.surgery.plan import Mix, Plan
 from tracker.surgery.undo import UndoLog, rewrite, writable
 
 
@@ -57,6 +57,7 @@ def apply(
     optimizers: Sequence[Optimizer],
     *,
     keep: bool = False,
+    precise: bool = False,
     log: UndoLog | None = None,
 ) -> tuple[UndoLog, list[str]]:
     """Carry out `plan` on the model and its followers; on any error everything is as it was.
@@ -69,6 +70,7 @@ def apply(
         models: The model and its followers.
         optimizers: Those that hold parameters of the models.
         keep: The first model gets the plan's own modules, all others copies of them.
+        precise: The models are light copies to try the plan on: what gets new values stays float64, unrounded.
         log: Where to note how to undo it; a new one, where there is none yet.
 
     Returns:
@@ -76,7 +78,11 @@ def apply(
     """
     notes: list[str] = []
     with writable():
-        swaps = [swap for model in models for swap in _swaps(plan, model, optimizers, notes)]
+        swaps = [
+            swap
+            for model in models
+            for swap in _swaps(plan, model, optimizers, notes, precise=precise)
+        ]
     log = UndoLog() if log is None else log
     try:
         with writable():
@@ -97,7 +103,12 @@ def apply(
 
 
 def _swaps(
-    plan: Plan, model: nn.Module, optimizers: Sequence[Optimizer], notes: list[str]
+    plan: Plan,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    notes: list[str],
+    *,
+    precise: bool,
 ) -> list[Callable[[UndoLog], None]]:
     held = tensors(model)
     swaps: list[Callable[[UndoLog], None]] = []
@@ -108,9 +119,15 @@ def _swaps(
         if id(tensor) in seen:  # tied: the plan names it once more
             continue
         seen.add(id(tensor))
-        new = moved(mixed.get(name, tensor), slots)
+        # One at a time: before they are cut, all together would be as large as the consumers are, in float64.
+        new = moved(mixed[name]() if name in mixed else tensor, slots)
+        unrounded = precise and new.is_floating_point() and (name in mixed or name in plan.fresh)
+        new = new.double() if unrounded else new
         if name in plan.fresh:
             new += plan.fresh[name].to(new)
+        if unrounded:
+            swaps.append(partial(_reset, tensor, new))
+            continue
         gradient = None if tensor.grad is None else moved(tensor.grad, slots)
         swaps.append(partial(rewrite, tensor, new.to(tensor.dtype), gradient))
         change = StateChange(slots, plan.gains.get(name, {}), name in plan.rewritten)
@@ -126,24 +143,40 @@ def _copied(module: nn.Module, model: nn.Module) -> nn.Module:
     return own.double() if kinds == {torch.float64} else own
 
 
-def _mixed(plan: Plan, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _reset(tensor: Tensor, new: Tensor, log: UndoLog) -> None:
+    """Give a parameter of a light copy content of another dtype."""
+    old = tensor.data
+    log.add(lambda: setattr(tensor, "data", old))
+    tensor.data = new
+
+
+def _mixed(plan: Plan, held: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
     """Weights and biases of consumers that take something over, in float64, all their slots still there."""
-    values: dict[str, Tensor] = {}
+    values: dict[str, Callable[[], Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    by_tensor: dict[str, list[Mix]] = {}
     for mix in plan.mixes:
         if mix.tensor not in plan.rewritten and mix.bias not in plan.rewritten:
             continue
-        old = held[mix.tensor].detach()
-        weight = mix.columns(old.double()).clone()
-        source = weight[..., list(mix.source)]
+        by_tensor.setdefault(mix.tensor, []).append(mix)
         if mix.bias is not None:
+            source = mix.columns(held[mix.tensor].detach())[..., list(mix.source)].double()
             across = mix.across - (mix.across > mix.dim) if mix.taps == 1 else 0
-            shift = (source @ mix.shift.to(weight.device)).movedim(across, 0)
+            shift = (source @ mix.shift.to(source.device)).movedim(across, 0)
             shift = shift.reshape(len(shift), -1).sum(1)
-            values[mix.bias] = values.get(mix.bias, held[mix.bias].detach().double()) + shift
-        if mix.target:
-            weight[..., list(mix.target)] += source @ mix.matrix.to(weight.device)
-        values[mix.tensor] = mix.weight(weight, old.shape)
-    return values
+            biases[mix.bias] = biases.get(mix.bias, held[mix.bias].detach().double()) + shift
+    for name, mixes in by_tensor.items():
+        values[name] = partial(_weight, held[name], mixes[-1])
+    return {**values, **{name: partial(Tensor.clone, bias) for name, bias in biases.items()}}
+
+
+def _weight(tensor: Tensor, mix: Mix) -> Tensor:
+    old = tensor.detach()
+    weight = mix.columns(old.double()).clone()
+    if mix.target:
+        source = weight[..., list(mix.source)]
+        weight[..., list(mix.target)] += source @ mix.matrix.to(weight.device)
+    return mix.weight(weight, old.shape)
 
 
 def _state_swaps(

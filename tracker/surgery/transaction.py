@@ -17,7 +17,6 @@ from tracker.structure.lending import (
     relative_difference,
     vivid,
 )
-from tracker.structure.sizes import tensors
 from tracker.structure.stream import Forecast, Stream, differing
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trial import TOLERANCE, double, shuffled
@@ -165,8 +164,7 @@ def _promised(
     exact = double(inputs)
     bench = light_copy(whole)
     try:
-        _without_rounding(plan, bench)
-        apply(plan, [bench], [])
+        apply(plan, [bench], [], precise=True)
         changed = InFloat64(bench)
         after = Stream(changed.model)
         with plain_kernels():
@@ -240,14 +238,6 @@ def _difference_on_others(
             return float("inf") if is_finite(original.run(others)) else 0.0
         except StructureError:
             return 0.0
-
-
-def _without_rounding(plan: Plan, bench: nn.Module) -> None:
-    """Tensors of a light copy that get new values are float64: what is rounded afterwards is no error of the plan."""
-    held = tensors(bench)
-    for name in (*plan.rewritten, *plan.fresh):
-        if held[name].is_floating_point():
-            held[name].data = held[name].data.double()
 
 
 PRESERVING = ("expand_layer", "insert_layer")
