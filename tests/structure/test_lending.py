@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.structure.subjects import fresh, models
+from tracker import NeuronEngine, SurgeryError
 from tracker.probe import arguments, forward_once
 from tracker.structure.lending import InFloat64, light_copy, relative_difference
 from tracker.structure.trace import plain_kernels
@@ -55,6 +56,67 @@ def test_weights_that_are_held_elsewhere_are_doubled_too() -> None:
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
     assert relative_difference(found, expected) == 0.0
+
+
+class Asking(nn.Module):
+    """It wants its weights to be parameters, on the device and of the dtype that it expects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.a.weight, nn.Parameter):
+            raise TypeError("no parameter")
+        x = x.to(next(self.parameters()).dtype)
+        named = dict(self.named_parameters())
+        return self.b(torch.relu(nn.functional.linear(x, named["a.weight"], self.a.bias.data)))
+
+
+class Closed(nn.Module):
+    """Its weight is also in a closure, where none but the model finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 3)
+        weight = self.a.weight
+        self.f = lambda x: nn.functional.linear(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.f(x)))
+
+
+def spectral() -> nn.Module:
+    first = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 10))
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(10, 3))
+
+
+@pytest.mark.parametrize("build", [Asking, spectral], ids=["types", "parametrizations"])
+def test_what_code_asks_of_its_weights_is_answered(build: Any) -> None:
+    torch.manual_seed(0)
+    model, engine = build().eval(), NeuronEngine()
+    engine.track_model(model, "m", torch.randn(5, 6))
+    (group,) = (g for g in engine.structure.groups if g.prunable)
+    assert engine.prune_units({group.name: [1, 4]}).promise == "masked"
+
+
+def test_what_cannot_be_doubled_is_refused_with_the_line() -> None:
+    model, engine = Closed().eval(), NeuronEngine()
+    engine.track_model(model, "m", torch.randn(5, 6))
+    (group,) = engine.structure.groups
+    assert not group.prunable
+    assert "does not run in float64" in group.reason
+    assert "test_lending.py" in group.reason
+
+
+def test_parameters_made_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+    engine, before = NeuronEngine(), state(model)
+    engine.track_model(model, "m", torch.randn(5, 6))
+    with pytest.raises(SurgeryError, match="made in inference mode"):
+        engine.prune_units({"0": [1]})
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_what_is_set_in_a_light_copy_stays_there() -> None:

@@ -41,8 +41,13 @@ def light_copy(model: nn.Module) -> nn.Module:
     """
     own: dict[int, Any] = {}
     for p in model.parameters():
-        plain = type(p) is nn.Parameter
-        own[id(p)] = nn.Parameter(p.detach(), p.requires_grad) if plain else p
+        if type(p) is nn.Parameter:
+            data = p.detach()  # an inference tensor can take no part in what is tried
+            own[id(p)] = nn.Parameter(
+                data.clone() if data.is_inference() else data, p.requires_grad
+            )
+        else:
+            own[id(p)] = p
     return copy_of(model, own)
 
 
@@ -158,11 +163,12 @@ class InFloat64:
         return difference
 
     def _lent(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not (self._awake or id(tensor) in self._cuts):
+        if tensor is None or not (self._awake or self._cuts):
             return tensor
         token = _lending.set(True)
         try:
-            return self._edited(tensor) if self._awake else self._outline(tensor)
+            value = self._edited(tensor) if self._awake else self._outline(tensor)
+            return nn.Parameter(value, requires_grad=False)  # some code asks for the type
         finally:
             _lending.reset(token)
 
@@ -177,10 +183,11 @@ class InFloat64:
         return value
 
     def _outline(self, tensor: Tensor) -> Tensor:
-        """Between passes only sizes are asked for."""
-        cuts = self._cuts[id(tensor)]
+        """Between passes only sizes are asked for; parametrizations compute with what they find."""
+        cuts = self._cuts.get(id(tensor), {})
         sizes = [len(cuts[d]) if d in cuts else n for d, n in enumerate(tensor.shape)]
-        return tensor.detach().new_empty(()).expand(sizes)
+        one = tensor.detach().new_ones(())
+        return (one.double() if one.is_floating_point() else one).expand(sizes)
 
     def _edit_buffers(self) -> None:
         edited: dict[int, Tensor] = {}

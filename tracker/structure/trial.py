@@ -35,11 +35,7 @@ def try_groups(
     integers: Integers | None = None,
     forecast: Forecast | None = None,
 ) -> list[UnitGroup]:
-    """The groups, those that failed their trial not prunable, with the reason.
-
-    Raises:
-        StructureError: The whole model does not run in float64.
-    """
+    """The groups, those that failed their trial not prunable, with the reason."""
     integers, forecast = integers or Integers(), forecast or Forecast()
     groups = [_followed(group, integers) for group in groups]
     if not any(g.prunable for g in groups):
@@ -87,15 +83,16 @@ class _Trial:
     integers: Integers
     forecast: Forecast
     failed: dict[str, str] = field(default_factory=dict)  # group → why
-    _finite: bool | None = None  # the whole model's output, once it was asked for
+    _whole: str | None = (
+        None  # why the whole model can be compared with nothing, or "", once it was asked
+    )
 
     def search(self, groups: Sequence[UnitGroup]) -> None:
         """All at once; where that fails, by halves, down to the groups that fail alone."""
         if not groups or not (why := self._of(groups)):
             return
-        if not self._is_finite():
-            why = "the model's output on the example inputs is not finite: nothing can be compared"
-            self.failed |= {group.name: why for group in groups}
+        if whole := self._of_whole():
+            self.failed |= {group.name: whole for group in groups}
             return
         if len(groups) == 1:
             self.failed[groups[0].name] = why
@@ -141,10 +138,18 @@ class _Trial:
             "the model's code depends on their number or positions"
         )
 
-    def _is_finite(self) -> bool:
-        if self._finite is None:
-            self._finite = is_finite(self.model.run(self.inputs))
-        return self._finite
+    def _of_whole(self) -> str:
+        """Why the whole model does not run in float64, or gives nothing to compare with, or ""."""
+        if self._whole is None:
+            try:
+                finite = is_finite(self.model.run(self.inputs))
+                why = "the model's output on the example inputs is not finite: nothing can be compared"
+                self._whole = "" if finite else why
+            except StructureError as error:
+                self._whole = (
+                    f"a copy of the model does not run in float64: {_place(error.__cause__)}"
+                )
+        return self._whole
 
 
 def _some(group: UnitGroup, generator: torch.Generator) -> list[int]:

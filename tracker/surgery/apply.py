@@ -49,6 +49,11 @@ def require(plan: Plan, model: nn.Module) -> None:
                 f"{name} is a {type(tensor).__name__} ({tensor.dtype}, {tensor.device}): sharded, quantized and meta "
                 "tensors cannot be changed in place."
             )
+        if tensor.is_inference():
+            raise SurgeryError(
+                f"{name} was made in inference mode and cannot be changed in place. Build the model outside of "
+                "torch.inference_mode()."
+            )
 
 
 def apply(

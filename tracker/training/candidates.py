@@ -13,8 +13,9 @@ from tracker.compensation import backward
 from tracker.compensation.linear import constant
 from tracker.errors import TrackerError
 from tracker.outputs import tensors_in
-from tracker.probe import Arguments, copy_of, forward_once, quiet_copy
+from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.structure import UnitGroup
+from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.compression import Limits, Problem, problems_of
@@ -223,7 +224,7 @@ def _blocks(model: nn.Module, inputs: Arguments) -> Iterator[str]:
 
 def _error(model: nn.Module, plan: Plan, inputs: Sequence[Arguments]) -> float:
     """Σ‖Δy‖² / Σ‖y − mean y‖² of the first tensor of more than one dimension that the model puts out."""
-    bench = copy_of(model)
+    bench = light_copy(model)
     apply(plan, [bench], [])
     lost = total = 0.0
     for batch in inputs:
