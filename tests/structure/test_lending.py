@@ -73,6 +73,18 @@ class Asking(nn.Module):
         return self.b(torch.relu(nn.functional.linear(x, named["a.weight"], self.a.bias.data)))
 
 
+class Selective(nn.Module):
+    """Some of it is cast to float32 in every pass, as routers of experts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.b = self.b.to(torch.float32)
+        return self.b(torch.relu(self.a(x)).to(torch.float32)).to(x.dtype)
+
+
 class Closed(nn.Module):
     """Its weight is also in a closure, where none but the model finds it."""
 
@@ -98,6 +110,17 @@ def test_what_code_asks_of_its_weights_is_answered(build: Any) -> None:
     engine.track_model(model, "m", torch.randn(5, 6))
     (group,) = (g for g in engine.structure.groups if g.prunable)
     assert engine.prune_units({group.name: [1, 4]}).promise == "masked"
+
+
+def test_what_code_casts_is_cast() -> None:
+    """In float32 all of it would differ by rounding, and be taken for wrong: here both copies round alike."""
+    torch.manual_seed(0)
+    model, x = Selective().eval(), torch.randn(5, 6)
+    found = InFloat64(light_copy(model)).run(double(arguments(x)))
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+    assert torch.equal(found, expected)  # type: ignore[arg-type]
+    assert model.b.weight.dtype == torch.float32
 
 
 def test_what_cannot_be_doubled_is_refused_with_the_line() -> None:

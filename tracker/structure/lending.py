@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,12 +83,14 @@ class InFloat64:
         self._awake = False
         self._cuts: dict[int, dict[int, Tensor]] = {}  # id → dimension → indices that stay
         self._masks: dict[int, list[tuple[int, Tensor]]] = {}
+        self._dtypes: dict[int, torch.dtype] = {}  # where the model's code casts a module in a pass
         doubles: dict[int, Tensor] = {}
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[key] = doubles.setdefault(id(buffer), buffer.double())
             vars(module)["_parameters"] = _Table(module._parameters, self._lent)
+            vars(module)["_apply"] = partial(self._cast, module)
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
 
     def run(
@@ -180,7 +183,20 @@ class InFloat64:
         for dim, gone in self._masks.get(id(tensor), []):
             value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
             value.index_fill_(dim, gone, 0)
-        return value
+        return value.to(self._dtypes.get(id(tensor), value.dtype))
+
+    def _cast(
+        self, module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> nn.Module:
+        """What `module.to(…)` calls: weights are lent so from now on, to the end of the pass."""
+        for child in module.children() if recurse else ():
+            self._cast(child, change)
+        for tensor in dict.values(module._parameters):
+            if tensor is not None and tensor.is_floating_point():
+                self._dtypes[id(tensor)] = change(self._lent(tensor)).dtype  # type: ignore[arg-type]
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else change(buffer)
+        return module
 
     def _outline(self, tensor: Tensor) -> Tensor:
         """Between passes only sizes are asked for; parametrizations compute with what they find."""
@@ -200,7 +216,7 @@ class InFloat64:
     @contextmanager
     def _passing(self, stack: ExitStack) -> Iterator[None]:
         """Weights are lent in float64; recurrent layers keep theirs in lists of their own."""
-        self._awake = True
+        self._awake, self._dtypes = True, {}
         try:
             for module in self._recurrent:
                 listed = module._flat_weights, module._flat_weight_refs
