@@ -115,7 +115,7 @@ class Policy:
         noisy: with one of these, the same seed may give another structure.
     settle: Steps after a change over which its effect is measured.
     regret: Relative rise of the loss, against that before the change, from which on it is undone.
-    patience: Looks for which a group is left alone after a change of it was undone.
+    patience: At which look from then on a group is tried again after a change of it was undone.
     """
 
     warm_up: int = 200
