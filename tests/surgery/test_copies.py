@@ -178,6 +178,44 @@ def test_what_no_copy_can_follow_is_refused() -> None:
         assert equal(everything(model, optimizer, engine), before)
 
 
+class Experts(nn.Module):
+    """Weights of one module, read one after the other: only the last may be zero, or none would ever learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6, 9)), nn.Parameter(torch.randn(9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(x @ self.up) @ self.down
+
+
+def test_of_several_weights_of_a_module_only_the_last_is_zero() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(Experts()), nn.Linear(6, 2))
+    _, engine = trained(model, X)
+    engine.insert_layer(after="1")
+    inserted = model[1].inserted[0]
+    assert torch.equal(inserted.up, model[1][0].up)
+    assert not inserted.down.any()
+
+
+def test_models_whose_caches_have_no_room_are_refused() -> None:
+    """Their configuration lists the kind of each block: with a cache, generation would fail later."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    engine = NeuronEngine()
+    inputs = {"input_ids": torch.randint(64, (2, 7)), "use_cache": False}
+    engine.track_model(model, "qwen", inputs)
+    before = weights(model)
+    with pytest.raises(SurgeryError, match="caches made of it would have no room"):
+        engine.insert_layer(after="model.layers.1")
+    assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+
+
 def test_caches_of_language_models_have_room_for_it() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

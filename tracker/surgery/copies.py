@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tracker.errors import SurgeryError
 from tracker.outputs import tensors_in
@@ -19,8 +19,9 @@ from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.structure.ints import Attribute, is_config
 from tracker.surgery.depth import INSERTED, again_with, run_inserted
 
-# By these names blocks know their place in a stack, caches their entries, and configurations how many there are.
-INDEX, COUNT = "layer_idx", ("config", "num_hidden_layers")
+# By these names blocks know their place in a stack, and configurations how many there are, and of which kinds.
+INDEX, COUNT, KINDS = "layer_idx", "num_hidden_layers", "layer_types"
+CONFIGS = (("config",), ("config", "text_config"))
 
 
 def is_block(module: nn.Module) -> bool:
@@ -59,18 +60,37 @@ def places(model: nn.Module) -> int:
 
 
 def counted(model: nn.Module, block: nn.Module) -> dict[Attribute, int]:
-    """What has to change for caches to have room for one more block: the configuration's count of them."""
-    count = getattr(getattr(model, COUNT[0], None), COUNT[1], None)
-    indexed = any(type(vars(m).get(INDEX)) is int for m in block.modules())
-    if not indexed or type(count) is not int or count != places(model):
+    """What has to change for caches to have room for one more block: the configuration's count of them.
+
+    Raises:
+        SurgeryError: The configuration counts them otherwise: caches would have no room.
+    """
+    if not any(type(vars(m).get(INDEX)) is int for m in block.modules()):
         return {}
-    return {Attribute("", (COUNT[0],), COUNT[1]): count + 1}
+    owners = [(path, config) for path in CONFIGS if (config := _config(model, path)) is not None]
+    for path, config in owners:
+        name = getattr(config, "attribute_map", {}).get(COUNT, COUNT)
+        if vars(config).get(name) == places(model) and not vars(config).get(KINDS):
+            return {Attribute("", path, name): places(model) + 1}
+    if owners:
+        raise SurgeryError(
+            "A copy of this block cannot be inserted: the model's configuration lists its blocks, and caches made of "
+            f"it would have no room for one more ({KINDS}, or another count than {places(model)})."
+        )
+    return {}
+
+
+def _config(model: nn.Module, path: Sequence[str]) -> Any:
+    found: Any = model
+    for name in path:
+        found = vars(found).get(name) if found is not None else None
+    return found
 
 
 def block_copy(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
     """A copy of the residual block `name` that passes on what it is given, and can learn.
 
-    Of its layers as few as possible are zero, the last ones of each branch.
+    Of its parameters as few as possible are zero, the last ones of each branch.
 
     Raises:
         SurgeryError: It is no block whose output has the shape of its input and that a zero silences.
@@ -89,9 +109,15 @@ def block_copy(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
             f"its input; {name!r} is neither."
         )
     block, stream = _duplicate(model, name), inner[0]
-    candidates = {n: m for n, m in block.named_modules() if _own(m)}
-    ranked = sorted(candidates, key=lambda n: order.index(n) if n in order else len(order))
-    values = {n: [p.detach().clone() for p in _own(m)] for n, m in candidates.items()}
+    # By the calls of their modules; what no module is called for comes last.
+    called = [
+        (order.index(n) if n in order else len(order), p)
+        for n, m in block.named_modules()
+        for p in m.parameters(recurse=False)
+        if p.is_floating_point()
+    ]
+    ranked = [p for _, p in sorted(called, key=lambda pair: pair[0])]
+    values = [p.detach().clone() for p in ranked]
 
     def passes_on() -> bool:
         # Caches are written by each call: every one gets its own.
@@ -99,17 +125,17 @@ def block_copy(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
         return torch.equal(tensors_in(forward_once(block, Arguments(*own)))[0], stream)
 
     with torch.no_grad():
-        for module in candidates.values():
-            _fill(module, None)
+        for parameter in ranked:
+            parameter.zero_()
         if not passes_on():
             raise SurgeryError(
                 f"A copy of {name!r} cannot be made to pass on what it is given: it is no residual block, or a norm "
                 "stands behind its sum."
             )
-        for each in ranked:
-            _fill(candidates[each], values[each])
+        for parameter, value in zip(ranked, values, strict=True):
+            parameter.copy_(value)
             if not passes_on():
-                _fill(candidates[each], None)
+                parameter.zero_()
     _settle(block, places(model))
     return block.train(model.get_submodule(name).training)
 
@@ -132,15 +158,6 @@ def _calls(model: nn.Module, inputs: Arguments, name: str) -> list[tuple[Any, An
         module.register_forward_hook(lambda m, a, o, inner=inner: order.append(inner))
     forward_once(bench, inputs)
     return calls
-
-
-def _own(module: nn.Module) -> list[Tensor]:
-    return [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-
-
-def _fill(module: nn.Module, values: Sequence[Tensor] | None) -> None:
-    for i, parameter in enumerate(_own(module)):
-        parameter.zero_() if values is None else parameter.copy_(values[i])
 
 
 def _stays(block: nn.Module, module: nn.Module, hook: Any) -> bool:
