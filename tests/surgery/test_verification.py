@@ -153,3 +153,35 @@ def test_a_head_of_zeros_hides_nothing_from_the_trial() -> None:
     structure = trace_structure(model, torch.randn(4, 5))
     assert "differs from the masked model's" in structure["first"].reason
     assert not model.out.weight.any()
+
+
+class Routed(nn.Module):
+    """What its units say decides how many rows go on: with zeros in the reading weights alone, other ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def rows(self, h: Tensor) -> int:
+        return max(1, int((h @ h.T)[0].gt(0).sum().tolist()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.out(h[: self.rows(h)]).sum(0)
+
+
+def test_rows_are_compared_with_the_masked_model_that_is_equal() -> None:
+    """Units that are read by each other, too, are masked where they are made; its rows are the ones to compare."""
+    gone, compared = [0, 3, 5], 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model, x = Routed().double().eval(), torch.randn(9, 5, dtype=torch.float64)
+        h = torch.tanh(model.first(x))
+        left = h.clone()
+        left[:, gone] = 0
+        compared += model.rows(h) != model.rows(left)
+        engine = NeuronEngine()
+        engine.track_model(model, "routed", x)
+        assert engine.structure["first"].prunable
+        assert engine.prune_units({"first": gone}).promise == "masked"
+    assert compared

@@ -152,7 +152,7 @@ class InFloat64:
         *,
         tolerance: float,
     ) -> float:
-        """How far an output is from the masked model's, whose first run is `within` a context.
+        """How far an output is from the masked model's, each run of which is `within` a context.
 
         Relative to the largest value. Masks of all roles count where those of the reading weights are not within
         `tolerance`.
@@ -162,7 +162,7 @@ class InFloat64:
         difference = relative_difference(found, expected)
         if difference > tolerance and is_finite(expected):
             with self.masked(choice, EVERY_ROLE):
-                difference = min(difference, relative_difference(found, self.run(inputs)))
+                difference = min(difference, relative_difference(found, self.run(inputs, within)))
         return difference
 
     def _lent(self, tensor: Tensor | None) -> Tensor | None:

@@ -53,7 +53,7 @@ class Row:
 
 
 class Stream(TorchDispatchMode):
-    """Inside, notes the operations of a pass of `model`, for each call of each module."""
+    """Inside, notes the operations of a pass of `model`, for each call of each module; each pass anew."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -62,6 +62,7 @@ class Stream(TorchDispatchMode):
         self._hooks = ExitStack()
 
     def __enter__(self) -> Any:
+        self.calls = {}
         self._hooks.enter_context(following(self._model, self._path))
         return super().__enter__()
 
