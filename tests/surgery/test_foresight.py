@@ -103,3 +103,13 @@ def test_without_correlation_nothing_is_foretold() -> None:
         model(X)
     advice = engine.generate_optimization_recommendations()
     assert all("predicted_output_change" not in c for c in advice["prune"])
+
+
+def test_weights_that_are_not_finite_foretell_nothing() -> None:
+    model = mixed()
+    engine = prepared(model)
+    with torch.no_grad():
+        model.out.weight[0, 2] = torch.nan
+    advice = engine.generate_optimization_recommendations()
+    text = json.dumps(advice, allow_nan=False)
+    assert "predicted_output_change" not in text or "NaN" not in text

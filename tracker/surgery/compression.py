@@ -197,6 +197,10 @@ class Problems(Sequence[Problem]):
     def __len__(self) -> int:
         return len(self._groups)
 
+    def columns(self, index: int) -> int:
+        """How many columns a problem has, without making it."""
+        return sum(len(read.covariance.mean) for _, read in self._parts[index])
+
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             raise TypeError("one problem at a time")
@@ -205,7 +209,7 @@ class Problems(Sequence[Problem]):
 
 def problems_of(
     tracker: ActivationTracker, limits: Limits, *, example: bool = True
-) -> tuple[list[UnitGroup], Sequence[Problem], list[str]]:
+) -> tuple[list[UnitGroup], Problems, list[str]]:
     """Groups that can shrink by themselves, what their consumers read, and what was left out with the reason.
 
     example: Whether the example inputs will do for what was not observed.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tracker.compensation import explained_share, explained_units
-from tracker.errors import TrackerError
 from tracker.observation import Observation
 from tracker.structure import UnitGroup
 from tracker.surgery.compression import Limits, Problem, problems_of
@@ -34,7 +33,7 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
         return
     try:
         groups, problems, _ = problems_of(tracker, Limits(), example=False)
-    except TrackerError as error:
+    except Exception as error:  # the rest of the advice does without
         advice["metadata"]["notes"].append(f"what removal would change is not predicted: {error}")
         return
     gone = {(c["layer_name"], c["local_index"]): c for c in advice["prune"]}
@@ -43,8 +42,11 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
     grown = {c["layer_name"]: c for c in advice["expand"]}
     found: list[dict[str, Any]] = []
     for i, group in enumerate(groups):
+        if problems.columns(i) > WIDEST:
+            continue
         problem = problems[i]
-        if len(problem.covariance) > WIDEST or problem.count < ENOUGH * len(problem.covariance):
+        finite = problem.covariance.isfinite().all() and problem.weight.isfinite().all()
+        if problem.count < ENOUGH * len(problem.covariance) or not finite:
             continue
         neurons = [group.neurons(unit) for unit in range(group.size)]
         alone = _alone(problem, group.size)
