@@ -142,12 +142,13 @@ def differing(
     lose indices. Otherwise a path that data decides (which expert is asked) may differ, and is left out.
     """
     left = forecast.sizes(choice) if forecast.integers.places else []
+    whole = [len(axis) for axis in forecast.axes]
     rows = (row for stream in (before, after) for part in stream.calls.values() for row in part)
     same = same and not any(row.op in _DECIDED for row in rows)
     for call in dict.fromkeys((*before.calls, *after.calls)):
         old, new = before.calls.get(call, []), after.calls.get(call, [])
         axes = forecast.calls.get(call, [])
-        expected = _expected(old, axes, left, same=same)
+        expected = _expected(old, axes, left, whole, same=same)
         if [r.op for r in old] != [r.op for r in new]:
             alone = any(1 in s and 1 not in r.shapes[i] for r, e in zip(old, expected, strict=True)
                         for i, s in enumerate(e))  # fmt: skip
@@ -164,6 +165,7 @@ def _expected(
     old: Sequence[Row],
     axes: Sequence[tuple[str, tuple[tuple[int, ...], ...]]],
     left: Sequence[int],
+    whole: Sequence[int],
     *,
     same: bool,
 ) -> list[tuple[tuple[int | None, ...], ...]]:
@@ -174,7 +176,8 @@ def _expected(
     def size(n: int, axis: int) -> int | None:
         if axis < 0:
             return n if axis == _NONE and same else None
-        return left[axis]
+        # Where data decide, how many rows there are is no property of the model.
+        return left[axis] if same or left[axis] != whole[axis] else None
 
     return [
         tuple(
