@@ -70,7 +70,7 @@ test: $(VENV)/installed-dev
 # TRACKER_LONG=n: every n-th of them.
 long: $(VENV)/installed-dev
 	@echo "Test: removals by the thousand, faults line by line"
-	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_lines.py
+	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_faults.py
 
 check: $(VENV)/installed-dev
 	@echo "Check: format"

@@ -32,6 +32,7 @@ ORDER = [
     "reporter",
     "figures",
     "watcher",
+    "adviser",
     "surgery",
     "journal",
     "memory",

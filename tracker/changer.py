@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tracker.adviser import NeuronAdviser
 from tracker.distributed import Ranks, watch_wrapper
 from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
@@ -22,12 +23,11 @@ from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import joined
 from tracker.surgery.transaction import Witness, carry_out, count, refuse_inside_a_pass
-from tracker.watcher import NeuronWatcher
 
 Neurons = Iterable[int] | Mapping[str, Sequence[int]]
 
 
-class NeuronChanger(NeuronWatcher):
+class NeuronChanger(NeuronAdviser):
     """Attached optimizers, followers and processes; journal; undo. The changes themselves are `NeuronSurgeon`'s."""
 
     def __init__(self, *thresholds: float, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The facade: what looks (`NeuronWatcher`), what changes (`NeuronSurgeon`), and what remembers. No arithmetic here."""
+"""The facade: what looks (`NeuronWatcher`), tells (`NeuronAdviser`), changes (`NeuronSurgeon`), and what remembers."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from tracker.changer import NeuronChanger, Neurons
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
+from tracker.observation import Observation
 from tracker.probe import Arguments, arguments
 from tracker.surgery import Receipt
 from tracker.surgery.advice import requests
@@ -356,27 +357,8 @@ class NeuronSurgeon(NeuronChanger):
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 
-    def generate_optimization_recommendations(
-        self,
-        pruning_threshold: float = 0.01,
-        redundancy_threshold: float | None = None,
-        saturation_threshold: float = 0.95,
-    ) -> dict[str, Any]:
-        """What to prune, merge and expand, as plain data (JSON Schema: tracker/schemas).
-
-        With correlation observed, also what each removal is predicted to change once the others take over, and
-        neurons that several others together explain exactly.
-
-        Args:
-            pruning_threshold: Firing frequency below which a neuron is recommended to be pruned.
-            redundancy_threshold: |correlation| from which on a pair is recommended to be merged.
-            saturation_threshold: Average firing frequency from which on a layer is recommended to be expanded.
-        """
-        advice = super().generate_optimization_recommendations(
-            pruning_threshold, redundancy_threshold, saturation_threshold
-        )
-        foretell(self._tracker, self._findings()[0], advice)
-        return advice
+    def _foretell(self, observation: Observation, advice: dict[str, Any]) -> None:
+        foretell(self._tracker, observation, advice)
 
     def apply_recommendations(
         self,

@@ -1,4 +1,4 @@
-"""The half of the facade that looks: identity, observation, analysis, recommendations, history and reports."""
+"""The part of the facade that looks: identity, observation, analysis and history."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tracker import analyzer, figures, recommend, reporter
+from tracker import analyzer
 from tracker.analyzer import LayerFindings
 from tracker.errors import StatisticsError
-from tracker.history import TrainingHistory, write_json
-from tracker.identity import layer_named
+from tracker.history import TrainingHistory
 from tracker.observation import Observation
 from tracker.probe import ExampleInputs
 from tracker.tracker import ActivationTracker, TrackedModel
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 PathLike = str | os.PathLike[str]
 Findings = Mapping[str, LayerFindings]
@@ -53,7 +52,6 @@ class NeuronWatcher:
         self.correlation_threshold = correlation_threshold
         self._tracker = ActivationTracker(activation_threshold, observe)
         self._histories: dict[int, TrainingHistory] = {}  # by position of the model, -1 without one
-        self._recommendations: tuple[object, dict[str, Any]] | None = None
         self._cache: tuple[object, Observation, Findings] | None = None
 
     @property
@@ -293,106 +291,6 @@ class NeuronWatcher:
         """Lists over the logged epochs: `epochs`, `mean`, `variance`, `frequency`, `loss`, `accuracy`."""
         return self.history.evolution(neuron_id)
 
-    # Recommendations
-
-    def generate_optimization_recommendations(
-        self,
-        pruning_threshold: float = 0.01,
-        redundancy_threshold: float | None = None,
-        saturation_threshold: float = 0.95,
-    ) -> dict[str, Any]:
-        """What to prune, merge and expand, as plain data (JSON Schema: tracker/schemas).
-
-        Args:
-            pruning_threshold: Firing frequency below which a neuron is recommended to be pruned.
-            redundancy_threshold: |correlation| from which on a pair is recommended to be merged.
-            saturation_threshold: Average firing frequency from which on a layer is recommended to be expanded.
-        """
-        redundancy = self._threshold(redundancy_threshold)
-        observation, findings = self._findings()
-        self._require_observed(findings)
-        thresholds = recommend.Thresholds(pruning_threshold, redundancy, saturation_threshold)
-        recommendations = recommend.recommend(observation, findings, thresholds)
-        self._recommendations = (self._window(), recommendations)
-        return recommendations
-
-    def save_optimization_recommendations(self, path: PathLike, **thresholds: float) -> Path:
-        """Write the recommendations as JSON: the window's last ones, or new ones where `thresholds` are given."""
-        return write_json(path, self._current_recommendations(thresholds))
-
-    def print_optimization_recommendations(self, **thresholds: float) -> None:
-        """Print the recommendations for people."""
-        print(reporter.optimization_report(self._current_recommendations(thresholds)))
-
-    def generate_pruning_recommendations(self, top_n: int = 10) -> list[dict[str, Any]]:
-        """Print and return the `top_n` least useful neurons of the hidden layers."""
-        _, findings = self._findings()
-        self._require_observed(findings)
-        candidates = recommend.pruning_candidates(findings)[:top_n]
-        print(reporter.pruning_report(candidates, top_n))
-        return candidates
-
-    # Reports
-
-    def print_activation_summary(self, limit: int | None = 10) -> None:
-        """Print one line for each neuron: the first `limit` of each layer, None for all."""
-        print(reporter.activation_summary(*self._findings(), limit))
-
-    def print_dataset_summary(self) -> None:
-        """Print dead neurons and firing, layer by layer."""
-        print(reporter.dataset_summary(*self._findings()))
-
-    def print_correlation_analysis(self, correlation_threshold: float | None = None) -> None:
-        """Print the redundant pairs of every layer."""
-        threshold = self._threshold(correlation_threshold)
-        observation, _ = self._findings()
-        print(reporter.correlation_report(observation, self._correlated(), threshold))
-
-    def generate_neuron_report(
-        self, show_heatmap: bool = True, save_heatmap: PathLike | None = None, top_n: int = 10
-    ) -> str:
-        """Print and return the activity report; show the heatmap where there is a window, save it where asked."""
-        text = self._activity_report(top_n)
-        print(text)
-        if save_heatmap is not None or show_heatmap:
-            figure = self.plot_activity_heatmap(save_heatmap)
-            if show_heatmap:
-                figures.show(figure)
-        return text
-
-    def save_report_to_file(self, path: PathLike, include_heatmap: bool = True) -> Path:
-        """Write all reports into one text file, and the heatmap beside it (NAME_heatmap.png)."""
-        target = Path(path)
-        observation, findings = self._findings()
-        parts = [self._activity_report(top_n=10), reporter.dataset_summary(observation, findings)]
-        if any(f.layer.covariance is not None for f in findings.values()):
-            correlated = self._correlated()
-            parts.append(
-                reporter.correlation_report(observation, correlated, self.correlation_threshold)
-            )
-        parts.append(reporter.optimization_report(self._current_recommendations({})))
-        if include_heatmap:
-            picture = target.with_name(f"{target.stem}_heatmap.png")
-            self.plot_activity_heatmap(picture)
-            parts.append(f"Activity heatmap: {picture.name}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n\n\n".join(parts) + "\n", encoding="utf-8")
-        return target
-
-    def plot_activity_heatmap(self, path: PathLike | None = None) -> Figure:
-        """Firing and mean activation of every neuron, layer by layer; saved to `path` if given."""
-        return figures.save(figures.activity_heatmap(*self._findings()), path)
-
-    def plot_correlation_matrix(self, layer_name: str, path: PathLike | None = None) -> Figure:
-        """Clustered correlation matrix of one layer; saved to `path` if given."""
-        _, findings = self._findings()
-        found = findings[layer_named(list(findings), layer_name)]
-        return figures.save(figures.correlation_matrix(found, self.correlation_threshold), path)
-
-    def plot_evolution(self, path: PathLike | None = None) -> Figure:
-        """Loss, accuracy and firing over the logged epochs; saved to `path` if given."""
-        return figures.save(figures.evolution(self.history), path)
-
     # Wiring
 
     def _findings(self) -> tuple[Observation, Findings]:
@@ -416,20 +314,6 @@ class NeuronWatcher:
                 "start_tracking(enable_correlation_analysis=True)."
             )
         return {n: found for n, found in findings.items() if found.layer.covariance is not None}
-
-    def _activity_report(self, top_n: int) -> str:
-        observation, findings = self._findings()
-        self._require_observed(findings)
-        candidates = recommend.pruning_candidates(findings)
-        return reporter.activity_report(
-            observation, findings, candidates, self.correlation_threshold, top_n
-        )
-
-    def _current_recommendations(self, thresholds: dict[str, float]) -> dict[str, Any]:
-        last = self._recommendations
-        if thresholds or last is None or last[0] != self._window():
-            return self.generate_optimization_recommendations(**thresholds)
-        return last[1]
 
     def _require_observed(self, findings: Findings) -> None:
         if not any(found.observed.any() for found in findings.values()):

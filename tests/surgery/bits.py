@@ -1,11 +1,13 @@
-"""What tests of surgery compare: everything that a change may touch, bit for bit."""
+"""What tests of surgery compare: everything that a change may touch, bit for bit; and faults to be injected."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker import NeuronEngine
 
@@ -67,3 +69,32 @@ def holds_the_live(model: nn.Module, optimizer: Optimizer) -> bool:
         and fits
         and {id(p) for p in optimizer.state} <= live
     )
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Deep equality, tensors bit for bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+class FaultError(Exception):
+    """Raised on purpose."""
+
+
+class FaultAt(TorchDispatchMode):
+    """Raise at the k-th ATen operation."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.left = k
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise FaultError
+        return func(*args, **(kwargs or {}))

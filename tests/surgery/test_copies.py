@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.surgery.bits import everything, holds_the_live, weights
+from tests.surgery.bits import equal, everything, holds_the_live, weights
 from tests.surgery.test_depth import TOKENS, Transformer, X, output, train, trained
-from tests.surgery.test_removal import equal
 from tracker import NeuronEngine, SurgeryError, apply_journal
 
 

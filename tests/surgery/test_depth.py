@@ -14,8 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.structure.oracle_masks import relative_difference
-from tests.surgery.bits import everything, holds_the_live, memory, weights
-from tests.surgery.test_removal import FaultAt, FaultError, equal
+from tests.surgery.bits import (
+    FaultAt,
+    FaultError,
+    equal,
+    everything,
+    holds_the_live,
+    memory,
+    weights,
+)
 from tracker import NeuronEngine, SurgeryError, TrackerError
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))

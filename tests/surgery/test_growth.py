@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.structure.oracle_masks import leaves, randomise, relative_difference
-from tests.surgery.bits import AGE, everything, held, holds_the_live, memory, weights
-from tests.surgery.test_removal import equal
+from tests.surgery.bits import AGE, equal, everything, held, holds_the_live, memory, weights
 from tests.zoo import ZOO
 from tracker import NeuronEngine, SurgeryError, UnknownNeuronError, VerificationError
 

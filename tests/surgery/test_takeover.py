@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.structure.oracle_masks import relative_difference
-from tests.surgery.bits import everything, holds_the_live, memory, weights
-from tests.surgery.test_removal import equal
+from tests.surgery.bits import equal, everything, holds_the_live, memory, weights
 from tracker import NeuronEngine, SurgeryError
 
 WIDE = 10  # hidden units

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.surgery.subjects import mlp, prepared
-from tests.training.test_self_modification import QUICK
+from tests.training.subjects import QUICK
 from tracker import NeuronEngine, Policy, SurgeryError
 from tracker.training.policy import Candidate, Size
 

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from tests.surgery.subjects import prepared
+from tests.training.subjects import QUICK
 from tracker import NeuronEngine, Policy, StatisticsError
-
-QUICK = {"warm_up": 10, "every": 12, "look": 4, "settle": 6, "floor": 2}
 
 
 def lived(

@@ -13,28 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.surgery.subjects import MODELS, OPTIMIZERS, holds_exactly_the_live, mlp, prepared
-from tests.training.test_self_modification import QUICK, candidate
+from tests.training.subjects import QUICK, candidate, trained
 from tracker import NeuronEngine, Policy, SurgeryError, apply_journal
 from tracker.training.policy import Bypass, Candidate, Size
 
 NOW = Size(100, 200)
-
-
-def trained(
-    model: nn.Module, opt: Any, engine: NeuronEngine, x: torch.Tensor, steps: int
-) -> list[Any]:
-    torch.manual_seed(1)
-    target = torch.randn(len(x), model(x).shape[1])
-    receipts = []
-    for _ in range(steps):
-        loss = (model(x) - target).square().mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        receipts.append(engine.step(loss))
-        assert bool(loss.isfinite())
-        holds_exactly_the_live(model, opt)
-    return [r for r in receipts if r is not None]
 
 
 # Decisions: numbers in, requests out.

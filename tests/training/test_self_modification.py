@@ -16,30 +16,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.surgery.subjects import MODELS, OPTIMIZERS, holds_exactly_the_live, mlp, prepared
+from tests.training.subjects import QUICK, candidate, trained
 from tracker import NeuronEngine, Phases, Policy, SurgeryError
 from tracker.training.policy import Candidate, Size
-
-QUICK = {"warm_up": 10, "every": 12, "look": 4, "settle": 6, "floor": 2}
 
 
 def run(policy: Policy, steps: int = 60, seed: int = 0, name: str = "mlp") -> tuple[Any, ...]:
     model, opt, engine, x = prepared(name)
-    torch.manual_seed(seed)
     schedule = torch.optim.lr_scheduler.StepLR(opt, 30, 0.5)
-    target = torch.randn(len(x), model(x).shape[1])
     engine.start_self_modification(policy)
-    receipts = []
-    for _ in range(steps):
-        loss = (model(x) - target).square().mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        schedule.step()
-        receipt = engine.step(loss)
-        assert bool(loss.isfinite())
-        holds_exactly_the_live(model, opt)
-        if receipt is not None:
-            receipts.append(receipt)
+    receipts = trained(model, opt, engine, x, steps, seed=seed, after=schedule.step)
     engine.stop_self_modification()
     return model, opt, engine, receipts
 
@@ -144,12 +130,6 @@ def test_policies_are_plain_data() -> None:
     for broken in ({"phases": 3}, {"phases": [3]}, {"phases": [[0, {}]], "every": 3}):
         with pytest.raises(SurgeryError, match="hase"):
             Policy.from_dict(broken)
-
-
-def candidate(name: str = "g", size: int = 10, dead: tuple[int, ...] = ()) -> Candidate:
-    """Two units that nobody misses much, and eight that matter; 3 parameters and 6 FLOPs each."""
-    errors = (0.0, 0.1, *[5.0] * (size - 3))
-    return Candidate(name, name, size, tuple(range(size - 1)), errors, Size(3, 6), dead)
 
 
 def test_what_a_policy_decides() -> None:

@@ -136,7 +136,7 @@ class Integers:
     def _hit(self, labels: np.ndarray) -> list[int]:
         """Of each axis, how many indices have one of these labels: (labels,) bool."""
         if not self._stacks:  # axes of one width, one behind the other
-            widths = sorted({axis.shape[1] for axis in self.axes})
+            widths = sorted({axis.shape[1] for axis in self.axes if len(axis)})
             for width in widths:
                 at = [i for i, a in enumerate(self.axes) if a.shape[1] == width and len(a)]
                 sizes = [len(self.axes[i]) for i in at]

@@ -159,19 +159,16 @@ def _mixed(plan: Plan, held: Mapping[str, Tensor]) -> dict[str, Callable[[], Ten
     """Weights and biases of consumers that take something over, in float64, all their slots still there."""
     values: dict[str, Callable[[], Tensor]] = {}
     biases: dict[str, Tensor] = {}
-    by_tensor: dict[str, list[Mix]] = {}
     for mix in plan.mixes:
         if mix.tensor not in plan.rewritten and mix.bias not in plan.rewritten:
             continue
-        by_tensor.setdefault(mix.tensor, []).append(mix)
+        values[mix.tensor] = partial(_weight, held[mix.tensor], mix)
         if mix.bias is not None:
             source = mix.columns(held[mix.tensor].detach())[..., list(mix.source)].double()
             across = mix.across - (mix.across > mix.dim) if mix.taps == 1 else 0
             shift = (source @ mix.shift.to(source.device)).movedim(across, 0)
             shift = shift.reshape(len(shift), -1).sum(1)
             biases[mix.bias] = biases.get(mix.bias, held[mix.bias].detach().double()) + shift
-    for name, mixes in by_tensor.items():
-        values[name] = partial(_weight, held[name], mixes[-1])
     return {**values, **{name: partial(Tensor.clone, bias) for name, bias in biases.items()}}
 
 

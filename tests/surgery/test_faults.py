@@ -1,6 +1,6 @@
-"""A fault at every line that a change runs: nothing is torn, whatever came before.
+"""A fault at every operation and at every line that a change runs: nothing is torn, whatever came before.
 
-Each hundredth line or so by default, all of them with TRACKER_LONG=1 (`make long`).
+Of lines each hundredth or so by default, all of them with TRACKER_LONG=1 (`make long`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 from torch import nn
 
 import tracker
-from tests.surgery.bits import everything
-from tests.surgery.test_removal import FaultError, X, convnet, equal
+from tests.surgery.bits import FaultAt, FaultError, equal, everything
+from tests.surgery.test_removal import X, convnet, snapshot
+from tests.surgery.test_removal import trained as correlated
 from tracker import NeuronEngine, TrackerError
 
 ROOT = Path(tracker.__file__).parent
 # What a change runs through on the model itself, its optimizer and its statistics.
 ROOMS = (
-    "surgery", "structure/sizes.py", "structure/ints.py", "structure/twins.py", "journal", "surgeon.py",
+    "surgery", "structure/sizes.py", "structure/ints.py", "structure/twins.py", "journal", "surgeon.py", "changer.py",
     "tracker.py", "identity.py", "slotmap.py", "statistics",
 )  # fmt: skip
 STRIDE = int(os.environ.get("TRACKER_LONG") or 101)
@@ -122,3 +123,29 @@ def test_a_fault_at_any_line_leaves_everything_as_it_was(name: str) -> None:
         assert equal(state(), held), f"torn at line {k}, {lines.at}"
     print(f"{name}: {points} injection points of {all_lines.seen} lines, nothing torn")
     assert points > 30
+
+
+@pytest.mark.slow
+def test_a_fault_at_any_operation_leaves_everything_as_it_was() -> None:
+    """Injected at each ATen operation of a change, the copies that it is tried on and the swap itself included."""
+    model, optimizer, engine = correlated()
+    model(X).sum().backward()
+    _ = engine.structure
+    before = snapshot(model, optimizer, engine)
+    points = 0
+    while True:
+        fault = FaultAt(points + 1)
+        try:
+            with fault:
+                engine.prune_units({"0": [0, 2], "4": [1]})
+            if fault.left > 0:
+                break
+            engine.undo()  # it hit a look at other inputs, which need not be possible
+        except (FaultError, TrackerError):
+            assert fault.left <= 0
+        points += 1
+        assert equal(snapshot(model, optimizer, engine), before), f"torn at operation {points}"
+    print(f"{points} injection points, nothing torn")
+    assert points > 300
+    engine.undo()
+    assert equal(snapshot(model, optimizer, engine), before)
