@@ -83,6 +83,27 @@ def test_the_prediction_is_what_happens_to_the_consumers() -> None:
             assert entry["predicted_output_change"] == pytest.approx(change.sqrt().item(), rel=0.02)
 
 
+def test_the_prediction_of_a_merge_is_what_folding_does() -> None:
+    """One neuron takes over, not all: more is lost than if it were pruned."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
+    with torch.no_grad():
+        model[0].weight[5] = model[0].weight[2] + 0.3 * torch.randn(6)
+        model[0].bias[5] = model[0].bias[2]
+    engine = prepared(model)
+    advice = engine.generate_optimization_recommendations(
+        pruning_threshold=0.0, redundancy_threshold=0.8
+    )
+    assert advice["merge"]
+    with torch.no_grad():
+        y = model(X)
+        for entry in advice["merge"]:
+            engine.merge_neurons([tuple(entry["neuron_pair"])])
+            change = (model(X) - y).square().sum() / (y - y.mean(0)).square().sum()
+            engine.undo()
+            assert entry["predicted_output_change"] == pytest.approx(change.sqrt().item(), rel=0.02)
+
+
 def test_a_stream_under_a_norm_is_not_called_explained() -> None:
     """The others explain a dimension, but the norm sees it go."""
     torch.manual_seed(0)

@@ -50,11 +50,15 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
             continue
         neurons = [group.neurons(unit) for unit in range(group.size)]
         alone = _alone(problem, group.size)
-        for unit, mine in enumerate(neurons if alone is not None else ()):
-            for neuron in mine:
-                for entry in (gone.get(neuron), folded.get(neuron)):
-                    if entry is not None:
-                        entry["predicted_output_change"] = float(alone[unit])  # type: ignore[index]
+        if alone is not None:
+            at = {neuron: unit for unit, mine in enumerate(neurons) for neuron in mine}
+            for neuron in at.keys() & gone.keys():
+                gone[neuron]["predicted_output_change"] = float(alone[at[neuron]])
+            for neuron in at.keys() & folded.keys():
+                entry = folded[neuron]
+                keep = at.get((entry["layer_name"], entry["local_indices"][0]))
+                if keep is not None:
+                    entry["predicted_output_change"] = _folded(problem, keep, at[neuron])
         for layer in group.layers:
             if layer in grown and (share := _mean_share(problem, group.size)) is not None:
                 grown[layer]["mean_explained_share"] = share
@@ -77,9 +81,22 @@ def _alone(problem: Problem, size: int) -> Tensor | None:
     share = explained_share(problem.covariance, problem.mean).nan_to_num(1.0)
     left = problem.covariance.diagonal().clamp(min=0) * (1 - share)
     each = left * problem.weight.double().square().sum(0)
-    total = ((problem.weight @ problem.covariance) * problem.weight).sum().clamp(min=1e-300)
     units = torch.stack([each[list(columns)].sum() for columns in problem.units[:size]])
-    return (units / total).clamp(0, 1).sqrt()
+    return (units / _total(problem)).clamp(0, 1).sqrt()
+
+
+def _folded(problem: Problem, keep: int, drop: int) -> float:
+    """The same if one unit is folded into one other, by the best affine map of each column."""
+    c, w, lost = problem.covariance, problem.weight.double(), 0.0
+    for k, d in zip(problem.units[keep], problem.units[drop], strict=True):
+        left = c[d, d] - c[k, d].square() / c[k, k].clamp(min=1e-300)
+        lost += float(left.clamp(min=0) * w[:, d].square().sum())
+    return min(1.0, (lost / _total(problem)) ** 0.5)
+
+
+def _total(problem: Problem) -> float:
+    """The variance of what the consumers compute."""
+    return max(float(((problem.weight @ problem.covariance) * problem.weight).sum()), 1e-300)
 
 
 def _mean_share(problem: Problem, size: int) -> float | None:
