@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.surgery.subjects import (
     MODELS,
@@ -225,3 +225,32 @@ def test_what_makes_no_sense_is_refused_in_words() -> None:
     broken.track_model(model, "broken", example_inputs=x[:8])
     with pytest.raises(SurgeryError, match="output on the example inputs is not finite"):
         broken.prune_neurons([1])
+
+
+class Joined(nn.Module):
+    """A consumer that reads two groups: columns of the other one are no units of either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(6, 8), nn.Linear(6, 10), nn.Linear(18, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(torch.cat((self.a(x), self.b(x)), 1)))
+
+
+def test_of_two_groups_that_one_consumer_reads_the_silent_units_go() -> None:
+    torch.manual_seed(0)
+    model, x = Joined(), torch.randn(400, 6)
+    silent = {"a": [1], "b": [4, 7]}
+    with torch.no_grad():
+        for name, units in silent.items():
+            layer = model.get_submodule(name)
+            layer.weight[units], layer.bias[units] = 0.0, -1.0
+        before = model(x)
+    engine = NeuronEngine()
+    engine.track_model(model, "joined", x[:16])
+    receipt = engine.compress(15 / 18, of="neurons", batches=[x], progress=False)
+    assert receipt.units == silent
+    assert receipt.promise == "exact"
+    with torch.no_grad():
+        assert torch.allclose(model(x), before, atol=1e-5)

@@ -21,6 +21,7 @@ from tracker.structure import UnitGroup
 from tracker.structure.integers import UnsolvableError
 from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
+from tracker.structure.units import Place
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration import Consumer, consumers, reads_of
 from tracker.surgery.evidence import RECONSTRUCTION, check_criterion, ordered
@@ -218,23 +219,24 @@ def problems_of(
     model = entry.model()
     left_out: list[str] = []
     ready: list[UnitGroup] = []
-    taken: set[tuple[str, int]] = set()
-    # Of heads and their dimensions, which lie in the same places, heads.
+    taken: dict[Place, set[int]] = {}
+    # Of heads and their dimensions, which lie at the same indices, heads. What is concatenated lies beside each other.
     for group in sorted(structure.groups, key=lambda g: -len(next(iter(g.members[0].values())))):
-        places = set(group.roles)
+        lies = {p: {i for unit in group.members for i in unit[p]} for p in group.roles}
         if not group.prunable or not (group.exact or limits.inexact):
             continue
         if group.size % group.multiple_of:
             left_out.append(f"{group.name}: {group.size} units, {group.multiple_of} at a time")
             continue
-        if not taken.isdisjoint(places):
+        if any(taken.get(place, set()) & indices for place, indices in lies.items()):
             continue
         try:
             structure.integers.solve([(group, list(range(group.multiple_of)))])
         except UnsolvableError as error:
             left_out.append(f"{group.name}: {error}")
             continue
-        taken |= places
+        for place, indices in lies.items():
+            taken.setdefault(place, set()).update(indices)
         ready.append(group)
     order = {group.name: i for i, group in enumerate(structure.groups)}
     ready.sort(key=lambda g: order[g.name])
