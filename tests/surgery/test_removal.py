@@ -202,6 +202,37 @@ def test_live_graphs_accumulation_and_hooks() -> None:
     assert all(torch.isfinite(h) for h in history)
 
 
+class Shifted(nn.Module):
+    """The only parameter that learns is one that no product needs again: autograd itself would miss nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8).requires_grad_(False)
+        self.shift = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x) + self.shift).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_loss_of_before_a_change_cannot_be_sent_back_after_it(undone: bool) -> None:
+    """Between forward and backward: no gradient of an earlier shape ever comes to lie beside the new weights."""
+    for model, x in ((trained()[0], X), (Shifted(), torch.randn(4, 6))):
+        engine = NeuronEngine()
+        engine.track_model(model, "model", x)
+        waiting = model(x).sum()
+        engine.prune_units({engine.structure.groups[0].name: [1]})
+        if undone:
+            waiting = model(x).sum()
+            engine.undo()
+        with pytest.raises((SurgeryError, RuntimeError), match="before the model was changed|modified by an inplace"):
+            waiting.backward()
+        for p in model.parameters():
+            assert p.grad is None or p.grad.shape == p.shape
+        model.zero_grad()
+        model(x).sum().backward()
+
+
 def test_inference_mode_autocast_channels_last_and_bf16() -> None:
     model, optimizer, engine = trained()
     with torch.inference_mode():

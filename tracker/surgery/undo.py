@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tracker.errors import SurgeryError
+
 Step = Callable[[], object]
 
 
@@ -32,16 +34,19 @@ class UndoLog:
 def rewrite(tensor: Tensor, new: Tensor, gradient: Tensor | None, log: UndoLog) -> None:
     """Give a parameter or buffer new content and shape in place: the one way in which any is written.
 
-    It stays the same object, so that ties, hooks, the optimizer's groups and the graphs of earlier losses go on.
+    It stays the same object, so that ties, hooks and the optimizer's groups go on. Losses of before can be kept, but
+    not sent back any more.
     """
     old, old_gradient = tensor.detach(), tensor.grad
 
     def back() -> None:
+        _refuse_earlier_graphs(tensor)
         tensor.grad = None  # its shape must fit at every moment
         tensor.set_(old)  # type: ignore[call-overload]
         tensor.grad = old_gradient
 
     log.add(back)
+    _refuse_earlier_graphs(tensor)
     tensor.grad = None
     tensor.set_(new)  # type: ignore[call-overload]
     tensor.grad = gradient
@@ -52,3 +57,23 @@ def writable() -> Iterator[None]:
     """Parameters can be written inside, even when the caller is in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _refuse_earlier_graphs(tensor: Tensor) -> None:
+    """Have a backward pass through a graph of before `tensor` is rewritten raise.
+
+    `set_` gives the parameter another accumulator; the old one lives only as long as such a graph. Where a product
+    needs the weights, autograd raises by itself; elsewhere a gradient of the old shape would come without a word.
+    """
+    if tensor.requires_grad and tensor.is_leaf:
+        with torch.inference_mode(False), torch.enable_grad():
+            view = tensor.view_as(tensor).grad_fn
+        if view is not None:
+            view.next_functions[0][0].register_prehook(_refuse)
+
+
+def _refuse(gradients: object) -> None:
+    raise SurgeryError(
+        "This loss was computed before the model was changed, and its backward pass comes after it: its gradients fit "
+        "weights that are no more. Change the model after optimizer.step(), or compute the loss again."
+    )
