@@ -24,6 +24,7 @@ from tracker.surgery.foresight import foretell
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.norms import reestimate
+from tracker.surgery.pairs import default_pairs
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
@@ -122,9 +123,22 @@ class NeuronSurgeon(NeuronChanger):
         return self._change(plan, dry_run=dry_run, verify=verify)
 
     def merge_neurons(
-        self, pairs: Iterable[tuple[int, int]], *, dry_run: bool = False, verify: bool = True
+        self,
+        pairs: Iterable[tuple[int, int]] | None = None,
+        *,
+        tolerance: float = 1e-3,
+        dry_run: bool = False,
+        verify: bool = True,
     ) -> Receipt:
         """Fold neurons into others: [(keep id, drop id), ...], each by the affine map that fits best.
+
+        Args:
+            pairs: None for those that correlate by the engine's `correlation_threshold` or more, no neuron in two of
+                them, in each group those first that cost its consumers least. Call `calibrate` before.
+            tolerance: Of such pairs, the relative squared error of what a group's consumers compute (what their output
+                varies by, predicted) up to which they are folded.
+            dry_run: Only tell what would happen.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
 
         Raises:
             UnknownNeuronError: No neuron has such an id.
@@ -132,6 +146,9 @@ class NeuronSurgeon(NeuronChanger):
         """
 
         def plan() -> tuple[Plan, list[str]]:
+            if pairs is None:
+                chosen = default_pairs(self._tracker, self.correlation_threshold, tolerance)
+                return plan_merge(self._tracker, chosen)
             try:
                 asked = [(keep, drop) for keep, drop in pairs]
             except (TypeError, ValueError) as error:

@@ -225,7 +225,10 @@ def test_a_loss_of_before_a_change_cannot_be_sent_back_after_it(undone: bool) ->
         if undone:
             waiting = model(x).sum()
             engine.undo()
-        with pytest.raises((SurgeryError, RuntimeError), match="before the model was changed|modified by an inplace"):
+        with pytest.raises(
+            (SurgeryError, RuntimeError),
+            match=r"before the model was changed|modified by an inplace",
+        ):
             waiting.backward()
         for p in model.parameters():
             assert p.grad is None or p.grad.shape == p.shape

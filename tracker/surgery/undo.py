@@ -68,8 +68,9 @@ def _refuse_earlier_graphs(tensor: Tensor) -> None:
     if tensor.requires_grad and tensor.is_leaf:
         with torch.inference_mode(False), torch.enable_grad():
             view = tensor.view_as(tensor).grad_fn
-        if view is not None:
-            view.next_functions[0][0].register_prehook(_refuse)
+        accumulator = None if view is None else view.next_functions[0][0]
+        if accumulator is not None:
+            accumulator.register_prehook(_refuse)
 
 
 def _refuse(gradients: object) -> None:

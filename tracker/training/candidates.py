@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from tracker.compensation import backward
@@ -20,6 +19,7 @@ from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.compression import Limits, Problem, problems_of
 from tracker.surgery.depth import INSERTED, can_follow
+from tracker.surgery.pairs import cheapest_pairs
 from tracker.surgery.plan import Plan
 from tracker.surgery.restructuring import plan_layer_removal
 from tracker.tracker import ActivationTracker
@@ -67,7 +67,7 @@ def candidates(surgeon: NeuronSurgeon, policy: Policy, price: Prices) -> list[Ca
             flops += share * price.flops.get(name, 0.0)
         layer, _ = grown(tracker, group)
         pairs, losses = (
-            _pairs(problem, group.size, total, surgeon.correlation_threshold)
+            cheapest_pairs(problem, group.size, total, surgeon.correlation_threshold)
             if policy.merge
             else ((), ())
         )
@@ -130,66 +130,6 @@ def _dead(problem: Problem, size: int) -> tuple[int, ...]:
     """Units of which every consumer reads a constant."""
     quiet = constant(problem.covariance, problem.mean)
     return tuple(u for u, columns in enumerate(problem.units[:size]) if bool(quiet[columns].all()))
-
-
-def _pairs(
-    problem: Problem, size: int, total: float, correlation: float
-) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...]]:
-    """(keep, drop) units, cheapest first, none in two parts; and the relative error once 1, 2, … of them are folded.
-
-    A unit's columns are folded each into its counterpart, by the best affine map a = cov / var. Of x_drop is left
-    r = x_drop − a·x_keep, and the consumers lose tr(W_drop E[r rᵀ] W_dropᵀ). All its columns correlate by
-    `correlation` or more.
-    """
-    c, w = problem.covariance.double(), problem.weight.double()
-    columns = torch.tensor(problem.units[:size])  # (units, columns of each)
-    live = ~constant(c, problem.mean)[columns].any(1)
-    gram = w.T @ w
-    variance = c.diagonal()[columns].clamp(min=1e-300)
-    price = torch.zeros(size, size, dtype=torch.float64)  # (keep, drop)
-    slopes, alike = [], live[:, None] & live
-    for i, at in enumerate(columns.T):
-        cross = c[at[:, None], at]
-        slopes.append(cross / variance[:, i, None])
-        alike &= cross.square() >= correlation**2 * variance[:, i, None] * variance[:, i]
-    for i, at in enumerate(columns.T):
-        for j, to in enumerate(columns.T):
-            # E[rᵢ rⱼ] for every (keep, drop): of drop's own, less what keep says of either, and what it says twice.
-            left = c[at, to] - slopes[i] * c[at[:, None], to] - slopes[j] * c[to[:, None], at]
-            left += slopes[i] * slopes[j] * c[at, to][:, None]
-            price += gram[at, to] * left
-    price[~alike] = torch.inf
-    price.fill_diagonal_(torch.inf)
-    busy, pairs = set[int](), list[tuple[int, int]]()
-    for place in price.flatten().argsort(stable=True).tolist():
-        keep, drop = divmod(place, size)
-        if price[keep, drop] == torch.inf:
-            break
-        if keep not in busy and drop not in busy:
-            busy |= {keep, drop}
-            pairs.append((keep, drop))
-    if not pairs:
-        return (), ()
-    return tuple(pairs), tuple(_together(c, gram, columns, slopes, pairs, total))
-
-
-def _together(
-    c: Tensor,
-    gram: Tensor,
-    columns: Tensor,
-    slopes: Sequence[Tensor],
-    pairs: Sequence[tuple[int, int]],
-    total: float,
-) -> list[float]:
-    """Relative errors once 1, 2, … pairs are folded, their leftovers added up with what they have in common."""
-    wide = columns.shape[1]
-    dropped = torch.tensor([int(columns[d, i]) for _, d in pairs for i in range(wide)])
-    kept = torch.tensor([int(columns[k, i]) for k, _ in pairs for i in range(wide)])
-    slope = torch.stack([slopes[i][k, d] for k, d in pairs for i in range(wide)])
-    rows = c[dropped] - slope[:, None] * c[kept]
-    common = rows[:, dropped] - slope * rows[:, kept]
-    lost = (common * gram[dropped[:, None], dropped]).cumsum(0).cumsum(1).diagonal()
-    return (lost[wide - 1 :: wide].clamp(min=0) / total).tolist()
 
 
 def _deeper(layer: nn.Module | None, name: str, price: Prices) -> Size | None:
