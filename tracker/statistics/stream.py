@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tracker.slotmap import SlotMap
 from tracker.statistics.activity import Activity
-from tracker.statistics.native import kernel
+from tracker.statistics.native import kernel, on_gpu
 from tracker.statistics.reduce import (
     Scratch,
     Sums,
@@ -63,6 +63,10 @@ class ActivityStream:
             return None
         # Detached, and all that follows is made from it: there is no graph that a no_grad would have to keep out.
         x = split_at(output.detach(), axis)
+        merge = on_gpu(x, self._total.table)
+        if merge is not None:
+            merge(x, self.threshold, self._total.table)
+            return None
         if not x.is_cpu:
             self._merge(masked(x, self.threshold))
             return None

@@ -1,5 +1,5 @@
 """The native path: one call of compiled code reduces a layer output and merges it. Where it cannot, torch does."""
 
-from tracker.statistics.native.loading import SWITCH, Kernel, kernel, load
+from tracker.statistics.native.loading import SWITCH, Kernel, kernel, load, on_gpu
 
-__all__ = ["SWITCH", "Kernel", "kernel", "load"]
+__all__ = ["SWITCH", "Kernel", "kernel", "load", "on_gpu"]

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from tracker.statistics.reduce import masked, split_at
 SWITCH = "TRACKER_NATIVE"  # environment variable: 0 turns compiled code off
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARALLEL = 1 << 18  # values from which on torch's threads share the work
+Merge = Callable[
+    [Tensor, float, Tensor], None
+]  # output (outer, neurons, inner), threshold, table (9, neurons)
 log = logging.getLogger("tracker")
 
 
@@ -95,9 +98,48 @@ def kernel() -> Kernel | None:
     return _state[0]
 
 
+def on_gpu(x: Tensor, table: Tensor) -> Merge | None:
+    """What merges an output x (outer, neurons, inner) into a table where both lie on one GPU; None: torch does it."""
+    if (
+        not x.is_cuda
+        or x.dtype not in TYPES
+        or type(x) is not Tensor
+        or x.is_neg()
+        or x.device != table.device
+    ):
+        return None
+    if x.device not in _gpus:
+        if torch.cuda.is_current_stream_capturing():  # trying it would wait
+            return None
+        with _lock:
+            if x.device not in _gpus:
+                _gpus[x.device] = load_for(x.device)
+    return _gpus[x.device]
+
+
+def load_for(device: torch.device) -> Merge | None:
+    """Triton's code, tried on a GPU; the log says what came of it."""
+    if _switched_off():
+        log.info("Activity statistics on %s by torch: %s turns compiled code off.", device, SWITCH)
+        return None
+    try:
+        from tracker.statistics.native.fused import add
+
+        for x in _samples(device):
+            expected = masked(x.double(), 0.5).table
+            got = Activity.empty(x.shape[1], device).table
+            add(x, 0.5, got)
+            _compare(got, expected)
+    except Exception as error:
+        log.info("Activity statistics on %s by torch, without compiled code: %s", device, error)
+        return None
+    log.info("Activity statistics on %s by compiled code.", device)
+    return add
+
+
 def load() -> Kernel | None:
     """Find or build, load and try the kernel; the log says what came of it."""
-    if os.environ.get(SWITCH, "").lower() in ("0", "off", "false", "no"):
+    if _switched_off():
         log.info("Activity statistics by torch: %s turns compiled code off.", SWITCH)
         return None
     start = time.perf_counter()
@@ -138,23 +180,50 @@ def _try(found: Kernel) -> None:
     Raises:
         UnavailableError: They disagree.
     """
-    steps = torch.arange(2310, dtype=torch.float64)
-    wave = (steps * 0.7).sin() * 3 + steps.remainder(5)
-    for dtype in TYPES:
-        for outer, neurons, inner in ((210, 11, 1), (33, 14, 5), (6, 11, 35)):
-            x = torch.where(wave > 0, wave, 0).to(dtype).view(outer, neurons, inner)
-            got, expected = Activity.empty(neurons).table, masked(x.double(), 0.5).table
-            done = found.add(x, 1, neurons, 0.5, got.data_ptr(), None)
-            exact = [*range(BATCHES + 1), MINIMUM, MAXIMUM]
-            same = torch.equal(got[exact], expected[exact])
-            close = torch.allclose(got[MEAN : M2 + 1], expected[MEAN : M2 + 1], rtol=1e-5, atol=0)
-            x[-1, -1, -1] = torch.nan
-            before = got.clone()
-            refused = found.add(x, 1, neurons, 0.5, got.data_ptr(), None) is False
-            if not (done and same and close and refused and torch.equal(before, got)):
-                raise UnavailableError(f"the compiled code computes something else for {dtype}")
+    for x in _samples(torch.device("cpu")):
+        neurons = x.shape[1]
+        got = Activity.empty(neurons).table
+        done = found.add(x, 1, neurons, 0.5, got.data_ptr(), None)
+        _compare(got, masked(x.double(), 0.5).table)
+        x[-1, -1, -1] = torch.nan
+        before = got.clone()
+        refused = found.add(x, 1, neurons, 0.5, got.data_ptr(), None) is False
+        if not (done and refused and torch.equal(before, got)):
+            raise UnavailableError(f"the compiled code does something else for {x.dtype}")
+    wave = _wave()
     for rows in (wave.view(33, 70), wave.view(15, 154)):  # narrow, wide
         _try_products(found, rows)
+
+
+def _wave() -> Tensor:
+    steps = torch.arange(2310, dtype=torch.float64)
+    return (steps * 0.7).sin() * 3 + steps.remainder(5)
+
+
+def _samples(device: torch.device) -> Iterator[Tensor]:
+    """Small outputs (outer, neurons, inner) of every type."""
+    wave = _wave()
+    for dtype in TYPES:
+        for shape in ((210, 11, 1), (33, 14, 5), (6, 11, 35)):
+            yield torch.where(wave > 0, wave, 0).to(device, dtype).view(shape)
+
+
+def _compare(got: Tensor, expected: Tensor) -> None:
+    """Of two tables (9, neurons).
+
+    Raises:
+        UnavailableError: They differ by more than rounding.
+    """
+    exact = [*range(BATCHES + 1), MINIMUM, MAXIMUM]
+    same = torch.equal(got[exact], expected[exact])
+    if not same or not torch.allclose(
+        got[MEAN : M2 + 1], expected[MEAN : M2 + 1], rtol=1e-5, atol=0
+    ):
+        raise UnavailableError("the compiled code computes something else")
+
+
+def _switched_off() -> bool:
+    return os.environ.get(SWITCH, "").lower() in ("0", "off", "false", "no")
 
 
 def _try_products(found: Kernel, rows: Tensor) -> None:
@@ -171,4 +240,5 @@ def _try_products(found: Kernel, rows: Tensor) -> None:
 
 
 _state: list[Kernel | None] = []
+_gpus: dict[torch.device, Merge | None] = {}
 _lock = threading.Lock()
