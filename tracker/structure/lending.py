@@ -52,6 +52,23 @@ def light_copy(model: nn.Module) -> nn.Module:
     return copy_of(model, own)
 
 
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[nn.Module]:
+    """A light copy that lets go of what it came to own at the end: what has cycles would keep it until collected."""
+    bench = light_copy(model)
+    try:
+        yield bench
+    finally:
+        let_go(bench)
+
+
+def let_go(model: nn.Module) -> None:
+    """Empty a copy that is used no more."""
+    for module in model.modules():
+        dict.clear(module._parameters)
+        module._buffers.clear()
+
+
 def vivid(model: nn.Module) -> nn.Module:
     """Constant vectors (norms' ones and zeros) and matrices of zeros would hide a wrong removal: make them random.
 

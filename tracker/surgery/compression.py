@@ -19,7 +19,7 @@ from tracker.probe import Arguments
 from tracker.reads import Read
 from tracker.structure import UnitGroup
 from tracker.structure.integers import UnsolvableError
-from tracker.structure.lending import light_copy
+from tracker.structure.lending import borrowed
 from tracker.structure.sizes import tensors
 from tracker.structure.units import Place
 from tracker.surgery.apply import apply
@@ -113,7 +113,7 @@ def plan_compression(
     cost = _cost(model, groups, of, inputs)
     whole = cost([0] * len(groups))
     target = budget = keep * whole
-    best: tuple[float, Plan, list[str]] | None = None
+    best: tuple[float, dict[str, list[int]]] | None = None
     for _ in range(6):
         kept = allocate(paths, cost, budget, within=1.0)
         removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
@@ -125,11 +125,10 @@ def plan_compression(
             for i, (g, n) in enumerate(zip(groups, removed, strict=True))
             if n
         }
-        plan, notes = plan_pruning(tracker, units, compensate)
-        achieved = _achieved(plan, model, inputs, of, cost(removed))
+        achieved = _achieved(tracker, units, inputs, of, cost(removed))
         error = abs(achieved - target) / whole
         if best is None or error < best[0]:
-            best = (error, replace(plan, operation="compress"), notes)
+            best = error, units
         if error <= PRECISE:
             break
         nearer = budget * target / achieved  # what the estimate of costs did not see
@@ -142,7 +141,8 @@ def plan_compression(
             f"Of the {of}, {keep:.1%} cannot be kept: with the floors, and as widths change in steps, the nearest "
             f"is off by {best[0]:.1%} of the whole. Lower `round_to` or the floors, or ask for another share."
         )
-    return best[1], [*best[2], *left_out]
+    plan, notes = plan_pruning(tracker, best[1], compensate)
+    return replace(plan, operation="compress"), [*notes, *left_out]
 
 
 def _nearer(
@@ -379,9 +379,16 @@ def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
     return {name: float(p.numel()) for name, p in model.named_parameters()}, 0.0
 
 
-def _achieved(plan: Plan, model: nn.Module, inputs: Arguments, of: str, estimate: float) -> float:
+def _achieved(
+    tracker: ActivationTracker,
+    units: Mapping[str, Sequence[int]],
+    inputs: Arguments,
+    of: str,
+    estimate: float,
+) -> float:
     if of != "flops":
         return estimate
-    bench = light_copy(model)
-    apply(plan, [bench], [])
-    return float(flops(bench, inputs)[1])
+    plan, _ = plan_pruning(tracker, units, compensate=False)
+    with borrowed(tracker.current.model()) as bench:
+        apply(plan, [bench], [])
+        return float(flops(bench, inputs)[1])

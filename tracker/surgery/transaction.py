@@ -12,6 +12,7 @@ from tracker.errors import StructureError, SurgeryError, VerificationError
 from tracker.probe import Arguments, arguments, forward_once, uninterrupted
 from tracker.structure.lending import (
     InFloat64,
+    borrowed,
     is_finite,
     light_copy,
     relative_difference,
@@ -70,11 +71,12 @@ def carry_out(
             if verify
             else (plan.promise, None)
         )
-        bench = light_copy(model)
         traced = entry.structure
         flops_before = flops(model, inputs)[1] if traced is None else traced.flops
-        apply(plan, [bench], [])
-        expected, flops_after = flops(bench, inputs)
+        with borrowed(model) as bench:
+            apply(plan, [bench], [])
+            expected, flops_after = flops(bench, inputs)
+            parameters_after = count(bench)
         receipt = Receipt(
             operation=plan.operation,
             promise=promise,
@@ -83,14 +85,13 @@ def carry_out(
             removed_ids=list(plan.removed_ids),
             added_ids=[],
             parameters_before=count(model),
-            parameters_after=count(bench),
+            parameters_after=parameters_after,
             flops_before=flops_before,
             flops_after=flops_after,
             notes=list(notes),
             skipped=list(skipped),
             dry_run=dry_run,
         )
-        del bench
         if dry_run:
             return receipt, None
         log = UndoLog() if log is None else log
@@ -155,14 +156,19 @@ def _promised(
 
     "exact" of a plan is what the observations say; if the example inputs say otherwise, the answer is "changed".
     """
+    with borrowed(model) as whole:
+        if plan.promise == "masked":  # whatever the values: constant norms could hide an error
+            vivid(whole)
+        for module in whole.modules() if forecast is not None else ():
+            liberate(module)  # as the changed copy's attention may be: operations are compared
+        with borrowed(whole) as bench:
+            return _tried(plan, whole, bench, double(inputs), forecast)
+
+
+def _tried(
+    plan: Plan, whole: nn.Module, bench: nn.Module, exact: Arguments, forecast: Forecast | None
+) -> tuple[str, float | None]:
     masked = plan.promise == "masked"
-    whole = light_copy(model)
-    if masked:  # whatever the values: constant norms could hide an error
-        vivid(whole)
-    for module in whole.modules() if forecast is not None else ():
-        liberate(module)  # as the changed copy's attention may be: operations are compared
-    exact = double(inputs)
-    bench = light_copy(whole)
     try:
         apply(plan, [bench], [], precise=True)
         changed = InFloat64(bench)

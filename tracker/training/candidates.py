@@ -14,7 +14,7 @@ from tracker.errors import TrackerError
 from tracker.outputs import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.structure import UnitGroup
-from tracker.structure.lending import light_copy
+from tracker.structure.lending import borrowed
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.compression import Limits, Problem, problems_of
@@ -164,15 +164,15 @@ def _blocks(model: nn.Module, inputs: Arguments) -> Iterator[str]:
 
 def _error(model: nn.Module, plan: Plan, inputs: Sequence[Arguments]) -> float:
     """Σ‖Δy‖² / Σ‖y − mean y‖² of the first tensor of more than one dimension that the model puts out."""
-    bench = light_copy(model)
-    apply(plan, [bench], [])
     lost = total = 0.0
-    for batch in inputs:
-        before, after = (
-            _first(forward_once(m, batch)) for m in (quiet_copy(model), quiet_copy(bench))
-        )
-        lost += float((after - before).square().sum())
-        total += float((before - before.flatten(0, -2).mean(0)).square().sum())
+    with borrowed(model) as bench:
+        apply(plan, [bench], [])
+        for batch in inputs:
+            before, after = (
+                _first(forward_once(m, batch)) for m in (quiet_copy(model), quiet_copy(bench))
+            )
+            lost += float((after - before).square().sum())
+            total += float((before - before.flatten(0, -2).mean(0)).square().sum())
     error = lost / max(total, 1e-300)
     return error if error == error else float("inf")
 
