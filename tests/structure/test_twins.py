@@ -23,6 +23,7 @@ from tests.structure.models import (
     tokens,
 )
 from tests.structure.oracle_masks import no_fast_path, randomise, relative_difference
+from tracker import NeuronEngine
 
 
 @pytest.mark.parametrize(
@@ -111,3 +112,94 @@ def test_the_twin_gives_what_torch_gives(need_weights: bool, masked: bool, batch
         assert torch.allclose(a[0], b[0])
         assert (a[1] is None) == (b[1] is None)
         assert a[1] is None or torch.allclose(a[1], b[1])
+
+
+# Attention in shifted windows, of torchvision
+
+
+def windows(version: int, **options: Any) -> nn.Module:
+    """Two blocks, the second of which shifts its windows, and a merging of patches."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    own = (
+        {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+        if version == 2
+        else {}
+    )
+    model = swin.SwinTransformer(
+        patch_size=[2, 2], embed_dim=12, depths=[2, 1], num_heads=[3, 2], window_size=[3, 3],
+        num_classes=4, stochastic_depth_prob=0.0, **own, **options,
+    ).double().eval()  # fmt: skip
+    randomise(model, 0)
+    return model
+
+
+PICTURES = (2, 3, 16, 14)  # 8x7 places: padded to windows of 3x3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "shift", "bias"),
+    [((9, 12), 1, True), ((8, 7), 1, True), ((3, 7), 1, True), ((2, 2), 0, True), ((8, 7), 2, False)],
+)  # fmt: skip
+def test_the_twin_of_windows_gives_what_torchvision_gives(
+    version: int, size: tuple[int, int], shift: int, bias: bool
+) -> None:
+    """Outputs and gradients; sides that need padding, and a window that covers one."""
+    from torchvision.models import swin_transformer as swin
+
+    from tracker.structure.twins import is_free, liberate
+
+    kind = swin.ShiftedWindowAttentionV2 if version == 2 else swin.ShiftedWindowAttention
+    theirs = kind(12, [3, 3], [shift, shift], 3, qkv_bias=bias).double()
+    randomise(theirs, 1)
+    ours = copy.deepcopy(theirs)
+    liberate(ours)
+    assert is_free(ours)
+    assert not is_free(theirs)
+    x = torch.randn(2, *size, 12, generator=torch.Generator().manual_seed(0)).double()
+    a, b = theirs(x), ours(x)
+    assert torch.allclose(a, b, atol=1e-12)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for name, parameter in theirs.named_parameters():
+        gradient = ours.get_parameter(name).grad
+        if parameter.grad is None:
+            assert gradient is None
+        else:
+            assert torch.allclose(parameter.grad, gradient, atol=1e-9), name
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_attention_in_windows_loses_heads_and_widths(version: int) -> None:
+    x = torch.randn(PICTURES, generator=torch.Generator().manual_seed(0)).double()
+    found = prune_each(lambda: windows(version), x)
+    assert {2, 3, 12, 24} <= set(found.values())  # heads of both stages, and their streams
+    assert sum(size in (2, 3) and ".qkv" in name for name, size in found.items()) == 3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_windows_that_lost_heads_train_are_saved_and_come_back(version: int, tmp_path: Any) -> None:
+    x = torch.randn(PICTURES, generator=torch.Generator().manual_seed(0)).double()
+    model = windows(version)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    engine = engine_of(model, x)
+    engine.attach_optimizer(optimizer)
+    heads = [g for g in groups_of(engine) if g.size == 3]
+    for change in (lambda: engine.prune_units({heads[0].name: [1]}), lambda: None):
+        change()
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(x), model(x))
+    engine.save_checkpoint(tmp_path / "checkpoint")
+    fresh = windows(version)
+    NeuronEngine.load_checkpoint(
+        tmp_path / "checkpoint", fresh, torch.optim.AdamW(fresh.parameters(), 1e-3)
+    )
+    assert torch.equal(fresh(x), model(x))
+    attention = model.get_submodule(heads[0].name.split(".qkv")[0])
+    assert attention.num_heads == 2
+    assert type(attention).__name__.startswith("Free")
+    engine.undo()
+    assert not type(attention).__name__.startswith("Free")

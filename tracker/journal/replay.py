@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tracker.errors import CheckpointError
 from tracker.structure.ints import Attribute, missing, shadow
 from tracker.structure.sizes import adapt, tensors
-from tracker.structure.twins import FreeHeadsAttention, liberate
+from tracker.structure.twins import is_free, liberate
 from tracker.surgery.copies import copied, is_block
 from tracker.surgery.depth import INSERTED, Bypass, ReluIdentity, ResidualBlock, replace_module
 from tracker.surgery.undo import UndoLog, rewrite, writable
@@ -115,7 +115,7 @@ def become(
                 _swap(tensor, torch.zeros(shapes[name], dtype=tensor.dtype), log)
         for name, module in twin.named_modules():
             mine = model.get_submodule(name)
-            if isinstance(module, FreeHeadsAttention) and type(mine) is not type(module):
+            if is_free(module) and type(mine) is not type(module):
                 _liberate(mine, log)
         named = dict.fromkeys(a for entry in entries for a in entry.attributes)
         integers = {a: _value(twin, a) for a in named if not missing(twin, {a: 0})}

@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from tracker.probe import copy_of
-from tracker.structure.twins import liberate
+from tracker.structure.twins import can_be_free, liberate
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +262,9 @@ def missing(model: nn.Module, attributes: Mapping[Attribute, int]) -> list[Attri
         except (AttributeError, KeyError, TypeError):
             gone.append(attribute)
             continue
-        if attribute.name not in vars(holder) and not isinstance(holder, nn.MultiheadAttention):
+        if attribute.name not in vars(holder) and not (
+            isinstance(holder, nn.Module) and can_be_free(holder)
+        ):
             gone.append(attribute)
     return gone
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tracker.structure.ints import Attribute, assign
-from tracker.structure.twins import FreeHeadsAttention, liberate
+from tracker.structure.twins import FreeHeadsAttention, is_parted, liberate
 
 _MISSING = object()
 
@@ -38,7 +38,8 @@ def adapt(
 
     undo(lambda: _put_back(made or changes()))
     for module, *_ in before:
-        _part(module)
+        if is_parted(module):
+            liberate(module)
     assign(model, attributes)
     for module, *_ in before:
         refit(module)
@@ -65,22 +66,6 @@ def _put_back(changes: list[tuple[nn.Module, type, dict[str, Any]]]) -> None:
                 vars(module).pop(key, None)
             else:
                 vars(module)[key] = value
-
-
-def _part(module: nn.Module) -> None:
-    """Attention whose widths are no longer one gets the forward that allows it."""
-    if type(module) is nn.MultiheadAttention:
-        width = module.embed_dim
-        packed, out = module.in_proj_weight, module.out_proj.weight
-        own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        shapes = [packed.shape] if packed is not None else [w.shape for w in own]
-        built = (
-            [(3 * width, width)]
-            if packed is not None
-            else [(width, n) for n in (width, module.kdim, module.vdim)]
-        )
-        if [*map(tuple, shapes), tuple(out.shape)] != [*built, (width, width)]:
-            liberate(module)
 
 
 def refit(module: nn.Module) -> None:

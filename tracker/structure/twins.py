@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,13 +96,72 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(mask.shape).masked_fill_(mask, float("-inf"))
 
 
+def can_be_free(module: nn.Module) -> bool:
+    """Whether there is a twin of this module, or it is one."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    windows = _windows(module)
+    return windows is not None and isinstance(module, tuple(windows.TWINS))
+
+
+def is_free(module: nn.Module) -> bool:
+    """Whether a module runs its twin's forward."""
+    return "v_head_dim" in vars(module)
+
+
+def is_parted(module: nn.Module) -> bool:
+    """Whether the sizes of a module's weights have become such that its own forward cannot run."""
+    if type(module) is nn.MultiheadAttention:
+        width = module.embed_dim
+        packed, out = module.in_proj_weight, module.out_proj.weight
+        own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        shapes = [packed.shape] if packed is not None else [w.shape for w in own]
+        built = (
+            [(3 * width, width)]
+            if packed is not None
+            else [(width, n) for n in (width, module.kdim, module.vdim)]
+        )
+        return [*map(tuple, shapes), tuple(out.shape)] != [*built, (width, width)]
+    windows = _windows(module)
+    return (
+        windows is not None
+        and type(module) in windows.TWINS
+        and not windows.fits_torchvision(module)
+    )
+
+
 def liberate(module: nn.Module) -> None:
     """Put the twin's forward in place of torch's own, where there is one; it gives the same."""
-    if type(module) is not nn.MultiheadAttention or module.bias_k is not None:
-        return
-    if not module.add_zero_attn:
-        module.scale = float(module.head_dim) ** -0.5
-        module.v_head_dim = module.head_dim
+    if type(module) is nn.MultiheadAttention:
+        if module.bias_k is not None or module.add_zero_attn:
+            return
         # The fused kernels of nn.TransformerEncoderLayer take embed_dim for everything, and refuse where this is so.
         module._qkv_same_embed_dim = False
-        module.__class__ = FreeHeadsAttention
+        _become(module, FreeHeadsAttention, module.head_dim)
+    elif (windows := _windows(module)) is not None and type(module) in windows.TWINS:
+        m: Any = module
+        m.head_dim = m.qkv.in_features // m.num_heads
+        _become(m, windows.TWINS[type(m)], m.head_dim)
+
+
+def _become(module: Any, twin: type, size: int) -> None:
+    module.scale = float(size) ** -0.5
+    module.v_head_dim = size
+    module.__class__ = twin
+
+
+def _windows(module: nn.Module) -> Any:
+    """What there is for torchvision's attention in windows; None for all other modules, and nothing is imported."""
+    if type(module).__name__ not in _WINDOWS:
+        return None
+    from tracker.structure import windows
+
+    return windows
+
+
+_WINDOWS = (
+    "ShiftedWindowAttention",
+    "ShiftedWindowAttentionV2",
+    "FreeWindows",
+    "FreeWindowsV2",
+)
