@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -69,8 +70,11 @@ def nothing(run: Run, silent: Silent, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def redo(run: Run, silent: Silent, images: Tensor) -> None:
-    """ReDo (Sokar et al., 2023) as one ports it to torch's Adam: fresh weights, zero moments, the step count shared."""
+def redo(run: Run, silent: Silent, images: Tensor, second: bool = False) -> None:
+    """ReDo (Sokar et al., 2023) as one ports it to torch's Adam: fresh weights, zero moments, the step count shared.
+
+    second: The second moments are their tensors' means, so that the first steps are no larger than others.
+    """
     for layer, reader in HIDDEN:
         chosen = silent[layer]
         made, read = run.model.get_submodule(layer), run.model.get_submodule(reader)
@@ -83,7 +87,8 @@ def redo(run: Run, silent: Silent, images: Tensor) -> None:
             (read.weight, (slice(None), chosen)),
         ):
             for key in ("exp_avg", "exp_avg_sq"):
-                run.optimizer.state[parameter][key][at] = 0
+                state = run.optimizer.state[parameter][key]
+                state[at] = state.mean() if second and key == "exp_avg_sq" else 0
 
 
 def recycle(run: Run, silent: Silent, images: Tensor) -> None:
@@ -100,6 +105,7 @@ METHODS: dict[str, Callable[[Run, Silent, Tensor], None]] = {
     "none": nothing,
     "Adam re-created at each task": nothing,
     "ReDo, moments zeroed": redo,
+    "ReDo, second moments the mean": partial(redo, second=True),
     "recycle_neurons": recycle,
 }
 
