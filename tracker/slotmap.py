@@ -38,6 +38,10 @@ class SlotMap:
         """The map that adds `count` fresh slots behind an axis of `size` slots."""
         return cls((*range(size), *([None] * count)))
 
+    def then(self, later: SlotMap) -> SlotMap:
+        """Both moves as one: this, and then `later`."""
+        return SlotMap(tuple(None if s is None else self.source[s] for s in later.source))
+
     def widened(self, count: int) -> SlotMap:
         """The same of an axis on which each slot is `count` slots in a row."""
         return SlotMap(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tracker.reads import Read, reslotted
 from tracker.slotmap import SlotMap
 from tracker.statistics import Activity, Covariance, Scratch, observe
 
@@ -119,6 +120,32 @@ def test_reslot_keeps_what_survives(x: Tensor, slots: SlotMap) -> None:
     for new, old in enumerate(slots.source):
         expected = Activity.empty(1).table[:, 0] if old is None else before.table[:, old]
         assert torch.equal(after.table[:, new], expected)
+
+
+@given(data=st.data(), x=samples(), asked=st.sets(st.integers(0, 6)))
+@settings(deadline=None, max_examples=60)
+def test_moves_made_later_are_those_made_at_once(
+    data: st.DataObject, x: Tensor, asked: set[int]
+) -> None:
+    """Whether it is asked for in between or not; what consumers share they go on sharing."""
+    own = Covariance.of(x)
+    reads = {name: Read(1, own) for name in ("a", "b")}
+    for step in range(data.draw(st.integers(1, 6))):
+        size = len(own.mean)
+        order = data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))]
+        slots = SlotMap((*order, *[None] * data.draw(st.integers(0, 2))))
+        own = own.reslot(slots)
+        reads = reslotted(reads, {name: {1: slots} for name in reads})
+        if step in asked:
+            close(reads["a"].covariance, own)
+    found = reads["a"].covariance
+    assert found is reads["a"].covariance is reads["b"].covariance
+    for mine, expected in (
+        (found.count, own.count),
+        (found.mean, own.mean),
+        (found.comoment, own.comoment),
+    ):
+        assert torch.equal(mine, expected)
 
 
 @given(x=samples(neurons=6))
