@@ -125,7 +125,7 @@ def comoments(engine: NeuronEngine, layer: int = 0) -> tuple[torch.Tensor, torch
     return covariance.count, covariance.comoment
 
 
-@pytest.mark.parametrize("rows", [24, 21, 5, 1])
+@pytest.mark.parametrize("rows", [600, 515, 24, 21, 5, 1])
 def test_a_sample_of_rows_leaves_none_out_for_ever(rows: int) -> None:
     """As many passes over the same rows as there are turns: together each row once."""
     model, x = mlp(), torch.randn(rows, 6)
@@ -146,11 +146,29 @@ def test_a_sample_of_rows_leaves_none_out_for_ever(rows: int) -> None:
 def test_of_maps_samples_or_positions_are_taken() -> None:
     conv = nn.Conv2d(2, 5, 3)
     engine = NeuronEngine(observe="output")
-    for shape, taken in (((16, 2, 7, 7), 4 * 25), ((2, 2, 8, 8), 2 * 9), ((1, 2, 3, 4), 2)):
+    for shape, taken in (((16, 2, 7, 7), 4 * 25), ((2, 2, 22, 22), 2 * 100), ((1, 2, 3, 4), 2)):
         engine.track_model(conv, "conv", torch.randn(shape))
         engine.start_tracking(enable_correlation_analysis=True, correlation_every=4)
         conv(torch.randn(shape))
         assert comoments(engine)[0].unique().tolist() == [taken]
+
+
+def test_batches_that_come_in_the_rhythm_of_the_sample_are_all_seen() -> None:
+    """Small ones are taken whole, one of eight; and were it always the first of eight, seven were never seen."""
+    model = nn.Sequential(nn.Linear(6, 6, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(6))
+    engine = NeuronEngine(observe="output")
+    batches = torch.zeros(6, 20, 6)
+    for i in range(6):
+        batches[i, :, i] = torch.randn(20)  # each moves one neuron
+    engine.track_model(model, "model", batches[0])
+    engine.start_tracking(enable_correlation_analysis=True, correlation_every=6)
+    for _ in range(40):
+        for batch in batches:
+            model(batch)
+    assert bool((comoments(engine)[1].diagonal() > 0).all())
+    assert comoments(engine)[0].unique().tolist() == [40 * 20]
 
 
 def test_correlations_of_a_sample_lie_within_their_error(

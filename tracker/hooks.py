@@ -165,7 +165,7 @@ class Observer:
                 window.covariance.add(output, mean, axis)
             else:
                 turn = self.passes.get(training, 0) // self.every
-                window.covariance.add_some(output, axis, self.sampling, turn)
+                window.covariance.add_some(output, axis, self.sampling, turn, mean)
 
     def _open_window(self, site: Site, training: bool, device: torch.device) -> Window:
         neurons: int = site.neurons  # type: ignore[assignment]

@@ -106,6 +106,10 @@ class Covariance:
         return torch.cat(found) if found else torch.zeros((0, 2), dtype=torch.int64)
 
 
+ENOUGH = 64  # rows that a sample is worth its costs for
+GOLDEN = 0.6180339887498949  # its multiples, without their integers, meet all parts of an interval, in no rhythm
+
+
 class CovarianceStream:
     """Accumulates a `Covariance` at the speed of one matrix product over the rows.
 
@@ -155,22 +159,26 @@ class CovarianceStream:
         self._products.add_centred(torch.where(kept, rows - mean, 0), mean, n)
 
     @torch.no_grad()
-    def add_some(self, output: Tensor, axis: int, step: int, turn: int) -> None:
+    def add_some(
+        self, output: Tensor, axis: int, step: int, turn: int, mean: Tensor | None = None
+    ) -> None:
         """Take one row of `step` of a layer output in; others at each `turn`, so that none is left out for ever.
 
-        Rows are samples where there are enough of them, else positions; of an output with fewer, all rows at every
-        `step`-th turn.
+        Rows are samples where there are enough of them, else positions. Of an output that would give fewer than
+        ENOUGH, all rows at one turn of `step`, each time another: to take a few in costs as much as many.
+        mean: As in `add`.
         """
         x = split_at(output.detach(), axis)
-        first = turn % step
-        if x.shape[0] >= step:
-            x = x[first::step]
-        elif x.shape[2] >= step:
-            x = x[:, :, first::step]
-        elif first:
+        outer, _, inner = x.shape
+        if outer * inner < ENOUGH * step or step > max(outer, inner):
+            block, place = divmod(turn, step)
+            if place == int(block * GOLDEN % 1 * step):
+                self.add(x, mean, axis=1)
             return
-        mean = x.double().mean((0, 2))
-        self.add(x, mean if bool(mean.isfinite().all()) else None, axis=1)
+        first = turn % step
+        x = x[first::step] if outer >= step else x[:, :, first::step]
+        own = x.double().mean((0, 2))
+        self.add(x, own if bool(own.isfinite().all()) else None, axis=1)
 
     @torch.no_grad()
     def value(self) -> Covariance:
