@@ -198,32 +198,73 @@ def test_of_several_weights_of_a_module_only_the_last_is_zero() -> None:
     assert not inserted.down.any()
 
 
-def test_models_whose_caches_have_no_room_are_refused() -> None:
-    """Their configuration lists the kind of each block: with a cache, generation would fail later."""
+def language_model(kind: str) -> tuple[Any, Tensor]:
+    """A small one of transformers, and tokens."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).eval()
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    mixed = ["sliding_attention", "full_attention", "sliding_attention"]
+    if kind != "Llama":
+        sizes |= {"layer_types": mixed, "sliding_window": 4}
+    if kind.startswith("Qwen"):
+        sizes["use_sliding_window"] = True
+    if kind.startswith("Gemma"):
+        sizes["head_dim"] = 4
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return model, torch.randint(64, (2, 7))
+
+
+def test_models_whose_configuration_counts_otherwise_are_refused() -> None:
+    """With a cache, generation would fail later."""
+    model, tokens = language_model("Qwen2")
+    model.config.layer_types = [*model.config.layer_types, "full_attention"]
     engine = NeuronEngine()
-    inputs = {"input_ids": torch.randint(64, (2, 7)), "use_cache": False}
-    engine.track_model(model, "qwen", inputs)
+    engine.track_model(model, "qwen", {"input_ids": tokens, "use_cache": False})
     before = weights(model)
     with pytest.raises(SurgeryError, match="caches made of it would have no room"):
         engine.insert_layer(after="model.layers.1")
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Gemma2"])
+def test_configurations_that_list_their_blocks_list_the_new_ones(kind: str, tmp_path: Path) -> None:
+    """Two of them, of different kinds of attention; caches are made of the list."""
+    model, tokens = language_model(kind)
+    theirs = model.config
+    before = list(theirs.layer_types)
+    engine = NeuronEngine()
+    engine.track_model(model, "model", {"input_ids": tokens})
+
+    def generated(use_cache: bool = True) -> Tensor:
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        return model.generate(tokens, use_cache=use_cache, **options)
+
+    expected = generated()
+    for after in ("model.layers.1", "model.layers.2"):
+        assert engine.insert_layer(after=after).promise == "exact"
+        assert torch.equal(generated(), expected)
+    assert model.config.layer_types == [*before, before[1], before[2]]
+    assert theirs.layer_types == before
+    with torch.no_grad():  # once they say something, what is cached must be their own
+        for place in (1, 2):
+            inserted = model.model.layers[place].inserted
+            inserted.mlp.down_proj.weight.normal_(std=0.5)
+            inserted.self_attn.o_proj.weight.normal_(std=0.5)
+    assert torch.equal(generated(True), generated(False))
+    engine.save_checkpoint(tmp_path / "saved")
+    fresh, _ = language_model(kind)
+    NeuronEngine.load_checkpoint(tmp_path / "saved", fresh)
+    assert fresh.config.layer_types == model.config.layer_types
+    said, model = generated(), fresh
+    assert torch.equal(generated(), said)
+
+
 def test_caches_of_language_models_have_room_for_it() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    tokens = torch.randint(64, (2, 7))
+    model, tokens = language_model("Llama")
     engine = NeuronEngine()
     engine.track_model(model, "llama", {"input_ids": tokens})
     expected = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tracker.structure.ints import Attribute, assign
+from tracker.structure.stacks import list_kinds
 from tracker.structure.twins import FreeHeadsAttention, is_parted, liberate
 
 _MISSING = object()
@@ -41,6 +42,8 @@ def adapt(
         if is_parted(module):
             liberate(module)
     assign(model, attributes)
+    if any(a.owner for a in attributes):  # the configurations are this model's own now
+        list_kinds(model)
     for module, *_ in before:
         refit(module)
     # Only what was changed here goes back: flags and hooks may change in the meantime.

@@ -94,10 +94,10 @@ def apply(
             for swap in swaps:
                 swap(log)
             for number, model in enumerate(models):
-                adapt(model, plan.attributes, log.add)
                 for name, module in plan.modules.items():
                     own = module if number == 0 and keep else _copied(module, model)
                     replace_module(model, name, own, optimizers, log)
+                adapt(model, plan.attributes, log.add)
         torch.clear_autocast_cache()
         for optimizer in optimizers if plan.fresh else ():
             watch(optimizer)

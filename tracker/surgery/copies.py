@@ -7,7 +7,6 @@ that write into the stream are zero is the identity.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,8 @@ from tracker.errors import SurgeryError
 from tracker.outputs import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.structure.ints import Attribute, is_config
+from tracker.structure.stacks import CONFIGS, INDEX, KINDS, config_of, count_name, places
 from tracker.surgery.depth import INSERTED, again_with, run_inserted
-
-# By these names blocks know their place in a stack, and configurations how many there are, and of which kinds.
-INDEX, COUNT, KINDS = "layer_idx", "num_hidden_layers", "layer_types"
-CONFIGS = (("config",), ("config", "text_config"))
 
 
 def is_block(module: nn.Module) -> bool:
@@ -54,11 +50,6 @@ def _duplicate(model: nn.Module, name: str) -> nn.Module:
     return own
 
 
-def places(model: nn.Module) -> int:
-    """Places in the stack that are taken: the highest index of a block, and one."""
-    return 1 + max((i for m in model.modules() if type(i := vars(m).get(INDEX)) is int), default=-1)
-
-
 def counted(model: nn.Module, block: nn.Module) -> dict[Attribute, int]:
     """What has to change for caches to have room for one more block: the configuration's count of them.
 
@@ -67,24 +58,18 @@ def counted(model: nn.Module, block: nn.Module) -> dict[Attribute, int]:
     """
     if not any(type(vars(m).get(INDEX)) is int for m in block.modules()):
         return {}
-    owners = [(path, config) for path in CONFIGS if (config := _config(model, path)) is not None]
+    owners = [(path, own) for path in CONFIGS if (own := config_of(model, path)) is not None]
     for path, config in owners:
-        name = getattr(config, "attribute_map", {}).get(COUNT, COUNT)
-        if vars(config).get(name) == places(model) and not vars(config).get(KINDS):
-            return {Attribute("", path, name): places(model) + 1}
+        name, taken = count_name(config), places(model)
+        kinds = vars(config).get(KINDS)
+        if vars(config).get(name) == taken and (kinds is None or len(kinds) == taken):
+            return {Attribute("", path, name): taken + 1}
     if owners:
         raise SurgeryError(
-            "A copy of this block cannot be inserted: the model's configuration lists its blocks, and caches made of "
-            f"it would have no room for one more ({KINDS}, or another count than {places(model)})."
+            "A copy of this block cannot be inserted: the model's configuration counts its blocks otherwise than "
+            f"they do ({places(model)}), and caches made of it would have no room for one more."
         )
     return {}
-
-
-def _config(model: nn.Module, path: Sequence[str]) -> Any:
-    found: Any = model
-    for name in path:
-        found = vars(found).get(name) if found is not None else None
-    return found
 
 
 def block_copy(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
