@@ -67,6 +67,15 @@ def test_tolerance_and_threshold_bound_what_is_folded() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), "much", None])
+def test_a_tolerance_is_a_share(tolerance: Any) -> None:
+    model = alike()
+    engine, _ = watched(model)
+    with pytest.raises(SurgeryError, match="tolerance is a share"):
+        engine.merge_neurons(tolerance=tolerance)
+    assert model[0].out_features == 12
+
+
 def test_units_of_several_neurons_fold_as_one() -> None:
     """A unit of a gated MLP is a neuron of `gate` and one of `up`."""
     torch.manual_seed(0)

@@ -23,6 +23,10 @@ def default_pairs(
     Raises:
         SurgeryError: Nothing was observed, or no pair is alike and cheap enough.
     """
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise SurgeryError(
+            f"tolerance is a share of what the consumers' outputs vary by, 0 or more, not {tolerance!r}."
+        )
     groups, problems, _ = problems_of(tracker, Limits())
     found: list[tuple[Neuron, Neuron]] = []
     for group, problem in zip(groups, problems, strict=True):
