@@ -169,6 +169,43 @@ def test_the_twin_of_windows_gives_what_torchvision_gives(
             assert torch.allclose(parameter.grad, gradient, atol=1e-9), name
 
 
+@pytest.mark.parametrize(
+    ("size", "shift"),
+    [((4, 6, 9), (1, 1, 1)), ((5, 8, 7), (1, 0, 2)), ((2, 3, 7), (1, 1, 1)), ((1, 2, 2), (0, 0, 0))],
+)  # fmt: skip
+def test_so_does_that_of_windows_in_three_dimensions(
+    size: tuple[int, int, int], shift: tuple[int, int, int]
+) -> None:
+    from torchvision.models.video import swin_transformer as swin
+
+    from tracker.structure.twins import liberate
+
+    theirs = swin.ShiftedWindowAttention3d(12, [2, 3, 3], list(shift), 3).double()
+    randomise(theirs, 1)
+    ours = copy.deepcopy(theirs)
+    liberate(ours)
+    assert type(ours) is not type(theirs)
+    x = torch.randn(2, *size, 12, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.allclose(theirs(x), ours(x), atol=1e-12)
+
+
+def test_video_models_in_windows_lose_heads_and_widths() -> None:
+    swin = pytest.importorskip("torchvision.models.video.swin_transformer")
+
+    def video() -> nn.Module:
+        model = swin.SwinTransformer3d(
+            patch_size=[1, 2, 2], embed_dim=12, depths=[2], num_heads=[3], window_size=[2, 3, 3],
+            num_classes=4, stochastic_depth_prob=0.0,
+        ).double().eval()  # fmt: skip
+        randomise(model, 0)
+        return model
+
+    x = torch.randn(1, 3, 4, 14, 8, generator=torch.Generator().manual_seed(0)).double()
+    found = prune_each(video, x)
+    assert sum(size == 3 and ".qkv" in name for name, size in found.items()) == 2
+    assert 12 in found.values()
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_attention_in_windows_loses_heads_and_widths(version: int) -> None:
     x = torch.randn(PICTURES, generator=torch.Generator().manual_seed(0)).double()

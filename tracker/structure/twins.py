@@ -162,6 +162,8 @@ def _windows(module: nn.Module) -> Any:
 _WINDOWS = (
     "ShiftedWindowAttention",
     "ShiftedWindowAttentionV2",
+    "ShiftedWindowAttention3d",
     "FreeWindows",
     "FreeWindowsV2",
+    "FreeWindows3d",
 )

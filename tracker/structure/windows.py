@@ -6,12 +6,14 @@ Torchvision's takes the width of its inputs for that of all heads together. Impo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 
 class _Windows(nn.Module):
@@ -22,22 +24,29 @@ class _Windows(nn.Module):
     v_head_dim: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attention within windows; x: (batch, height, width, channels)."""
+        """Attention within windows; x: (batch, sizes of two or three dimensions, channels)."""
         m: Any = self
-        height, width = x.shape[1:3]
-        high, wide = m.window_size
-        x = F.pad(x, (0, 0, 0, -width % wide, 0, -height % high))
-        tall, broad = x.shape[1:3]
+        sizes = x.shape[1:-1]
+        n = len(sizes)
+        windows = list(m.window_size)
+        if n == 3:  # of videos they shrink with what they see
+            windows = [min(window, size) for window, size in zip(windows, sizes, strict=True)]
+        missing = [-size % window for size, window in zip(sizes, windows, strict=True)]
+        x = F.pad(x, (0, 0, *(amount for each in reversed(missing) for amount in (0, each))))
+        whole = x.shape[1:-1]
         # A window that covers all of a dimension need not be shifted along it.
-        down, right = (
-            0 if w >= n else s
-            for w, s, n in zip(m.window_size, m.shift_size, (tall, broad), strict=True)
-        )
-        x = x.roll((-down, -right), (1, 2))
-        x = x.unflatten(2, (broad // wide, wide)).unflatten(1, (tall // high, high))
-        x = x.transpose(2, 3)  # batch, rows and columns of windows, places in a window, channels
-        grid = x.shape[:3]
-        x = x.flatten(3, 4).flatten(0, 2)
+        shifts = [
+            0 if window >= size else shift
+            for window, shift, size in zip(windows, m.shift_size, whole, strict=True)
+        ]
+        dims = tuple(range(1, n + 1))
+        x = x.roll([-shift for shift in shifts], dims)
+        for dim in reversed(dims):
+            x = x.unflatten(dim, (-1, windows[dim - 1]))
+        # Batch, windows along each dimension, places in a window along each dimension, channels.
+        x = x.permute(0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), -1)
+        grid = x.shape[: n + 1]
+        x = x.flatten(n + 1, 2 * n).flatten(0, n)
         q, k, v = (
             F.linear(x, w, b).unflatten(-1, (m.num_heads, size)).transpose(1, 2)
             for w, b, size in self._weights()
@@ -47,17 +56,22 @@ class _Windows(nn.Module):
             scores = scores * m.logit_scale.clamp(max=math.log(100.0)).exp()
         else:
             scores = (q * self.scale) @ k.transpose(-2, -1)
-        scores = scores + m.get_relative_position_bias()
-        if down or right:
-            apart = self._apart(x, tall, broad, down, right)
+        scores = scores + m.get_relative_position_bias(*([windows] if n == 3 else []))
+        if any(shifts):
+            apart = _apart(x, whole, windows, shifts)
             scores = scores.unflatten(0, (-1, len(apart))) + apart[:, None]
             scores = scores.flatten(0, 1)
         weights = F.dropout(F.softmax(scores, dim=-1), m.attention_dropout, self.training)
         x = (weights @ v).transpose(1, 2).flatten(2)
         x = F.dropout(F.linear(x, m.proj.weight, m.proj.bias), m.dropout, self.training)
-        x = x.unflatten(0, grid).unflatten(3, (high, wide)).transpose(2, 3)
-        x = x.flatten(3, 4).flatten(1, 2)
-        return x.roll((down, right), (1, 2))[:, :height, :width].contiguous()
+        x = x.unflatten(0, grid).unflatten(n + 1, windows)
+        x = x.permute(0, *(d for dim in dims for d in (dim, dim + n)), -1)
+        for dim in dims:
+            x = x.flatten(dim, dim + 1)
+        x = x.roll(shifts, dims)
+        for dim, size in zip(dims, sizes, strict=True):
+            x = x.narrow(dim, 0, size)
+        return x.contiguous()
 
     @property
     def _cosine(self) -> bool:
@@ -77,20 +91,20 @@ class _Windows(nn.Module):
             parts.append((weight[at], own, size))
         return parts
 
-    def _apart(self, x: Tensor, tall: int, broad: int, down: int, right: int) -> Tensor:
-        """-100 between places of a window that the shift brought together: (windows, places, places)."""
-        m: Any = self
-        high, wide = m.window_size
-        rows, columns = (
-            (at >= size - window).long() + (at >= size - shift).long()
-            for at, size, window, shift in (
-                (torch.arange(tall, device=x.device), tall, high, down),
-                (torch.arange(broad, device=x.device), broad, wide, right),
-            )
-        )
-        region = (3 * rows[:, None] + columns).unflatten(1, (-1, wide)).unflatten(0, (-1, high))
-        region = region.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x.new_zeros(()).masked_fill(region[:, None] != region[:, :, None], -100.0)
+
+def _apart(
+    x: Tensor, sizes: Sequence[int], windows: Sequence[int], shifts: Sequence[int]
+) -> Tensor:
+    """-100 between places of a window that the shift brought together: (windows, places, places)."""
+    region = torch.zeros((), dtype=torch.int64, device=x.device)
+    for size, window, shift in zip(sizes, windows, shifts, strict=True):
+        at = torch.arange(size, device=x.device)
+        region = 3 * region[..., None] + (at >= size - window) + (at >= size - shift)
+    n = len(sizes)
+    for dim in reversed(range(n)):
+        region = region.unflatten(dim, (-1, windows[dim]))
+    region = region.permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).flatten(n).flatten(0, n - 1)
+    return x.new_zeros(()).masked_fill(region[:, None] != region[:, :, None], -100.0)
 
 
 class FreeWindows(_Windows, ShiftedWindowAttention):
@@ -101,9 +115,14 @@ class FreeWindowsV2(_Windows, ShiftedWindowAttentionV2):
     """`ShiftedWindowAttentionV2` after a removal."""
 
 
+class FreeWindows3d(_Windows, ShiftedWindowAttention3d):
+    """`ShiftedWindowAttention3d` after a removal."""
+
+
 TWINS: dict[type, type] = {
     ShiftedWindowAttention: FreeWindows,
     ShiftedWindowAttentionV2: FreeWindowsV2,
+    ShiftedWindowAttention3d: FreeWindows3d,
 }
 
 
