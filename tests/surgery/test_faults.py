@@ -26,8 +26,8 @@ from tracker import NeuronEngine, TrackerError
 ROOT = Path(tracker.__file__).parent
 # What a change runs through on the model itself, its optimizer and its statistics.
 ROOMS = (
-    "surgery", "structure/sizes.py", "structure/ints.py", "structure/twins.py", "journal", "surgeon.py", "changer.py",
-    "tracker.py", "identity.py", "slotmap.py", "statistics",
+    "surgery", "structure/sizes.py", "structure/ints.py", "structure/twins.py", "structure/stacks.py", "journal",
+    "surgeon.py", "changer.py", "tracker.py", "identity.py", "slotmap.py", "reads.py", "statistics",
 )  # fmt: skip
 STRIDE = int(os.environ.get("TRACKER_LONG") or 101)
 
@@ -87,6 +87,10 @@ CHANGES: dict[str, Callable[[NeuronEngine], Any]] = {
     ),
     "expand": lambda engine: engine.expand_layer("4", 2),
     "insert": lambda engine: engine.insert_layer("4"),
+    "take over": lambda engine: engine.prune_units({"4": [1, 5]}, compensate=True),
+    "merge": lambda engine: engine.merge_neurons([(7, 8), (9, 10)]),
+    "recycle": lambda engine: engine.recycle_neurons({"4": [3]}),
+    "remove": lambda engine: engine.remove_layer("4", force=True),
 }
 
 

@@ -6,7 +6,7 @@ the keys of all other parameters, and everything that speaks of layers by name, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +195,9 @@ def replace_module(
     log.add(back)
     parent._modules[child] = module
     if child == INSERTED:
-        log.add(parent.register_forward_hook(run_inserted, with_kwargs=True).remove)
+        known = set(parent._forward_hooks)
+        log.add(lambda: _unhook(parent, known))
+        parent.register_forward_hook(run_inserted, with_kwargs=True)
     like = {n: id(p) for n, p in parent.named_parameters()} if child == INSERTED else {}
     mates = {id(p) for p in parent.parameters(recurse=False)}
     still = {id(p) for p in model.parameters()}
@@ -217,6 +219,14 @@ def replace_module(
                 state = optimizer.state[parameter]
                 log.add(lambda o=optimizer, p=parameter, s=state: o.state.__setitem__(p, s))  # type: ignore[misc]
                 del optimizer.state[parameter]
+
+
+def _unhook(parent: nn.Module, known: Collection[int]) -> None:
+    """Take back the hooks that run what is inserted, but for those of before."""
+    hooks = parent._forward_hooks
+    for key in [k for k, hook in hooks.items() if hook is run_inserted and k not in known]:
+        del hooks[key]
+        parent._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _regroup(

@@ -43,8 +43,8 @@ def watch(optimizer: Optimizer) -> None:
     """Correct the steps of young slots from now on; once per optimizer."""
     if not any(isinstance(h, _Before) for h in optimizer._optimizer_step_pre_hooks.values()):
         before = _Before()
+        optimizer.register_step_post_hook(_After(before))  # alone it does nothing
         optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(_After(before))
 
 
 class _Before:
