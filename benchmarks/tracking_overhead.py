@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._kernels import covariances, kernels, machine, pair_search
+from benchmarks._kernels import covariances, kernels, machine, pair_search, profile
 from tracker.hooks import Observer, Site, attach, detach_sites
 from tracker.layers import Layer
 
@@ -262,6 +262,14 @@ def steps(options: argparse.Namespace) -> Iterator[str]:
             yield f"| {work.title} | {threads} | {step} | {' | '.join(cells)} | {limits} |"
 
 
+@contextmanager
+def tracked_alone(model: nn.Module) -> Iterator[None]:
+    """Inside, all layers of a chain are tracked."""
+    layers = leaf_layers(model, torch.randn(64, 784))
+    with Tracked()(model, layers):
+        yield
+
+
 def page(options: argparse.Namespace) -> Iterator[str]:
     """docs/performance.md, line by line."""
     yield from ("# Performance", "")
@@ -271,7 +279,8 @@ def page(options: argparse.Namespace) -> Iterator[str]:
     yield "Time of a step (forward, backward, SGD) over the bare step's. All leaf modules are hooked, activations too,"
     yield "and all statistics taken. *tracked*: with compiled code; *by torch*: what answers without a compiler;"
     yield "*straightforward*: a hook of `var_mean`, `aminmax` and sums of bools, which anyone would write first;"
-    yield "*correlation*: the covariance of all pairs of every layer's neurons as well; *of 1/8*: of one row of eight."
+    yield "*correlation*: the covariance of all pairs of every layer's neurons as well; *of 1/8*: of one row of eight"
+    yield "(where batches are small, of one batch of eight)."
     yield "With two threads wall time, and limits 0.03 above."
     yield ""
     yield from steps(options)
@@ -281,6 +290,8 @@ def page(options: argparse.Namespace) -> Iterator[str]:
     yield "of `x.sum(0)` of the same values in float32, which reads them once and adds them up. Limit: 2.2."
     yield ""
     yield from kernels()
+    yield ""
+    yield from profile(tracked_alone)
     yield from ("", "## Correlation", "")
     yield "The co-moments of 4,096 rows in batches of 512, centring and float64 sums included, over the time of one"
     yield "float32 product XᵀX of the same rows by torch. Limits: 1.05 below 1,024 neurons, 0.75 from there on."
