@@ -25,9 +25,10 @@ class Labels:
     def __init__(self) -> None:
         self._count = 1  # 0 is no label
         self._parent = np.zeros(1024, dtype=np.int64)  # with room for more
-        self._parts: dict[int, Row] = {}  # root → the labels that it stands for
         self._composite = np.zeros(1024, dtype=bool)
-        self._known: dict[tuple[int, ...], Row] = {}  # roots → leaves, until anything is united
+        self._next = np.zeros(
+            (1024, 1), dtype=np.int64
+        )  # root → the labels that it stands for, or itself
         self.frozen: dict[int, str] = {}  # root → why it can never die
         self.inexact: dict[int, str] = {}  # root → what sees that it died, other than a zero
         self.summed: dict[int, str] = {}  # root → where values of several makers are added up
@@ -39,8 +40,9 @@ class Labels:
             more = max(self._count, 2 * len(self._parent)) - len(self._parent)
             self._parent = np.concatenate((self._parent, np.zeros(more, dtype=np.int64)))
             self._composite = np.concatenate((self._composite, np.zeros(more, dtype=bool)))
+            self._next = np.pad(self._next, ((0, more), (0, 0)))
         new = np.arange(start, self._count)
-        self._parent[new] = new
+        self._parent[new] = self._next[new, 0] = new
         return new[:, None]
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
@@ -65,8 +67,8 @@ class Labels:
         stack = [int(label) for label in labels if label]
         while stack:
             root = self._root(stack.pop())
-            if root in self._parts:
-                stack.extend(self._parts[root])
+            if self._composite[root]:
+                stack.extend(filter(None, self._next[root].tolist()))
             elif root:
                 found.add(root)
         return frozenset(found)
@@ -78,29 +80,13 @@ class Labels:
 
     def rows(self, axis: np.ndarray) -> list[Row]:
         """The label set of each index, resolved."""
-        roots = self.roots(axis)
-        if not self._composite[roots].any():
-            if axis.shape[1] == 1:
-                return [frozenset((r,)) if r else frozenset() for r in roots[:, 0].tolist()]
-            return [frozenset(row) - {0} for row in roots.tolist()]
-        return self._each(map(tuple, roots.tolist()))
-
-    def _each(self, rows: Iterable[tuple[int, ...]]) -> list[Row]:
-        known, found = self._known, []
-        for row in rows:
-            if row not in known:
-                known[row] = self.leaves(row)
-            found.append(known[row])
-        return found
+        return _rows(self.sets(axis))
 
     def sets(self, axis: np.ndarray) -> np.ndarray:
         """The label set of each index, resolved and in order, filled up with 0."""
-        roots = self.roots(axis)
-        composite = self._composite[roots].any()
-        if axis.shape[1] == 1 and not composite:
+        roots = self._resolved(axis)
+        if roots.shape[1] == 1:
             return roots
-        if composite:
-            roots = np.concatenate([self._resolved(column) for column in roots.T], axis=1)
         none = np.iinfo(np.int64).max  # behind all others
         found = np.sort(np.where(roots, roots, none), axis=1)
         found[:, 1:][found[:, 1:] == found[:, :-1]] = none
@@ -108,14 +94,17 @@ class Labels:
         found[found == none] = 0
         return found[:, : max(1, int((found != 0).sum(axis=1).max(initial=0)))]
 
-    def _resolved(self, roots: np.ndarray) -> np.ndarray:
-        different, at = np.unique(roots, return_inverse=True)
-        leaves = self._pack(self._each((label,) for label in different.tolist()))
-        return leaves[at.reshape(-1)]
+    def _resolved(self, axis: np.ndarray) -> np.ndarray:
+        """What the labels of each index come down to, in no order."""
+        found = self.roots(axis)
+        while self._composite[found].any():
+            found = self.roots(self._next[found].reshape(len(found), -1))
+            found = found[:, found.any(axis=0)]
+        return found
 
     def every(self, axis: np.ndarray) -> Row:
         """All labels on an axis, resolved."""
-        return self.leaves(np.unique(self.roots(axis)).tolist())
+        return frozenset(np.unique(self._resolved(axis)).tolist()) - {0}
 
     def freeze(self, axis: Axis, reason: str) -> None:
         """No index of this axis can die from now on."""
@@ -145,12 +134,14 @@ class Labels:
             return a
         if self._unify_each(a, b):
             return a
-        pairs = [(x, y) for x, y in zip(self.rows(a), self.rows(b), strict=True) if x != y]
-        if all(len(x) == len(y) == 1 for x, y in pairs):
-            for x, y in pairs:
-                self._unite(next(iter(x)), next(iter(y)))
-        elif pairs:
-            self._unify_sets(pairs, reason)
+        left, right = self.sets(a), self.sets(b)
+        apart = _different(left, right)
+        left, right = left[apart], right[apart]
+        if all(((m > 0).sum(axis=1) == 1).all() for m in (left, right)):
+            for x, y in zip(left[:, 0].tolist(), right[:, 0].tolist(), strict=True):
+                self._unite(x, y)
+        else:
+            self._unify_sets(left, right, reason)
         return a
 
     def _unify_each(self, a: np.ndarray, b: np.ndarray) -> bool:
@@ -165,7 +156,6 @@ class Labels:
         if not pairs.all() or len(np.unique(pairs)) < pairs.size:
             return False
         pairs.sort(axis=0)
-        self._known.clear()
         self._parent[pairs[1]] = pairs[0]
         for table in (self.frozen, self.inexact, self.summed):
             if table:
@@ -174,11 +164,19 @@ class Labels:
                         table.setdefault(stays, table.pop(goes))
         return True
 
-    def _unify_sets(self, pairs: list[tuple[Row, Row]], reason: str) -> None:
+    def _unify_sets(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:
+        """Make sets of labels one, row by row."""
         # Two factorisations of one axis: factors that occur at the same indices are the same.
-        for same, other in _equal_supports(pairs):
+        for same, other in _equal_supports(_rows(a), _rows(b)):
             self._unite(same, other)
-        for x, y in pairs:
+        a, b = self.sets(a), self.sets(b)
+        apart = _different(a, b)
+        a, b = a[apart], b[apart]
+        for one, others in ((a, b), (b, a)):
+            if _stands_for(one, others):
+                self._refine(one[:, 0], others)
+                return
+        for x, y in zip(a.tolist(), b.tolist(), strict=True):
             left, right = self.leaves(x), self.leaves(y)
             left, right = left - right, right - left
             if not left and not right:
@@ -186,37 +184,42 @@ class Labels:
             if len(left) == 1 and len(right) == 1:
                 self._unite(*left, *right)
             elif len(left) == 1 and right:
-                self._refine(next(iter(left)), right)
+                self._refine(np.array([*left]), self._pack([right]))
             elif len(right) == 1 and left:
-                self._refine(next(iter(right)), left)
+                self._refine(np.array([*right]), self._pack([left]))
             else:
                 for label in left | right:
                     self.frozen.setdefault(label, reason)
 
     def _unite(self, a: int, b: int) -> None:
         a, b = self._root(a), self._root(b)
-        if a in self._parts or b in self._parts:
+        if self._composite[a] or self._composite[b]:
             left, right = self.leaves((a,)), self.leaves((b,))
             if left != right:
-                self._unify_sets([(left, right)], "two factorisations of one axis")
+                self._unify_sets(
+                    self._pack([left]), self._pack([right]), "two factorisations of one axis"
+                )
             return
         if a != b:
             a, b = min(a, b), max(a, b)
-            self._known.clear()
             self._parent[b] = a
             for table in (self.frozen, self.inexact, self.summed):
                 if b in table:
                     table.setdefault(a, table.pop(b))
 
-    def _refine(self, label: int, parts: Row) -> None:
-        """`label` stands for `parts` from now on."""
-        self._known.clear()
-        self._parts[label] = parts
-        self._composite[label] = True
+    def _refine(self, labels: np.ndarray, parts: np.ndarray) -> None:
+        """Each label stands for its row of parts from now on; both are roots that stand for nothing else."""
+        wider = parts.shape[1] - self._next.shape[1]
+        if wider > 0:
+            self._next = np.pad(self._next, ((0, 0), (0, wider)))
+        self._composite[labels] = True
+        self._next[labels] = 0
+        self._next[labels, : parts.shape[1]] = parts
         for table in (self.frozen, self.inexact, self.summed):
-            if label in table:
-                for part in parts:
-                    table.setdefault(part, table[label])
+            for label, row in zip(labels.tolist(), parts.tolist(), strict=True) if table else ():
+                if label in table:
+                    for part in filter(None, row):
+                        table.setdefault(part, table[label])
 
     def merge(self, sizes: Sequence[int], axes: Sequence[Axis]) -> Axis:
         """One axis over all combinations of several, the last running fastest."""
@@ -266,11 +269,34 @@ class Labels:
         return packed
 
 
-def _equal_supports(pairs: list[tuple[Row, Row]]) -> list[tuple[int, int]]:
+def _rows(sets: np.ndarray) -> list[Row]:
+    """A matrix of labels as sets; 0 is none."""
+    return [frozenset(filter(None, row)) for row in sets.tolist()]
+
+
+def _different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where two matrices differ, row by row; the narrower one is filled up with 0."""
+    width = max(a.shape[1], b.shape[1])
+    a, b = (np.pad(m, ((0, 0), (0, width - m.shape[1]))) for m in (a, b))
+    return (a != b).any(axis=1).nonzero()[0]
+
+
+def _stands_for(one: np.ndarray, others: np.ndarray) -> bool:
+    """Whether each row on the left is one label, met nowhere else, and each on the right several."""
+    return bool(
+        len(one)
+        and ((one > 0).sum(axis=1) == 1).all()
+        and ((others > 0).sum(axis=1) > 1).all()
+        and len(np.unique(one[:, 0])) == len(one)
+        and not np.isin(one[:, 0], others).any()
+    )
+
+
+def _equal_supports(a: list[Row], b: list[Row]) -> list[tuple[int, int]]:
     """Labels of the left and of the right that occur at exactly the same indices."""
     left: dict[int, list[int]] = {}
     right: dict[int, list[int]] = {}
-    for index, (x, y) in enumerate(pairs):
+    for index, (x, y) in enumerate(zip(a, b, strict=True)):
         for label in x - y:
             left.setdefault(label, []).append(index)
         for label in y - x:
