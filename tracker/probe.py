@@ -62,19 +62,24 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     known = dict(memo)
     try:
         try:
-            return copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
         except TypeError:  # a hook may be a method of anything: a logger, an engine
             for m in model.modules():
                 for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks):
                     known |= {id(hook): hook for hook in hooks.values()}
             memo.clear()
             memo.update(known)
-            return copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
+        # What is tried on a copy would be done to the model.
+        theirs = {id(m) for m in model.modules()}
+        if own := [n for n, m in copied.named_modules() if id(m) in theirs]:
+            raise TypeError(f"{own[0] or 'the model'} gives itself for its copy")
     except Exception as error:
         raise StructureError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and every change is tried on "
             "a copy first. Keep what cannot be copied out of its modules, or give it a __deepcopy__."
         ) from error
+    return copied
 
 
 def quiet_copy(model: nn.Module) -> nn.Module:

@@ -236,6 +236,57 @@ def test_a_loss_of_before_a_change_cannot_be_sent_back_after_it(undone: bool) ->
         model(x).sum().backward()
 
 
+class Itself(nn.Linear):
+    """Gives itself for its copy."""
+
+    def __deepcopy__(self, memo: object) -> Itself:
+        return self
+
+
+class Sharing(nn.Linear):
+    """Its copy has its own weights."""
+
+    def __deepcopy__(self, memo: object) -> Sharing:
+        other = Sharing(self.in_features, self.out_features)
+        other.weight, other.bias = self.weight, self.bias
+        return other
+
+
+class Noting(nn.Linear):
+    """Its copy has its own buffer."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("seen", torch.ones(sizes[1]))
+
+    def __deepcopy__(self, memo: object) -> Noting:
+        other = Noting(self.in_features, self.out_features)
+        other.load_state_dict(self.state_dict())
+        other.seen = self.seen
+        return other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.seen
+
+
+@pytest.mark.parametrize("kind", [Itself, Sharing, Noting])
+def test_what_would_be_tried_on_the_model_itself_is_refused(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
+    expected = model(x)
+    engine = NeuronEngine()
+    engine.track_model(model, "model", x)
+    for change in (
+        lambda: engine.prune_units({"0": [1]}),
+        lambda: engine.prune_units({"0": [1]}, verify=False),
+        lambda: engine.insert_layer(after="0"),
+        lambda: engine.expand_layer("0", 2),
+    ):
+        with pytest.raises(TrackerError):
+            change()
+        assert torch.equal(model(x), expected)
+
+
 def test_inference_mode_autocast_channels_last_and_bf16() -> None:
     model, optimizer, engine = trained()
     with torch.inference_mode():

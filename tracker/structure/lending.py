@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracker.errors import StructureError
 from tracker.probe import Arguments, copy_of, forward_once
 from tracker.structure.integers import Choice
 from tracker.structure.ints import Attribute
@@ -49,7 +50,19 @@ def light_copy(model: nn.Module) -> nn.Module:
             )
         else:
             own[id(p)] = p
-    return copy_of(model, own)
+    copied = copy_of(model, own)
+    theirs = {
+        id(t)
+        for t in (*model.parameters(), *model.buffers())
+        if id(t) not in own or own[id(t)] is not t
+    }
+    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+        if id(tensor) in theirs:
+            raise StructureError(
+                f"{type(model).__name__} cannot be copied: the copy of a module of it has the model's own {name}, and "
+                "every change is tried on a copy first. See to its __deepcopy__."
+            )
+    return copied
 
 
 @contextmanager

@@ -152,18 +152,11 @@ def _become(module: Any, twin: type, size: int) -> None:
 
 def _windows(module: nn.Module) -> Any:
     """What there is for torchvision's attention in windows; None for all other modules, and nothing is imported."""
-    if type(module).__name__ not in _WINDOWS:
+    if not any(
+        kind.__name__.startswith("ShiftedWindow") and kind.__module__.startswith("torchvision.")
+        for kind in type(module).__mro__
+    ):
         return None
     from tracker.structure import windows
 
     return windows
-
-
-_WINDOWS = (
-    "ShiftedWindowAttention",
-    "ShiftedWindowAttentionV2",
-    "ShiftedWindowAttention3d",
-    "FreeWindows",
-    "FreeWindowsV2",
-    "FreeWindows3d",
-)
