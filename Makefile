@@ -22,7 +22,7 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
-	@echo "make long    10,000 removals, and a fault at every line of a change; an hour or more"
+	@echo "make long    10,000 removals, and a fault at every line of eight kinds of change; half an hour"
 	@echo "make check   format, lint, types, pytest: before each commit"
 	@echo "make bench   what tracking costs"
 	@echo "make coverage  a few known models cut, compared, trained; minutes"
