@@ -26,9 +26,8 @@ class Labels:
         self._count = 1  # 0 is no label
         self._parent = np.zeros(1024, dtype=np.int64)  # with room for more
         self._composite = np.zeros(1024, dtype=bool)
-        self._next = np.zeros(
-            (1024, 1), dtype=np.int64
-        )  # root → the labels that it stands for, or itself
+        # Root → the labels that it stands for, or itself.
+        self._next = np.zeros((1024, 1), dtype=np.int64)
         self.frozen: dict[int, str] = {}  # root → why it can never die
         self.inexact: dict[int, str] = {}  # root → what sees that it died, other than a zero
         self.summed: dict[int, str] = {}  # root → where values of several makers are added up

@@ -64,6 +64,12 @@ class Problem:
     count: int
     consumers: int  # that read differently: blocks of the covariance
 
+    @property
+    def total(self) -> float:
+        """What the outputs of the consumers vary by, summed over them; positive."""
+        w = self.weight.double()
+        return max(float(((w @ self.covariance) * w).sum()), 1e-300)
+
 
 def plan_compression(
     tracker: ActivationTracker,

@@ -82,7 +82,7 @@ def _alone(problem: Problem, size: int) -> Tensor | None:
     left = problem.covariance.diagonal().clamp(min=0) * (1 - share)
     each = left * problem.weight.double().square().sum(0)
     units = torch.stack([each[list(columns)].sum() for columns in problem.units[:size]])
-    return (units / _total(problem)).clamp(0, 1).sqrt()
+    return (units / problem.total).clamp(0, 1).sqrt()
 
 
 def _folded(problem: Problem, keep: int, drop: int) -> float:
@@ -91,12 +91,7 @@ def _folded(problem: Problem, keep: int, drop: int) -> float:
     for k, d in zip(problem.units[keep], problem.units[drop], strict=True):
         left = c[d, d] - c[k, d].square() / c[k, k].clamp(min=1e-300)
         lost += float(left.clamp(min=0) * w[:, d].square().sum())
-    return min(1.0, (lost / _total(problem)) ** 0.5)
-
-
-def _total(problem: Problem) -> float:
-    """The variance of what the consumers compute."""
-    return max(float(((problem.weight @ problem.covariance) * problem.weight).sum()), 1e-300)
+    return min(1.0, (lost / problem.total) ** 0.5)
 
 
 def _mean_share(problem: Problem, size: int) -> float | None:

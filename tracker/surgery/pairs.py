@@ -30,9 +30,7 @@ def default_pairs(
     groups, problems, _ = problems_of(tracker, Limits())
     found: list[tuple[Neuron, Neuron]] = []
     for group, problem in zip(groups, problems, strict=True):
-        w = problem.weight.double()
-        total = max(float(((w @ problem.covariance) * w).sum()), 1e-300)
-        pairs, errors = cheapest_pairs(problem, group.size, total, correlation)
+        pairs, errors = cheapest_pairs(problem, group.size, problem.total, correlation)
         for (keep, drop), error in zip(pairs, errors, strict=True):
             if error > tolerance:
                 break

@@ -20,9 +20,8 @@ from tracker.statistics.reduce import masked, split_at
 SWITCH = "TRACKER_NATIVE"  # environment variable: 0 turns compiled code off
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARALLEL = 1 << 18  # values from which on torch's threads share the work
-Merge = Callable[
-    [Tensor, float, Tensor], None
-]  # output (outer, neurons, inner), threshold, table (9, neurons)
+# Of an output (outer, neurons, inner), with a threshold, into a table (9, neurons).
+Merge = Callable[[Tensor, float, Tensor], None]
 log = logging.getLogger("tracker")
 
 
