@@ -158,8 +158,10 @@ def test_what_would_be_tried_on_the_model_itself_is_refused(kind: Any) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(kind(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
     expected = model(x)
+    model[0].register_forward_hook(lambda m, args, out: None)
     engine = NeuronEngine()
     engine.track_model(model, "model", x)
+    hooks = len(model[0]._forward_hooks)
     for change in (
         lambda: engine.prune_units({"0": [1]}),
         lambda: engine.prune_units({"0": [1]}, verify=False),
@@ -169,3 +171,5 @@ def test_what_would_be_tried_on_the_model_itself_is_refused(kind: Any) -> None:
         with pytest.raises(TrackerError):
             change()
         assert torch.equal(model(x), expected)
+        assert type(model[0].in_features) is int  # none that remembers where it comes from
+        assert len(model[0]._forward_hooks) == hooks

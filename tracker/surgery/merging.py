@@ -34,7 +34,11 @@ def plan_merge(
     model, structure = entry.model(), tracker.structure()
     kept_by: dict[tuple[str, int], tuple[str, int]] = {}
     for keep, drop in pairs:
-        if drop in kept_by or keep == drop:
+        if keep == drop:
+            raise SurgeryError(
+                f"Neuron {drop[1]} of layer {drop[0]!r} cannot be folded into itself."
+            )
+        if drop in kept_by:
             raise SurgeryError(f"Neuron {drop[1]} of layer {drop[0]!r} cannot be dropped twice.")
         kept_by[drop] = keep
     units = units_of(structure, list(kept_by))
