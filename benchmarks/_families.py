@@ -25,6 +25,7 @@ class Built:
     kwargs: dict[str, Any] = field(default_factory=dict)
     watch: tuple[str, ...] = ()  # modules whose outputs are compared as well
     blocks: tuple[str, ...] = ()  # that Torch-Pruning's examples ignore
+    taught: tuple[Any, ...] = ()  # the arguments of a call in train mode, where they are others
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def image(size: int, batch: int = 2) -> torch.Tensor:
 
 # 630 and 640 million parameters: with the copies that a trial makes, more than 10 GB.
 HUGE = ("vit_h_14", "regnet_y_128gf")
-SIZES = {"inception_v3": 96, "inception_v4": 96, "maxvit_t": 224}
+# The auxiliary head of Inception v3 needs its full size.
+SIZES = {"inception_v3": 299, "inception_v4": 96, "maxvit_t": 224}
 
 
 def by_kind(names: list[str]) -> list[str]:
@@ -83,7 +85,7 @@ def classifier(name: str) -> Built:
     options: dict[str, Any] = {"weights": None}
     size = SIZES.get(name, 64)
     if name in ("googlenet", "inception_v3"):
-        options |= {"init_weights": False, "aux_logits": False}
+        options["init_weights"] = False  # quicker; the auxiliary heads stay, as by default
     if name.startswith("vit"):
         options["image_size"] = size
     return Built(torchvision.models.get_model(name, **options), (image(size),))
@@ -128,9 +130,23 @@ def detector(name: str) -> Built:
     }  # fmt: skip
     ignored = next(v for k, v in blocks.items() if name.startswith(k))
     size = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}.get(name, 96)
-    return Built(
-        model, ([torch.rand(3, size, size), torch.rand(3, size, size)],), {}, watch, ignored
-    )
+    images = [torch.rand(3, size, size), torch.rand(3, size, size)]
+    return Built(model, (images,), {}, watch, ignored, (images, targets(size, 2)))
+
+
+def targets(size: int, images: int) -> list[dict[str, torch.Tensor]]:
+    """One object in each image, as a detector is taught: a box, its class, its mask and its keypoints."""
+    corner, end = size // 4, 3 * size // 4
+    mask = torch.zeros(1, size, size, dtype=torch.uint8)
+    mask[:, corner:end, corner:end] = 1
+    keypoints = torch.tensor([corner + 1.0, corner + 1.0, 1.0]).expand(1, 17, 3)
+    one = {
+        "boxes": torch.tensor([[corner, corner, end, end]], dtype=torch.float32),
+        "labels": torch.tensor([1]),
+        "masks": mask,
+        "keypoints": keypoints.clone(),
+    }
+    return [dict(one) for _ in range(images)]
 
 
 def film(name: str) -> Built:

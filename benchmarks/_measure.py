@@ -60,10 +60,10 @@ class Subject:
         torch.manual_seed(self.seed)
         built: Built = build(family, name)
         self.model, self.args, self.kwargs = built.model.eval(), built.args, built.kwargs
-        self.watch, self.blocks = built.watch, built.blocks
+        self.watch, self.blocks, self.taught = built.watch, built.blocks, built.taught or built.args
         self.parameters = sum(p.numel() for p in self.model.parameters())
         vivid(self.model, torch.Generator().manual_seed(self.seed))
-        self.tolerance, self.training = SINGLE_TOLERANCE, False
+        self.tolerance = SINGLE_TOLERANCE
         if self.parameters < LARGE:
             self._to_double()
 
@@ -71,17 +71,18 @@ class Subject:
         def cast(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.double() if value.is_floating_point() else value
-            return [cast(v) for v in value] if isinstance(value, list) else value
+            if isinstance(value, dict):
+                return {k: cast(v) for k, v in value.items()}
+            return type(value)(map(cast, value)) if isinstance(value, list | tuple) else value
 
-        single = self.args, self.kwargs
-        self.args = tuple(cast(a) for a in self.args)
-        self.kwargs = {k: cast(v) for k, v in self.kwargs.items()}
+        single = self.args, self.kwargs, self.taught
+        self.args, self.kwargs, self.taught = map(cast, single)
         self.model.double()
         try:
             self.outputs(self.model)
         except Exception:  # some kernels have no float64
             self.model.float()
-            self.args, self.kwargs = single
+            self.args, self.kwargs, self.taught = single
             return
         self.tolerance = TOLERANCE
 
@@ -92,7 +93,7 @@ class Subject:
 
     def run(self, model: nn.Module) -> Any:
         torch.manual_seed(self.seed)  # some draw at random in every pass
-        return model(*self.args, **self.kwargs)
+        return model(*(self.taught if model.training else self.args), **self.kwargs)
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Of the model, and of what is watched inside it (heads of a detector, before its boxes are sorted)."""
@@ -110,9 +111,9 @@ class Subject:
             handle.remove()
         return out + inner
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-        """One step of training (in eval mode: batches are small); whether all stayed finite."""
-        model.train(self.training)
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, training: bool) -> bool:
+        """One step of training, in train mode or as one fine-tunes in eval mode; whether all stayed finite."""
+        model.train(training)
         parts = [t for t in tensors_of(self.run(model)) if t.requires_grad and t.numel()]
         optimizer.zero_grad()
         if parts:
@@ -137,16 +138,22 @@ def measure(family: str, name: str, send: Send) -> None:
     say(parameters=subject.parameters, dtype=str(next(subject.model.parameters()).dtype)[6:])
     model, generator = subject.model, random.Random(subject.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    try:
+    modes, unable = [], []
+    for training in (True, False):
+        start_state = copy.deepcopy(model.state_dict())
+        mode = "train" if training else "eval"
         try:
-            finite = subject.step(model, optimizer)
-        except RuntimeError:  # some can only be trained in training mode
-            subject.training = True
-            finite = subject.step(model, optimizer)
-    except Exception as error:
-        return say(note=f"a step of training: {brief(error)} {place(error)}")
-    if not finite:
-        return say(note="not finite after a step of training, before anything was cut")
+            finite = subject.step(model, optimizer, training)
+        except Exception as error:
+            unable.append(f"a step of training in {mode} mode: {brief(error)} {place(error)}")
+            model.load_state_dict(start_state)
+            continue
+        if not finite:
+            return say(note="not finite after a step of training, before anything was cut")
+        modes.append(training)
+    if not modes:
+        return say(note="; ".join(unable))
+    say(modes=["train" if m else "eval" for m in modes], unable=unable)
     subject.outputs(model)  # some keep states of the last call, which with a graph cannot be copied
     original = copy.deepcopy(model)
     expected = subject.outputs(original)
@@ -223,13 +230,15 @@ def measure(family: str, name: str, send: Send) -> None:
                 reference = masked_with_norms(original, dead(alive, original), model)
                 say(norm_difference=difference(found, subject.outputs(reference)))
     say(stage="training step")
-    if cut_any:
+    for training in modes if cut_any else ():
+        mode = "train" if training else "eval"
         try:
-            finite = subject.step(model, optimizer)
+            finite = subject.step(model, optimizer, training)
         except Exception as error:
-            return say(status="crashed", note=f"training step: {brief(error)} {place(error)}")
+            note = f"torn: a step of training in {mode} mode: {brief(error)} {place(error)}"
+            return say(status="crashed", note=note)
         if not finite:
-            return say(status="wrong", note="not finite after a step of training")
+            return say(status="wrong", note=f"not finite after a step of training in {mode} mode")
     if refusals:
         return say(status="refused", note="; ".join(refusals))
     if not cut_any:

@@ -234,7 +234,7 @@ def page(results: Sequence[Result], missing: Sequence[str], limit: int, theirs: 
         "Each model goes through the public calls, in a process of its own: `track_model`, `structure`, then one",
         "`prune_units` of 30% of every exact group (of groups that share places, heads and their dimensions, one,",
         "at random), a second one for the groups that are not exact, then forward, backward and a step of AdamW, whose",
-        "state was there before. Constants (norms, biases, layer scales, statistics) are made random first.",
+        "state was there before, in train mode and in eval mode (detectors are given targets). Constants (norms, biases, layer scales, statistics) are made random first.",
         "",
         "- **correct**: after the exact call the outputs equal those of the original with zeros in the units' place,",
         "  made by the benchmark and not by the library, to 1e-6 relative in float64 (1e-3 for models of more than 100",
