@@ -18,6 +18,7 @@ ORDER = [
     "compensation",
     "layers",
     "identity",
+    "calls",
     "probe",
     "structure",
     "observation",

@@ -3,6 +3,7 @@
 `NeuronEngine` is the one facade; `NeuronTracker` is the same class under its other public name.
 """
 
+from tracker.calls import Call
 from tracker.distributed import renew
 from tracker.engine import NeuronEngine, apply_journal
 from tracker.errors import (
@@ -26,6 +27,7 @@ NeuronTracker = NeuronEngine
 __version__ = "0.1.0"
 
 __all__ = [
+    "Call",
     "CheckpointError",
     "Decision",
     "Entry",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracker.calls import Call
 from tracker.graphs import GraphHook, is_new_data
 from tracker.layers import Layer, width_of
 from tracker.outputs import first_floating, tensors_in
@@ -92,8 +93,9 @@ class Observer:
     sampling: int = 1  # of so many rows of a pass one goes into the covariance
     chosen: frozenset[str] | None = None  # layers that are observed; None: all
     passes: dict[bool, int] = field(default_factory=dict)
-    # Of the first pass, or as given.
+    # Of the first pass, or of the first call that was given.
     inputs: tuple[tuple[object, ...], dict[str, object]] | None = None
+    given: tuple[Call, ...] = ()  # as example inputs
     padding: Tensor | None = None  # (batch, positions), True where a token is real
     samples: dict[bool, int] = field(default_factory=dict)
     version: int = 0  # grows with every change of the statistics
@@ -101,6 +103,11 @@ class Observer:
     noting: bool = True  # whether this pass shows which layers' outputs the model returns
     scratch: Scratch = field(default_factory=Scratch)
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Examples of how the model is called: those that were given, or the first pass."""
+        return self.given or (() if self.inputs is None else (Call.of(*self.inputs),))
 
     def clear(self) -> None:
         """Begin a fresh window."""

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tracker.calls import Arguments, Call, ExampleInputs, arguments
 from tracker.errors import StructureError
-
-# A tuple is positional arguments, a dict keyword arguments, a tensor the one argument.
-ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor
 
 
 def forward_once(
     model: nn.Module,
-    example_inputs: ExampleInputs | Arguments,
+    call: ExampleInputs | Arguments,
     within: AbstractContextManager[object] | None = None,
     *,
     heard: bool = False,
 ) -> object:
-    """The model's output for `example_inputs`, in eval mode, without gradients, the call itself `within` a context.
+    """The output of one call of the model, without gradients, the call itself `within` a context.
+
+    It is made in eval mode, unless it is a `Call` in train mode.
 
     Training flags, buffers, and the random states of the devices are as before afterwards. No engine observes this
     pass, unless it is to be `heard`.
@@ -33,17 +33,20 @@ def forward_once(
     Raises:
         StructureError: The forward pass failed.
     """
-    args, kwargs = arguments(example_inputs)
+    args, kwargs = arguments(call)
+    method = call.method if isinstance(call, Call) else "forward"
+    training = isinstance(call, Call) and call.training is True
     with _unchanged(model), _plain(model), torch.no_grad(), nullcontext() if heard else _probing():
-        model.eval()
+        for module in model.modules():  # model.train is the user's: it may merge weights, say
+            module.training = training
         try:
             with within or nullcontext():
-                return model(*args, **kwargs)
+                return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
         except Exception as error:
             raise StructureError(
-                f"A forward pass of {type(model).__name__} with the example inputs failed "
+                f"{_the_pass(call)} of {type(model).__name__} with the example inputs failed "
                 f"({type(error).__name__}: {error}). Pass example_inputs that the model accepts: a tuple of "
-                "positional arguments, a dict of keyword arguments, or one tensor."
+                "positional arguments, a dict of keyword arguments, one tensor, or a list of several calls."
             ) from error
 
 
@@ -126,22 +129,12 @@ def _probing() -> Iterator[None]:
         _probes.reset(token)
 
 
-class Arguments(NamedTuple):
-    """Positional and keyword arguments of one call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def arguments(example_inputs: ExampleInputs | Arguments) -> Arguments:
-    """Example inputs as positional and keyword arguments."""
-    if isinstance(example_inputs, Arguments):
-        return example_inputs
-    if isinstance(example_inputs, Mapping):
-        return Arguments((), dict(example_inputs))
-    if isinstance(example_inputs, tuple | list):
-        return Arguments(tuple(example_inputs), {})
-    return Arguments((example_inputs,), {})
+def _the_pass(call: object) -> str:
+    """What was run, for people."""
+    if not isinstance(call, Call):
+        return "A forward pass"
+    mode = " in train mode" if call.training else ""
+    return f"A forward pass{mode}" if call.method == "forward" else f"A call of {call.method}{mode}"
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from tracker.calls import Arguments, arguments
 from tracker.changer import NeuronChanger, Neurons
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
 from tracker.observation import Observation
-from tracker.probe import Arguments, arguments
 from tracker.surgery import Receipt
 from tracker.surgery.advice import requests
 from tracker.surgery.calibration import collect, consumers

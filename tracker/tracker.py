@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracker.calls import Arguments, Call, ExampleInputs, calls_of
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
 from tracker.graphs import forget_compiled_graphs
 from tracker.hooks import (
@@ -25,7 +26,7 @@ from tracker.hooks import (
 from tracker.identity import LayerIds, NeuronRegistry, layer_named
 from tracker.layers import find_layers
 from tracker.observation import LayerObservation, Observation
-from tracker.probe import Arguments, ExampleInputs, arguments, forward_once, quiet_copy
+from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read, reslotted
 from tracker.slotmap import SlotMap
 from tracker.statistics import Activity
@@ -131,8 +132,9 @@ class ActivationTracker:
         observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
         entry = TrackedModel(name, observer, by_hand=frozenset(axes or ()))
         if example_inputs is not None:
-            observer.inputs = arguments(example_inputs)
-            _resolve_widths(observer, model, example_inputs)
+            observer.given = calls_of(example_inputs)
+            observer.inputs = observer.given[0].args, observer.given[0].kwargs
+            _resolve_widths(observer, model, observer.given)
         else:
             entry.handles = [watch_inputs(observer, model)]
         for site in sites:
@@ -386,11 +388,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _resolve_widths(observer: Observer, model: nn.Module, example_inputs: ExampleInputs) -> None:
+def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:
     handles = attach(observer, model)
     observer.recording = True
     try:
-        forward_once(model, example_inputs, heard=True)
+        for call in calls:
+            forward_once(model, call, heard=True)
     finally:
         for handle in handles:
             handle.remove()

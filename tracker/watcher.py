@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tracker import analyzer
 from tracker.analyzer import LayerFindings
+from tracker.calls import ExampleInputs
 from tracker.errors import StatisticsError
 from tracker.history import TrainingHistory
 from tracker.observation import Observation
-from tracker.probe import ExampleInputs
 from tracker.tracker import ActivationTracker, TrackedModel
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ class NeuronWatcher:
             model: Any module; wrappers of `torch.compile` and data parallelism are looked through. One of
                 DistributedDataParallel refuses to run once its module was changed, until `tracker.renew` makes it anew.
             name: What reports call it.
-            example_inputs: A tuple of positional arguments, a dict of keyword arguments, or one tensor. With them the
-                width of custom modules is known at once; else their neurons get ids at the first forward pass.
+            example_inputs: A tuple of positional arguments, a dict of keyword arguments, one tensor, a `Call`, or a
+                list of several such calls. With them the width of custom modules is known at once; else their neurons
+                get ids at the first forward pass, which is then the example.
             axes: Layer name → dimension of its output that counts its neurons, where the default is wrong.
             batch_dim: Dimension of the model's first input that counts samples.
 

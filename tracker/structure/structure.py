@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from tracker.calls import Arguments, Call, ExampleInputs, arguments, calls_of
 from tracker.errors import StructureError
-from tracker.probe import Arguments, ExampleInputs, uninterrupted
+from tracker.probe import uninterrupted
 from tracker.structure.integers import Integers, couple
 from tracker.structure.ints import shadow
 from tracker.structure.listen import Listener
@@ -120,18 +121,17 @@ def trace_structure(
                 f"The structure cannot be traced: {name or 'the model'} is sharded over processes. Change the whole "
                 "model that it was made of: gather_sharded gives it weights and optimizer state, shard_anew spreads it."
             )
-    trace, integers = _recorded(model, example_inputs)
+    call = calls_of(example_inputs)[0]
+    trace, integers = _recorded(model, call)
     groups, frozen = find_groups(trace)
     forecast = Forecast.of(trace, integers)
     if trial:
-        groups = try_groups(model, example_inputs, groups, integers, forecast)
+        groups = try_groups(model, arguments(call), groups, integers, forecast)
     share, taps = coverage(model, groups), find_taps(trace)
     return Structure(groups, frozen, share, trace.operations, trace.flops, taps, integers, forecast)
 
 
-def _recorded(
-    model: nn.Module, example_inputs: ExampleInputs | Arguments
-) -> tuple[Trace, Integers]:
+def _recorded(model: nn.Module, call: Call) -> tuple[Trace, Integers]:
     """The trace of a forward pass in which the model's integers are heard, where the model bears it."""
     heard: list[Listener] = []
 
@@ -141,9 +141,9 @@ def _recorded(
 
     try:
         runs, values = shadow(model)
-        trace = record(model, example_inputs, apply_rule, runs=runs, listen=listen)
+        trace = record(model, call, apply_rule, runs=runs, listen=listen)
     except Exception:  # a copy cannot be made, or the code wants plain integers
-        trace = record(model, example_inputs, apply_rule)
+        trace = record(model, call, apply_rule)
         return trace, Integers.of(trace, {}, [])
     equations = list(heard[0].equations.values())
     couple(trace.labels, equations)

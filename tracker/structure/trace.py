@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tracker.probe import Arguments, ExampleInputs, forward_once
+from tracker.calls import Arguments, ExampleInputs
+from tracker.probe import forward_once
 from tracker.structure.axes import Axis, Labels
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # and not torchvision

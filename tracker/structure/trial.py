@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracker.calls import Arguments, ExampleInputs, arguments
 from tracker.errors import StructureError
-from tracker.probe import Arguments, ExampleInputs, arguments
 from tracker.structure.integers import Integers, UnsolvableError
 from tracker.structure.lending import InFloat64, is_finite, light_copy, outputs_in, vivid
 from tracker.structure.stream import Forecast, Stream, differing

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from tracker.calls import Arguments, arguments
 from tracker.errors import SurgeryError
 from tracker.hooks import tensors_in
-from tracker.probe import Arguments, arguments, forward_once, quiet_copy
+from tracker.probe import forward_once, quiet_copy
 from tracker.slotmap import SlotMap
 from tracker.structure import Structure, UnitGroup
 from tracker.structure.integers import UnsolvableError

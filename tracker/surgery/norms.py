@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from tracker.calls import arguments
 from tracker.errors import SurgeryError
-from tracker.probe import arguments, forward_once, quiet_copy
+from tracker.probe import forward_once, quiet_copy
 from tracker.surgery.undo import UndoLog, writable
 
 Moments = dict[str, list[tuple[Tensor, Tensor]]]  # of each norm, batch by batch

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tracker.calls import Arguments, arguments
 from tracker.errors import StructureError, SurgeryError, VerificationError
-from tracker.probe import Arguments, arguments, forward_once, uninterrupted
+from tracker.probe import forward_once, uninterrupted
 from tracker.structure.lending import (
     InFloat64,
     borrowed,
