@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "tracker"
 # Each room may import from rooms before it.
 ORDER = [
     "errors",
+    "nested",
     "schema",
     "slotmap",
     "statistics",
@@ -23,7 +24,6 @@ ORDER = [
     "structure",
     "observation",
     "reads",
-    "outputs",
     "graphs",
     "hooks",
     "tracker",

@@ -83,8 +83,8 @@ def arguments(given: object) -> Arguments:
         return Arguments(given.args, given.kwargs)
     if isinstance(given, Mapping):
         return Arguments((), dict(given))
-    if isinstance(given, tuple | list):
-        return Arguments(tuple(given), {})
+    if type(given) in (tuple, list):  # a named tuple, or a packed sequence, is one argument
+        return Arguments(tuple(given), {})  # type: ignore[arg-type]
     return Arguments((given,), {})
 
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tracker.calls import Call
 from tracker.graphs import GraphHook, is_new_data
 from tracker.layers import Layer, width_of
-from tracker.outputs import first_floating, tensors_in
+from tracker.nested import first_floating, tensors_in
 from tracker.slotmap import SlotMap
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch
 from tracker.structure import Tap

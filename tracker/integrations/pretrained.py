@@ -12,7 +12,7 @@ from torch import nn
 
 from tracker.engine import NeuronEngine
 from tracker.errors import StructureError, SurgeryError
-from tracker.outputs import tensors_in
+from tracker.nested import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.uniform import Key, key_of

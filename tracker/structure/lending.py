@@ -6,7 +6,7 @@ time and not of copies of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.errors import StructureError
+from tracker.nested import tensors_in
 from tracker.probe import Arguments, copy_of, forward_once
 from tracker.structure.integers import Choice
 from tracker.structure.ints import Attribute
@@ -340,7 +341,7 @@ def _by_tensor(choice: Choice) -> Mapping[str, dict[int, set[int]]]:
 
 def relative_difference(found: object, expected: object) -> float:
     """Largest difference of any two output tensors, relative to the largest expected value; inf if not comparable."""
-    a, b = outputs_in(found), outputs_in(expected)
+    a, b = tensors_in(found), tensors_in(expected)
     if [t.shape for t in a] != [t.shape for t in b] or not b:
         return float("inf")
     worst = 0.0
@@ -355,14 +356,4 @@ def relative_difference(found: object, expected: object) -> float:
 
 def is_finite(output: object) -> bool:
     """Whether all values of an output are."""
-    return all(bool(t.isfinite().all()) for t in outputs_in(output) if t.is_floating_point())
-
-
-def outputs_in(value: object) -> Sequence[Tensor]:
-    """Tensors in a nested output."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    parts: Iterable[Any] = value if isinstance(value, (tuple, list)) else ()
-    return [t for part in parts for t in outputs_in(part)]
+    return all(bool(t.isfinite().all()) for t in tensors_in(output) if t.is_floating_point())

@@ -7,11 +7,10 @@ An operation without a rule freezes every axis that it touches: structure is nev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
 from tracker.structure.trace import Op
 
@@ -48,20 +47,9 @@ def apply_rule(op: Op) -> None:
         unknown(op)  # called in a way that its rule does not know
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """Tensors among the arguments or results of an operation."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [t for part in value for t in tensors_of(part)]
-    if isinstance(value, dict):
-        return [t for part in value.values() for t in tensors_of(part)]
-    return []
-
-
 def unknown(op: Op) -> None:
     """Freeze everything that the operation touches."""
-    for tensor in tensors_of([op.args, op.kwargs]):
+    for tensor in tensors_in([op.args, op.kwargs]):
         for axis in op.axes(tensor):
             op.labels.freeze(axis, op.why())
 
@@ -69,7 +57,7 @@ def unknown(op: Op) -> None:
 def pointwise(op: Op) -> None:
     """Broadcasting: aligned from the last dimension, axes of the full size die alike."""
     out = op.out
-    inputs = tensors_of([op.args, op.kwargs])
+    inputs = tensors_in([op.args, op.kwargs])
     axes: list[Axis] = []
     for d in range(-out.ndim, 0):
         met = [op.axes(t)[d] for t in inputs if t.ndim >= -d and t.shape[d] == out.shape[d] != 1]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
-from tracker.structure.rules import rule, same, tensors_of, together, unknown
+from tracker.structure.rules import rule, same, together, unknown
 from tracker.structure.trace import NOWHERE, Op, Origin
 
 
@@ -27,7 +28,7 @@ def kept(op: Op, x: Tensor, dims: Iterable[int], why: str) -> tuple[list[Axis], 
 
 def freeze_all(op: Op, why: str, *values: Any) -> None:
     """Nothing along any dimension of these tensors can die."""
-    for tensor in tensors_of(values):
+    for tensor in tensors_in(values):
         for axis in op.axes(tensor):
             op.labels.freeze(axis, op.why(why))
 
@@ -52,7 +53,7 @@ def ordered(op: Op) -> None:
         return unknown(op)
     dims = [dims] if isinstance(dims, int) else dims
     axes, origin = kept(op, x, dims, "its order counts")
-    for out in tensors_of(op.result):
+    for out in tensors_in(op.result):
         op.give(out, axes, origin)
     return None
 
@@ -72,10 +73,10 @@ def picked(op: Op) -> None:
     dim = op.arg(2 if name in ("topk", "kthvalue") else 1, "dim", None)
     if name in ("topk", "kthvalue", "mode"):
         dim = -1 if dim is None else dim
-    if not isinstance(dim, int | None) or len(tensors_of([op.args, op.kwargs])) > 1:
+    if not isinstance(dim, int | None) or len(tensors_in([op.args, op.kwargs])) > 1:
         return unknown(op)
     axes, origin = kept(op, x, as_dims(x, dim), "values are picked by their size")
-    for out in tensors_of(op.result):
+    for out in tensors_in(op.result):
         stay = [d for d in range(x.ndim) if dim is not None and d != dim % x.ndim]
         stay = list(range(x.ndim)) if out.ndim == x.ndim else stay
         op.give(out, [axes[d] for d in stay], [origin[d] for d in stay])

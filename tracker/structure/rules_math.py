@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
-from tracker.structure.rules import pointwise, rule, tensors_of, together
+from tracker.structure.rules import pointwise, rule, together
 from tracker.structure.trace import Op
 
 # Contractions: here units are read
@@ -201,7 +202,7 @@ def _reduce(op: Op, dims: int | Sequence[int] | None, neutral: bool) -> None:
     for d in gone:
         if not neutral:
             op.labels.mark_inexact(axes[d], op.why("reduced over"))
-    for out in tensors_of(op.result):
+    for out in tensors_in(op.result):
         keep = out.ndim == x.ndim
         stay = [None if d in gone else a for d, a in enumerate(axes) if keep or d not in gone]
         op.give(out, stay)
@@ -223,7 +224,7 @@ def pool(op: Op) -> None:
     axes = op.axes(x)
     for axis in axes[-spatial:]:
         op.labels.freeze(axis, op.why("pooled along"))
-    for out in tensors_of(op.result):
+    for out in tensors_in(op.result):
         op.give(out, [*axes[:-spatial], *[None] * spatial])
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tracker.nested import tensors_in
 from tracker.structure.integers import Choice, Integers, resolved
 from tracker.structure.lending import is_lending
-from tracker.structure.trace import CallKey, Source, Trace, following, tensors_in, user_frame
+from tracker.structure.trace import CallKey, Source, Trace, following, user_frame
 
 LONGEST = 1 << 17  # indices; of longer axes (all positions of an image) sizes are not predicted
 # Copies, casts and other looks at the same values come and go with memory layouts and dtypes.

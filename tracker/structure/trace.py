@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracker.calls import Arguments, ExampleInputs
+from tracker.nested import tensors_in
 from tracker.probe import forward_once
 from tracker.structure.axes import Axis, Labels
 
@@ -146,7 +147,7 @@ class Trace:
 
     def called(self, name: str, module: nn.Module, inputs: object) -> None:
         """Note with which input a module is called; what a dropout passes on is rather seen at its door."""
-        tensor = next(tensors_in(inputs), None)
+        tensor = next(iter(tensors_in(inputs)), None)
         if tensor is None:
             return
         at = Call(name, self.known.get(tensor))
@@ -331,15 +332,3 @@ def plain_kernels() -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_in(part)

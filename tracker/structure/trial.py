@@ -11,15 +11,15 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tracker.calls import Arguments, ExampleInputs, arguments
 from tracker.errors import StructureError
+from tracker.nested import replaced, tensors_in
 from tracker.structure.integers import Integers, UnsolvableError
-from tracker.structure.lending import InFloat64, is_finite, light_copy, outputs_in, vivid
+from tracker.structure.lending import InFloat64, is_finite, light_copy, vivid
 from tracker.structure.stream import Forecast, Stream, differing
 from tracker.structure.trace import plain_kernels
 from tracker.structure.units import Place, UnitGroup
@@ -180,35 +180,29 @@ def _apart(groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
 
 
 def _shapes(value: object) -> list[torch.Size]:
-    return [t.shape for t in outputs_in(value)]
+    return [t.shape for t in tensors_in(value)]
 
 
 def double(inputs: Arguments) -> Arguments:
     """The same arguments, floating-point tensors in float64."""
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.double() if value.is_floating_point() else value
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(cast, value))
-        return {k: cast(v) for k, v in value.items()} if isinstance(value, dict) else value
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(torch.complex128)
+        return tensor.double() if tensor.is_floating_point() else tensor
 
-    return Arguments(cast(inputs.args), cast(inputs.kwargs))
+    return Arguments(*replaced(tuple(inputs), cast))
 
 
 def shuffled(inputs: Arguments) -> Arguments:
     """Fresh inputs of the same shapes and the same values, in another order: valid tokens stay valid."""
     generator = torch.Generator().manual_seed(0)
 
-    def mix(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            order = torch.randperm(value.numel(), generator=generator).to(value.device)
-            return value.flatten()[order].view(value.shape)
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(mix, value))
-        return {k: mix(v) for k, v in value.items()} if isinstance(value, dict) else value
+    def mix(tensor: Tensor) -> Tensor:
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return tensor.flatten()[order].view(tensor.shape)
 
-    return Arguments(mix(inputs.args), mix(inputs.kwargs))
+    return Arguments(*replaced(tuple(inputs), mix))
 
 
 def _place(error: BaseException | None) -> str:

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from tracker.calls import Arguments, arguments
 from tracker.compensation.linear import EXACT
 from tracker.graphs import GraphHook, forget_compiled_graphs, is_new_data
-from tracker.outputs import tensors_in
+from tracker.nested import tensors_in
 from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read
 from tracker.statistics import Covariance

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tracker.errors import SurgeryError
-from tracker.outputs import tensors_in
+from tracker.nested import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.structure.ints import Attribute, is_config
 from tracker.structure.stacks import CONFIGS, INDEX, KINDS, config_of, count_name, places

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.errors import StructureError, SurgeryError
-from tracker.hooks import tensors_in
 from tracker.layers import known_width
+from tracker.nested import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.slotmap import SlotMap
 from tracker.surgery.undo import UndoLog

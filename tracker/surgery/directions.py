@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.graphs import GraphHook, is_new_data
-from tracker.outputs import tensors_in
+from tracker.nested import tensors_in
 
 
 def directions_of(product: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tracker.calls import Arguments, arguments
 from tracker.errors import SurgeryError
-from tracker.hooks import tensors_in
+from tracker.nested import tensors_in
 from tracker.probe import forward_once, quiet_copy
 from tracker.slotmap import SlotMap
 from tracker.structure import Structure, UnitGroup

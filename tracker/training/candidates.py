@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tracker.compensation import backward
 from tracker.compensation.linear import constant
 from tracker.errors import TrackerError
-from tracker.outputs import tensors_in
+from tracker.nested import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
 from tracker.structure import UnitGroup
 from tracker.structure.lending import borrowed
