@@ -129,6 +129,8 @@ def _replaced(value: Any, change: Change, memo: dict[int, Any]) -> Any:
         new = PackedSequence(_replaced(value.data, change, memo), *value[1:])
     elif isinstance(value, tuple):
         parts = [_replaced(part, change, memo) for part in value]
+        if id(value) in memo:  # one of its parts holds it
+            return memo[id(value)][0]
         new = value._make(parts) if hasattr(value, "_make") else type(value)(parts)
     else:
         return _rebuilt(value, change, memo)
