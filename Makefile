@@ -17,12 +17,13 @@ RUN := $(VENV)/bin/python
 TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test long check bench coverage clean
+.PHONY: help demo test long kills check bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
 	@echo "make long    10,000 removals, and a fault at every line of eight kinds of change; half an hour"
+	@echo "make kills   500 kills in the middle of saves; some minutes"
 	@echo "make check   format, lint, types, pytest: before each commit"
 	@echo "make bench   what tracking costs"
 	@echo "make coverage  a few known models cut, compared, trained; minutes"
@@ -71,6 +72,9 @@ test: $(VENV)/installed-dev
 long: $(VENV)/installed-dev
 	@echo "Test: removals by the thousand, faults line by line"
 	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_faults.py
+
+kills: $(VENV)/installed
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(RUN) benchmarks/kills.py $${TRACKER_KILLS:-500}
 
 check: $(VENV)/installed-dev
 	@echo "Check: format"

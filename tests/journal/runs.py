@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from tests.surgery.subjects import MODELS, OPTIMIZERS, train
 from tracker import NeuronEngine
 
 ROOT = Path(__file__).parents[2]
-LONG = bool(os.environ.get("TRACKER_LONG"))
 CHANGES: dict[str, Callable[[NeuronEngine], Any]] = {
     "prune": lambda e: e.prune_neurons({"0": [0, 3]}),
     "zero": lambda e: e.prune_neurons({"0": [1]}, compensate=False),

@@ -1,19 +1,20 @@
 """A checkpoint is a directory of safetensors and JSON files, and a manifest with their sizes and hashes.
 
-It is written beside its place and then renamed, so that there is always an old or a new one that loads. Reading it runs
+Its files never change once it has its name: another checkpoint takes the place of the whole directory. Reading it runs
 no code from it, and nothing is believed before it is checked.
 """
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
-import shutil
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,17 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tracker.errors import CheckpointError
+from tracker.journal import places
+from tracker.journal.places import FILES, FORMAT, MANIFEST, TENSORS, TEXTS, VERSION
+from tracker.journal.tables import bytes_of, table_of
 
-FORMAT, VERSION = "tracker-checkpoint", 1
-TENSORS = ("model", "optimizer", "statistics", "random")
-TEXTS = ("journal", "engine")
-FILES = (*(f"{t}.safetensors" for t in TENSORS), *(f"{t}.json" for t in TEXTS))
-MANIFEST = "manifest.json"
-LARGEST = {MANIFEST: 2**20, "journal.json": 2**28, "engine.json": 2**29}  # bytes
+LARGEST = {MANIFEST: places.LARGEST, "journal.json": 2**28, "engine.json": 2**29}  # bytes
+AGAIN = 50  # times that a reader begins again when the checkpoint was replaced meanwhile
+UNREADABLE = (OSError, ValueError, RuntimeError, MemoryError)
+GONE = (errno.ENOENT, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,36 +49,38 @@ def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> Path:
     Raises:
         CheckpointError: It cannot be written, or `path` is something else than a checkpoint.
     """
-    target = Path(os.path.abspath(path))
-    _require_ours(target)
-    new, old = target.with_name(f".{target.name}.new-{os.getpid()}"), _old(target)
     try:
-        _sweep(target)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        _write(new, content)
-        _require_ours(target)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        new.rename(target)
-        _flush(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError | ValueError):
-            raise CheckpointError(f"No checkpoint can be written to {path}: {error}") from error
-        raise
+        target = Path(os.path.abspath(path))
+        places.require_ours(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with places.turn(target) as turn:
+            if turn.alone:
+                places.sweep(target)
+            draft = places.begin(target)
+            try:
+                _write(draft, content)
+                places.finish(draft)
+                if not turn.superseded:
+                    places.place(draft, target)
+            finally:
+                places.discard(draft)
+            if turn.alone:
+                places.sweep(target)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"No checkpoint can be written to {path!r}: {error}") from error
     return Path(path)
 
 
 def _write(folder: Path, content: Checkpoint) -> None:
+    files = {}
     for name in TENSORS:
-        table = {k: v.detach().cpu().contiguous() for k, v in content.tensors[name].items()}
-        save_file(table, str(folder / f"{name}.safetensors"))
+        file = f"{name}.safetensors"
+        files[file] = _put(folder / file, bytes_of(content.tensors[name]))
     for name in TEXTS:
-        (folder / f"{name}.json").write_text(json.dumps(content.texts[name]), encoding="utf-8")
-    files = {f: {"bytes": (folder / f).stat().st_size, "sha256": _hash(folder / f)} for f in FILES}
+        text, file = json.dumps(content.texts[name]).encode(), f"{name}.json"
+        if len(text) > LARGEST[file]:
+            raise ValueError(f"{file} would be larger than {LARGEST[file]} bytes")
+        files[file] = _put(folder / file, [text])
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -90,57 +92,73 @@ def _write(folder: Path, content: Checkpoint) -> None:
         },
         "files": files,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for file in (*FILES, MANIFEST):
-        _flush(folder / file)
-    _flush(folder)
+    _put(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
 
 
-def _require_ours(target: Path) -> None:
-    """A checkpoint or an empty directory may be replaced, nothing else."""
-    if not target.exists() and not target.is_symlink():
-        return
-    ours = target.is_dir() and not target.is_symlink()
-    if not ours or not ((target / MANIFEST).is_file() or not any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is no checkpoint: it is not overwritten.")
-
-
-def _sweep(target: Path) -> None:
-    """Remove what writers that were killed left behind."""
-    for draft in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
-        number = draft.name.rpartition("-")[2]
-        if number.isdigit() and not _lives(int(number)):
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    if os.name != "posix":
-        return True  # there the signal 0 is a real one
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
+def _put(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file that is not there yet; its size and hash."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """What a checkpoint holds, once its manifest, sizes and hashes are found right.
 
+    Each file is opened once, and read and hashed through that one descriptor. Of a checkpoint that is replaced
+    meanwhile, all is of the old one or all of the new one.
+
     Raises:
         CheckpointError: There is none, or it is damaged, foreign, or of a newer version.
     """
-    target = Path(os.path.abspath(path))
-    if not target.exists() and _old(target).exists():
-        target = _old(target)  # its successor was not finished
     try:
-        manifest = _json(target / MANIFEST, LARGEST[MANIFEST])
-        _check_manifest(manifest, target)
-        tensors = {name: load_file(str(target / f"{name}.safetensors")) for name in TENSORS}
-        texts = {name: _json(target / (f := f"{name}.json"), LARGEST[f]) for name in TEXTS}
-    except (OSError, SafetensorError, ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"No checkpoint can be read from {path}: {error}") from error
+        target = Path(os.path.abspath(path))
+        for attempt in range(AGAIN):
+            # Its successor may not have been put in its place.
+            folder = target if target.exists() else places.last_aside(target) or target
+            try:
+                with _opened(folder) as files:
+                    return _read(files, folder)
+            except OSError as error:
+                # A writer removes the old one once the new one is in place.
+                if error.errno not in GONE or attempt == AGAIN - 1 or not _moves(target, folder):
+                    raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"No checkpoint can be read from {path!r}: {error}") from error
+    raise AssertionError
+
+
+def _moves(target: Path, folder: Path) -> bool:
+    """Whether a file may be missing because a writer is replacing the checkpoint, rather than for good."""
+    if folder != target:
+        return True
+    time.sleep(0.002)
+    return places.is_ours(target) or not target.exists()
+
+
+def _read(files: _Files, folder: Path) -> Checkpoint:
+    manifest = _parsed(files.whole(MANIFEST), MANIFEST)
+    _check_manifest(manifest, folder)
+    handles = {name: files.open(name) for name in FILES}  # before any is read: it may be replaced
+    found = {}
+    for name, facts in manifest["files"].items():
+        size = handles[name].size
+        if (
+            not isinstance(facts, dict)
+            or type(facts.get("bytes")) is not int
+            or facts["bytes"] != size
+        ):
+            raise CheckpointError(f"{name} has {size} bytes, and not what its manifest says.")
+        data = handles[name].read()
+        if facts.get("sha256") != hashlib.sha256(data).hexdigest():
+            raise CheckpointError(f"{name} is damaged: its hash is not the one in its manifest.")
+        found[name] = data
+    tensors = {name: table_of(found[f"{name}.safetensors"]) for name in TENSORS}
+    texts = {name: _parsed(found[f"{name}.json"], f"{name}.json") for name in TEXTS}
     return Checkpoint(tensors, texts)
 
 
@@ -151,9 +169,11 @@ def read_text(path: str | os.PathLike[str]) -> Any:
         CheckpointError: It cannot be read.
     """
     try:
-        return _json(Path(path), LARGEST["engine.json"])
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        source = Path(os.path.abspath(path))
+        with _opened(source.parent) as files:
+            return _parsed(files.whole(source.name, LARGEST["engine.json"]), source.name)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path!r} cannot be read: {error}") from error
 
 
 def _check_manifest(manifest: Any, folder: Path) -> None:
@@ -166,48 +186,65 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or set(files) != set(FILES):
         raise CheckpointError(f"{folder} names other files than a checkpoint has.")
-    for name, facts in files.items():
-        file = folder / name
-        size = _size(file)
-        if (
-            not isinstance(facts, dict)
-            or type(facts.get("bytes")) is not int
-            or facts["bytes"] != size
-        ):
-            raise CheckpointError(f"{name} has {size} bytes, and not what its manifest says.")
-        if facts.get("sha256") != _hash(file):
-            raise CheckpointError(f"{name} is damaged: its hash is not the one in its manifest.")
 
 
-def _json(path: Path, largest: int) -> Any:
-    if _size(path) > largest:
-        raise ValueError(f"{path.name} is larger than {largest} bytes")
-    return json.loads(path.read_text(encoding="utf-8"))
+class _Handle:
+    """One open file."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.descriptor = descriptor
+        facts = os.fstat(descriptor)
+        # A pipe or a device would never end.
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError(f"{name} is no ordinary file")
+        self.size, self._name = facts.st_size, name
+
+    def read(self) -> bytearray:
+        """All of it, as large as it was when it was opened."""
+        data = bytearray(self.size)
+        view, done = memoryview(data), 0
+        with os.fdopen(os.dup(self.descriptor), "rb", buffering=0) as file:
+            while done < self.size and (count := file.readinto(view[done:])):
+                done += count
+        if done < self.size:
+            raise ValueError(f"{self._name} became shorter while it was read")
+        return data
 
 
-def _size(path: Path) -> int:
-    """Bytes of an ordinary file: a pipe or a device would never end."""
-    facts = path.lstat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise ValueError(f"{path.name} is no ordinary file")
-    return facts.st_size
+class _Files:
+    """Files of one directory, which stays the same one, whatever takes its name."""
+
+    def __init__(self, folder: Path, close: contextlib.ExitStack) -> None:
+        self._folder, self._close, self._at = folder, close, None
+        if os.open in os.supports_dir_fd:
+            self._at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            close.callback(os.close, self._at)
+
+    def open(self, name: str) -> _Handle:
+        """A file of this name; no link, and no pipe that nobody writes to is waited for."""
+        flags = os.O_RDONLY
+        for more in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+            flags |= getattr(os, more, 0)
+        where = self._folder / name if self._at is None else name
+        descriptor = os.open(where, flags, dir_fd=self._at)
+        self._close.callback(os.close, descriptor)
+        return _Handle(descriptor, name)
+
+    def whole(self, name: str, largest: int = LARGEST[MANIFEST]) -> bytearray:
+        """All of a file that is not too large."""
+        file = self.open(name)
+        if file.size > largest:
+            raise ValueError(f"{name} is larger than {largest} bytes")
+        return file.read()
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[_Files]:
+    with contextlib.ExitStack() as close:
+        yield _Files(folder, close)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+def _parsed(data: bytearray, name: str) -> Any:
+    if len(data) > LARGEST.get(name, LARGEST["engine.json"]):
+        raise ValueError(f"{name} is larger than {LARGEST[name]} bytes")
+    return json.loads(data.decode("utf-8"))
