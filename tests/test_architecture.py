@@ -21,6 +21,7 @@ ORDER = [
     "layers",
     "identity",
     "calls",
+    "chance",
     "probe",
     "structure",
     "observation",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,9 +49,9 @@ class Call:
         flags = (False, True) if self.training is None else (self.training,)
         return tuple(Call.of(self.args, self.kwargs, self.method, flag) for flag in flags)
 
-    def mapped(self, change: Callable[[Any], Any]) -> Call:
-        """The same call with other arguments: `change` of the tuple, and of the dict."""
-        return Call.of(change(self.args), change(self.kwargs), self.method, self.training)
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The same call with other arguments."""
+        return Call.of(args, kwargs, self.method, self.training)
 
     def __str__(self) -> str:
         given = [_short(a) for a in self.args] + [
@@ -88,7 +88,7 @@ def arguments(given: object) -> Arguments:
     return Arguments((given,), {})
 
 
-def calls_of(example_inputs: ExampleInputs | Arguments) -> tuple[Call, ...]:
+def calls_of(example_inputs: ExampleInputs | Arguments | Sequence[Call]) -> tuple[Call, ...]:
     """The calls that example inputs stand for, those of `forward` first.
 
     Raises:

@@ -96,6 +96,7 @@ class Observer:
     # Of the first pass, or of the first call that was given.
     inputs: tuple[tuple[object, ...], dict[str, object]] | None = None
     given: tuple[Call, ...] = ()  # as example inputs
+    unread: tuple[str, ...] = ()  # modules of which the user says that nothing runs them
     padding: Tensor | None = None  # (batch, positions), True where a token is real
     samples: dict[bool, int] = field(default_factory=dict)
     version: int = 0  # grows with every change of the statistics

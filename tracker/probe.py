@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tracker.calls import Arguments, Call, ExampleInputs, arguments
+from tracker.chance import certain
 from tracker.errors import StructureError
 
 
@@ -25,7 +26,7 @@ def forward_once(
 ) -> object:
     """The output of one call of the model, without gradients, the call itself `within` a context.
 
-    It is made in eval mode, unless it is a `Call` in train mode.
+    It is made in eval mode, unless it is a `Call` in train mode; there nothing is drawn at random.
 
     Training flags, buffers, and the random states of the devices are as before afterwards. No engine observes this
     pass, unless it is to be `heard`.
@@ -40,7 +41,7 @@ def forward_once(
         for module in model.modules():  # model.train is the user's: it may merge weights, say
             module.training = training
         try:
-            with within or nullcontext():
+            with within or nullcontext(), _in_train_mode(model) if training else nullcontext():
                 return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
         except Exception as error:
             raise StructureError(
@@ -106,6 +107,26 @@ def _is_of_the_model(hook: object) -> bool:
 
 
 @contextmanager
+def tables_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever is set in the modules' own tables inside is put back: attributes, parameters, buffers."""
+    modules = list(model.modules())
+    saved = [(dict(vars(m)), dict(dict.items(m._parameters)), dict(m._buffers)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, saved, strict=True):
+            _put_table(vars(module), before[0])
+            _put_table(module._parameters, before[1])
+            _put_table(module._buffers, before[2])
+
+
+def _put_table(table: dict[str, Any], before: dict[str, Any]) -> None:
+    if list(table) != list(before):
+        table.clear()
+    dict.update(table, before)
+
+
+@contextmanager
 def uninterrupted() -> Iterator[None]:
     """No search for garbage inside: many small objects are made that all stay, each search goes through all others."""
     enabled = gc.isenabled()
@@ -127,6 +148,12 @@ def _probing() -> Iterator[None]:
         yield
     finally:
         _probes.reset(token)
+
+
+@contextmanager
+def _in_train_mode(model: nn.Module) -> Iterator[None]:
+    with tables_kept(model), certain(model):
+        yield
 
 
 def _the_pass(call: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracker.calls import Arguments, Call, ExampleInputs, calls_of
+from tracker.calls import Call, ExampleInputs, calls_of
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
 from tracker.graphs import forget_compiled_graphs
 from tracker.hooks import (
@@ -30,7 +31,7 @@ from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read, reslotted
 from tracker.slotmap import SlotMap
 from tracker.statistics import Activity
-from tracker.structure import Structure, trace_structure
+from tracker.structure import Passes, Structure, trace_structure
 
 OBSERVE = ("reads", "output")
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
@@ -116,6 +117,7 @@ class ActivationTracker:
         example_inputs: ExampleInputs | None,
         axes: Mapping[str, int] | None,
         batch_dim: int,
+        assume_unread: Collection[str] = (),
     ) -> TrackedModel:
         """Give ids to the neurons of `model` and make it the current one; again for the same model: the same ids."""
         model = unwrap(model)
@@ -129,7 +131,9 @@ class ActivationTracker:
                 f"{type(model).__name__} has no layer with neurons: no linear, convolutional, embedding, norm or "
                 "recurrent layer, and no custom module with parameters of its own."
             )
+        _require_known(model, assume_unread)
         observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
+        observer.unread = tuple(assume_unread)
         entry = TrackedModel(name, observer, by_hand=frozenset(axes or ()))
         if example_inputs is not None:
             observer.given = calls_of(example_inputs)
@@ -210,13 +214,34 @@ class ActivationTracker:
                     "example_inputs to track_model."
                 )
             with observer.paused(), torch.inference_mode(False):
-                entry.structure = trace_structure(model, Arguments(*observer.inputs))
+                entry.structure = trace_structure(
+                    model, list(observer.calls), assume_unread=observer.unread
+                )
         ids = {
             (name, index): neuron
             for name, layer in entry.layers.items()
             for index, neuron in enumerate(layer.ids)
         }
         return entry.structure.with_ids(ids)
+
+    def passes(self) -> Passes:
+        """The calls of the current model that can be made, each in its mode."""
+        entry = self.current
+        if entry.structure is not None:
+            return entry.structure.passes
+        found, model = Passes(), quiet_copy(entry.model())
+        for made in (made for call in entry.observer.calls for made in call.modes()):
+            try:
+                forward_once(model, made)
+            except StructureError as error:  # noqa: PERF203
+                found.failed.append((made, str(error)))
+            else:
+                found.recorded.append(made)
+        if not found.recorded:
+            raise StructureError(
+                found.failed[0][1] if found.failed else "There is no example call."
+            )
+        return found
 
     def reslot(
         self,
@@ -349,7 +374,7 @@ class ActivationTracker:
         try:
             with observer.paused(), torch.inference_mode(False):
                 quiet = quiet_copy(model)
-                taps = trace_structure(quiet, Arguments(*observer.inputs), trial=False).taps
+                taps = trace_structure(quiet, observer.calls[0].modes()[0], trial=False).taps
         except Exception:  # a model that cannot be copied or traced can still be observed
             return
         for site in observer.sites:
@@ -386,6 +411,20 @@ def unwrap(model: nn.Module) -> nn.Module:
             "A scripted or traced module runs no Python hooks and cannot be tracked. Track the module it was made from."
         )
     return model
+
+
+def _require_known(model: nn.Module, names: Collection[str]) -> None:
+    if isinstance(names, str):
+        raise StructureError(
+            f"assume_unread is a list of names of modules, not the text {names!r}."
+        )
+    known = {*dict(model.named_modules()), *dict(model.named_parameters())} - {""}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 3, 0.4) or sorted(known)[:3]
+            raise StructureError(
+                f"assume_unread names {name!r}, and the model has no such module or parameter. Near: {', '.join(near)}."
+            )
 
 
 def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:

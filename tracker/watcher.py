@@ -69,6 +69,7 @@ class NeuronWatcher:
         *,
         axes: Mapping[str, int] | None = None,
         batch_dim: int = 0,
+        assume_unread: Collection[str] = (),
     ) -> dict[str, list[int]]:
         """Give every neuron of `model` an id, and make it the current model.
 
@@ -80,6 +81,8 @@ class NeuronWatcher:
                 list of several such calls. With them the width of custom modules is known at once; else their neurons
                 get ids at the first forward pass, which is then the example.
             axes: Layer name → dimension of its output that counts its neurons, where the default is wrong.
+            assume_unread: Names of modules (or parameters) that no example call runs and that never will be run: they
+                are left as they are, whatever is removed. See docs/structure.md.
             batch_dim: Dimension of the model's first input that counts samples.
 
         Returns:
@@ -89,7 +92,7 @@ class NeuronWatcher:
             NotTrackedError: There is no layer with neurons, or the module runs no hooks.
             StructureError: The forward pass with the example inputs failed.
         """
-        entry = self._tracker.track(model, name, example_inputs, axes, batch_dim)
+        entry = self._tracker.track(model, name, example_inputs, axes, batch_dim, assume_unread)
         self._met(model)
         return entry.neuron_map
 

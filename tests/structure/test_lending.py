@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tests.structure.subjects import fresh, models
 from tracker import NeuronEngine, SurgeryError
-from tracker.probe import arguments, forward_once
+from tracker.calls import calls_of
+from tracker.probe import forward_once
 from tracker.structure.lending import InFloat64, light_copy, relative_difference
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trial import double
@@ -27,7 +28,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 @models()
 def test_it_computes_what_a_copy_in_float64_does(name: str) -> None:
     model, example = fresh(name)
-    before, inputs = state(model), double(arguments(example))
+    before, inputs = state(model), double(calls_of(example)[0])
     with plain_kernels():
         expected = forward_once(copy.deepcopy(model).double(), inputs)
         found = InFloat64(light_copy(model)).run(inputs)
@@ -52,7 +53,7 @@ class Listed(nn.Module):
 def test_weights_that_are_held_elsewhere_are_doubled_too() -> None:
     torch.manual_seed(0)
     model, x = Listed(), torch.randn(3, 4)
-    found = InFloat64(light_copy(model)).run(double(arguments(x)))
+    found = InFloat64(light_copy(model)).run(double(calls_of(x)[0]))
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
     assert relative_difference(found, expected) == 0.0
@@ -116,7 +117,7 @@ def test_what_code_casts_is_cast() -> None:
     """In float32 all of it would differ by rounding, and be taken for wrong: here both copies round alike."""
     torch.manual_seed(0)
     model, x = Selective().eval(), torch.randn(5, 6)
-    found = InFloat64(light_copy(model)).run(double(arguments(x)))
+    found = InFloat64(light_copy(model)).run(double(calls_of(x)[0]))
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
     assert torch.equal(found, expected)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from tracker.structure import rules_index, rules_math, rules_shape  # noqa: F401
 from tracker.structure.rules import rule
 from tracker.structure.structure import Structure, trace_structure
 from tracker.structure.taps import Tap
+from tracker.structure.trace import Passes
 from tracker.structure.units import Frozen, Slice, UnitGroup
 
-__all__ = ["Frozen", "Slice", "Structure", "Tap", "UnitGroup", "rule", "trace_structure"]
+__all__ = ["Frozen", "Passes", "Slice", "Structure", "Tap", "UnitGroup", "rule", "trace_structure"]

@@ -1,6 +1,6 @@
 """Integers of the model's own code that remember where they come from.
 
-`shadow` makes a copy of a model that shares all tensors with it and in which every integer attribute is a `TInt`: an
+`shadow` makes a copy of a model that shares all parameters with it and in which every integer attribute is a `TInt`: an
 int that carries an expression over attributes and sizes. `assign` gives attributes new values.
 """
 
@@ -188,8 +188,8 @@ def text(expr: Expr) -> str:
 
 
 def shadow(model: nn.Module) -> tuple[nn.Module, dict[Attribute, int]]:
-    """A copy that shares its tensors with `model`, with `TInt`s for its integers; and the value of each attribute."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """A copy with `TInt`s for its integers, that has `model`'s own parameters; and the value of each attribute."""
+    memo: dict[int, Any] = {id(t): t for t in model.parameters()}
     twin = copy_of(model, memo)
     own = {id(part) for part in memo.values()}  # an object may have chosen not to be copied
     values: dict[Attribute, int] = {}

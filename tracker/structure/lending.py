@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracker.calls import Arguments, Call
 from tracker.errors import StructureError
 from tracker.nested import tensors_in
-from tracker.probe import Arguments, copy_of, forward_once
+from tracker.probe import copy_of, forward_once, tables_kept
 from tracker.structure.integers import Choice
 from tracker.structure.ints import Attribute
 from tracker.structure.sizes import adapt, tensors
@@ -125,9 +126,9 @@ class InFloat64:
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
 
     def run(
-        self, inputs: Arguments, within: AbstractContextManager[object] | None = None
+        self, inputs: Arguments | Call, within: AbstractContextManager[object] | None = None
     ) -> object:
-        """The output for inputs in float64; the call itself is `within` a context.
+        """The output for inputs in float64, in eval mode or in that of the call, which is made `within` a context.
 
         Raises:
             StructureError: The forward pass failed.
@@ -176,7 +177,7 @@ class InFloat64:
 
     def difference_from_mask(
         self,
-        inputs: Arguments,
+        inputs: Arguments | Call,
         choice: Choice,
         found: object,
         within: AbstractContextManager[object] | None = None,
@@ -261,20 +262,11 @@ class InFloat64:
     @contextmanager
     def _kept(self) -> Iterator[None]:
         """Whatever is changed in the modules' own tables inside is put back."""
-        modules = list(self.model.modules())
-        saved = [
-            (dict(vars(m)), dict(dict.items(m._parameters)), dict(m._buffers)) for m in modules
-        ]
-        try:
-            yield
-        finally:
-            self._cuts, self._masks = {}, {}
-            for module, (values, parameters, buffers) in zip(modules, saved, strict=True):
-                vars(module).clear()
-                vars(module).update(values)
-                for table, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                    table.clear()
-                    table.update(before)  # type: ignore[arg-type]
+        with tables_kept(self.model):
+            try:
+                yield
+            finally:
+                self._cuts, self._masks = {}, {}
 
 
 class _Table(dict[str, Any]):

@@ -86,6 +86,7 @@ def together(op: Op, met: Sequence[Axis]) -> Axis:
     "aten::clone", "aten::detach", "aten::alias", "aten::_to_copy", "aten::contiguous",
     "aten::lift_fresh", "aten::native_dropout", "aten::bernoulli", "aten::tril", "aten::triu",
     "aten::_conj", "aten::resolve_conj", "aten::nan_to_num", "aten::rand_like",
+    "aten::fill_", "aten::zero_",
 )  # fmt: skip
 def same(op: Op) -> None:
     """The result has the axes of the first input."""

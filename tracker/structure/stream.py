@@ -92,8 +92,9 @@ class Forecast:
     """The sizes that the results of all operations have after a removal, from the axes of the recorded pass."""
 
     integers: Integers = field(default_factory=Integers)
-    calls: dict[CallKey, list[tuple[str, tuple[tuple[int, ...], ...]]]] = field(
-        default_factory=dict
+    # Of each pass and each call of a module in it.
+    passes: list[dict[CallKey, list[tuple[str, tuple[tuple[int, ...], ...]]]]] = field(
+        default_factory=list
     )
     axes: list[np.ndarray] = field(default_factory=list)  # label matrices, resolved
 
@@ -118,12 +119,22 @@ class Forecast:
                 numbers[id(axis)] = same[key]
             return numbers[id(axis)]
 
-        for call, rows in trace.rows.items():
-            self.calls[call] = [
-                (op, tuple(() if axes is None else tuple(map(number, axes)) for axes in results))
-                for op, results in rows
-                if op != "_to_copy"
-            ]
+        for calls in trace.rows:
+            self.passes.append(
+                {
+                    call: [
+                        (
+                            op,
+                            tuple(
+                                () if axes is None else tuple(map(number, axes)) for axes in results
+                            ),
+                        )
+                        for op, results in rows
+                        if op != "_to_copy"
+                    ]
+                    for call, rows in calls.items()
+                }
+            )
         return self
 
     def sizes(self, choice: Choice) -> list[int]:
@@ -135,20 +146,29 @@ class Forecast:
 
 
 def differing(
-    before: Stream, after: Stream, forecast: Forecast, choice: Choice, *, same: bool
+    before: Stream,
+    after: Stream,
+    forecast: Forecast,
+    choice: Choice,
+    *,
+    same: bool,
+    number: int = 0,
 ) -> str:
     """What the operations of a model without these units do otherwise than those of the whole model, or "".
+
+    `number` is that of the recorded pass.
 
     With `same`, both compute the same: each operation must find its like, and no size may change but those of axes that
     lose indices. Otherwise a path that data decides (which expert is asked) may differ, and is left out.
     """
+    calls = forecast.passes[number] if number < len(forecast.passes) else {}
     left = forecast.sizes(choice) if forecast.integers.places else []
     whole = [len(axis) for axis in forecast.axes]
     rows = (row for stream in (before, after) for part in stream.calls.values() for row in part)
     same = same and not any(row.op in _DECIDED for row in rows)
     for call in dict.fromkeys((*before.calls, *after.calls)):
         old, new = before.calls.get(call, []), after.calls.get(call, [])
-        axes = forecast.calls.get(call, [])
+        axes = calls.get(call, [])
         expected = _expected(old, axes, left, whole, same=same)
         if [r.op for r in old] != [r.op for r in new]:
             alone = any(1 in s and 1 not in r.shapes[i] for r, e in zip(old, expected, strict=True)

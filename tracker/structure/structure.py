@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tracker.calls import Arguments, Call, ExampleInputs, arguments, calls_of
+from tracker.calls import Arguments, Call, ExampleInputs, calls_of
 from tracker.errors import StructureError
 from tracker.probe import uninterrupted
 from tracker.structure.integers import Integers, couple
@@ -21,9 +21,10 @@ from tracker.structure.picture import draw
 from tracker.structure.rules import apply_rule
 from tracker.structure.stream import Forecast
 from tracker.structure.taps import Tap, find_taps
-from tracker.structure.trace import CallKey, Trace, record
+from tracker.structure.trace import CallKey, Passes, Trace, record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
+from tracker.structure.unseen import owners, refuse_unseen, unseen_in, without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,11 @@ class Structure:
     taps: Mapping[str, Tap] = field(default_factory=dict)  # layer → where its neurons are read
     integers: Integers = field(default_factory=Integers, repr=False)  # of the model's own code
     forecast: Forecast = field(default_factory=Forecast, repr=False)  # sizes after a removal
+    passes: Passes = field(default_factory=Passes, repr=False)  # the calls it was found by
+    unseen: tuple[str, ...] = ()  # names of the parameters that none of them ran
+    # The modules that these make up as a whole, else single parameters, and how many numbers each holds.
+    unseen_modules: Mapping[str, int] = field(default_factory=dict, repr=False)
+    assumed: tuple[str, ...] = ()  # those of them that the user says nothing runs
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
         """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
@@ -87,18 +93,47 @@ class Structure:
         for reason, places in reasons.items():
             more = f" and {len(places) - 4} more" if len(places) > 4 else ""
             lines.append(f"  {', '.join(places[:4])}{more}: {reason}")
+        if self.unseen_modules:
+            lines += ["", "run by no example call:"]
+        for name, n in self.unseen_modules.items():
+            assumed = "" if name not in self.assumed else ", assumed to be run by nobody"
+            lines.append(f"  {name}: {n:,} parameters{assumed}")
+        if self.passes.failed:
+            lines += ["", "calls that could not be made:"]
+        lines += [f"  {call}: {why}" for call, why in self.passes.failed]
         return "\n".join(lines)
+
+    @property
+    def gaps(self) -> list[str]:
+        """What no example call showed, in sentences."""
+        said = []
+        if unknown := [name for name in self.unseen_modules if name not in self.assumed]:
+            said.append(
+                f"run by no example call: {_some(unknown)}; what these could read or make is left as it is"
+            )
+        if self.assumed:
+            said.append(f"assumed to be run by nobody: {_some(self.assumed)}")
+        return said + [
+            f"{call} could not be run ({why}): what it does is not known"
+            for call, why in self.passes.failed
+        ]
 
 
 @uninterrupted()
 def trace_structure(
-    model: nn.Module, example_inputs: ExampleInputs | Arguments, *, trial: bool = True
+    model: nn.Module,
+    example_inputs: ExampleInputs | Arguments | Sequence[Call],
+    *,
+    assume_unread: Collection[str] = (),
+    trial: bool = True,
 ) -> Structure:
-    """Find the structure of `model` by one forward pass; the model is as before afterwards.
+    """Find the structure of `model` by calls of it, in eval and in train mode; the model is as before afterwards.
 
     Args:
         model: Any module that runs eagerly.
-        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or one tensor.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, one tensor, a `Call`, or a list of
+            several such calls.
+        assume_unread: Names of modules (or parameters) that no call runs and that never will be.
         trial: Remove a part of each group from a copy in float64 and compare it with the masked model; what fails is
             not prunable. Without it, what the model's code does with its own integers goes unseen.
 
@@ -121,18 +156,34 @@ def trace_structure(
                 f"The structure cannot be traced: {name or 'the model'} is sharded over processes. Change the whole "
                 "model that it was made of: gather_sharded gives it weights and optimizer state, shard_anew spreads it."
             )
-    call = calls_of(example_inputs)[0]
-    trace, integers = _recorded(model, call)
+    trace, integers = _recorded(model, calls_of(example_inputs))
     groups, frozen = find_groups(trace)
+    unseen = unseen_in(trace)
+    groups = refuse_unseen(model, groups, without(unseen, assume_unread))
     forecast = Forecast.of(trace, integers)
     if trial:
-        groups = try_groups(model, arguments(call), groups, integers, forecast)
+        groups = try_groups(model, trace.passes.recorded, groups, integers, forecast)
     share, taps = coverage(model, groups), find_taps(trace)
-    return Structure(groups, frozen, share, trace.operations, trace.flops, taps, integers, forecast)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    modules = {o: sum(map(sizes.__getitem__, ns)) for o, ns in owners(model, unseen).items()}
+    return Structure(
+        groups,
+        frozen,
+        share,
+        trace.operations,
+        trace.flops,
+        taps,
+        integers,
+        forecast,
+        trace.passes,
+        unseen,
+        modules,
+        tuple(name for name in modules if not without([name], assume_unread)),
+    )
 
 
-def _recorded(model: nn.Module, call: Call) -> tuple[Trace, Integers]:
-    """The trace of a forward pass in which the model's integers are heard, where the model bears it."""
+def _recorded(model: nn.Module, calls: Sequence[Call]) -> tuple[Trace, Integers]:
+    """The trace of the passes in which the model's integers are heard, where the model bears it."""
     heard: list[Listener] = []
 
     def listen(trace: Trace, path: list[CallKey]) -> Listener:
@@ -141,11 +192,11 @@ def _recorded(model: nn.Module, call: Call) -> tuple[Trace, Integers]:
 
     try:
         runs, values = shadow(model)
-        trace = record(model, call, apply_rule, runs=runs, listen=listen)
+        trace = record(model, calls, apply_rule, runs=runs, listen=listen)
     except Exception:  # a copy cannot be made, or the code wants plain integers
-        trace = record(model, call, apply_rule)
+        trace = record(model, calls, apply_rule)
         return trace, Integers.of(trace, {}, [])
-    equations = list(heard[0].equations.values())
+    equations = [equation for listener in heard for equation in listener.equations.values()]
     couple(trace.labels, equations)
     return trace, Integers.of(trace, values, equations)
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from tracker.layers import find_layers
 from tracker.structure.axes import Axis
-from tracker.structure.trace import Call, Trace
+from tracker.structure.trace import Door, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ def find_taps(trace: Trace) -> Mapping[str, Tap]:
     A neuron is read where it is multiplied and added up with others: behind its nonlinearity, norm and pooling, and
     before a dropout. Of a sum of several layers (a residual stream) nobody reads one layer's own neurons.
     """
-    times = Counter(call.module for call in trace.calls)
+    times = Counter(call.module for call in trace.doors)
     readers = {tensor.rpartition(".")[0] for tensor, _ in trace.reads}
-    inputs = _Index(trace, [c for c in trace.calls if times[c.module] == 1 and c.module in readers])
+    inputs = _Index(trace, [c for c in trace.doors if times[c.module] == 1 and c.module in readers])
     taps = {}
     for layer in find_layers(trace.model):
         if layer.flattened > 1 or times[layer.name] > 1:
@@ -55,15 +55,15 @@ def find_taps(trace: Trace) -> Mapping[str, Tap]:
 class _Index:
     """Inputs of modules, found by the labels of their first index."""
 
-    def __init__(self, trace: Trace, calls: list[Call]) -> None:
+    def __init__(self, trace: Trace, calls: list[Door]) -> None:
         self._trace = trace
-        self._by_first: dict[bytes, list[tuple[Call, int, np.ndarray]]] = {}
+        self._by_first: dict[bytes, list[tuple[Door, int, np.ndarray]]] = {}
         for call in calls:
             for d, axis in self._labelled(call):
                 (first,) = trace.labels.sets(axis[:1])
                 self._by_first.setdefault(first[first > 0].tobytes(), []).append((call, d, axis))
 
-    def _labelled(self, call: Call) -> Iterator[tuple[int, np.ndarray]]:
+    def _labelled(self, call: Door) -> Iterator[tuple[int, np.ndarray]]:
         for d, axis in enumerate(call.axes or ()):
             if axis is not None:
                 assert call.axes is not None

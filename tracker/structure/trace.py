@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import linecache
 import os
+import pathlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -24,13 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tracker.calls import Arguments, ExampleInputs
+from tracker.calls import Call
+from tracker.errors import StructureError
 from tracker.nested import tensors_in
-from tracker.probe import forward_once
+from tracker.probe import forward_once, tables_kept
 from tracker.structure.axes import Axis, Labels
+from tracker.structure.paths import Glance, Path
+from tracker.structure.reading import Reading
 
-_TORCH = str(Path(torch.__file__).parent) + os.sep  # and not torchvision
-_HERE = str(Path(__file__).parent)
+_TORCH = str(pathlib.Path(torch.__file__).parent) + os.sep  # and not torchvision
+_HERE = str(pathlib.Path(__file__).parent)
 
 
 class CallKey(NamedTuple):
@@ -50,7 +53,9 @@ class Source:
 
     def __str__(self) -> str:
         code = linecache.getline(self.file, self.line).strip()
-        return f"in {self.module or 'the model'} ({Path(self.file).name}:{self.line}: {code})"
+        return (
+            f"in {self.module or 'the model'} ({pathlib.Path(self.file).name}:{self.line}: {code})"
+        )
 
 
 # Of one dimension of a tensor: the dimensions of parameters that it is a view of.
@@ -117,7 +122,7 @@ class Op:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Door:
     """A module's first input tensor: its axes, where they are known, and where to see it."""
 
     module: str
@@ -125,9 +130,23 @@ class Call:
     door: str = ""  # another module, whose input is the same but for dropout
 
 
+# Of each call of a module its operations: name, and the axes of each tensor of the result.
+Rows = dict[CallKey, list[tuple[str, list[list[Axis] | None]]]]
+
+
+@dataclass(slots=True)
+class Passes:
+    """The calls of a model that were made, in their modes."""
+
+    recorded: list[Call] = field(default_factory=list)
+    # That do what a recorded one does, to the same weights.
+    alike: list[Call] = field(default_factory=list)
+    failed: list[tuple[Call, str]] = field(default_factory=list)  # could not be made, and why
+
+
 @dataclass(slots=True)
 class Trace:
-    """What is known of the axes of a model's tensors."""
+    """What is known of the axes of a model's tensors, from one pass or several."""
 
     model: nn.Module
     labels: Labels = field(default_factory=Labels)
@@ -138,25 +157,47 @@ class Trace:
     carries: set[str] = field(default_factory=set)  # tensors applied element by element
     order: list[str] = field(default_factory=list)  # tensors in the order of their first use
     names: dict[int, str] = field(default_factory=dict)  # id of a parameter or buffer → its key
-    operations: int = 0
-    flops: int = 0  # of the pass
-    calls: list[Call] = field(default_factory=list)  # of modules with parameters, in order
+    operations: int = 0  # of the first pass
+    flops: int = 0  # of the first pass
+    doors: list[Door] = field(
+        default_factory=list
+    )  # of modules with parameters, in order, of the first pass
     undropped: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    # Of each call of a module its operations: name, and the axes of each tensor of the result.
-    rows: dict[CallKey, list[tuple[str, list[list[Axis] | None]]]] = field(default_factory=dict)
+    rows: list[Rows] = field(default_factory=list)  # of each pass
+    read: Reading = field(default_factory=Reading)
+    passes: Passes = field(default_factory=Passes)
+    paths: list[Path] = field(default_factory=list)  # of the recorded passes
+
+    def begin(self, call: Call, runs: nn.Module) -> None:
+        """A pass begins: parameters and buffers are what they were at the beginning of the first."""
+        self.passes.recorded.append(call)
+        self.rows.append({})
+        self.paths.append(Path(self.names))
+        self.known, self.origins = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.undropped = WeakTensorKeyDictionary()
+
+    def note_reading(self, given: object, result: object) -> None:
+        """An operation was applied: it read the parameters that it was given, unless its result is a view of them."""
+        if any(tensor in self.origins for tensor in tensors_in(result)):
+            return
+        for tensor in tensors_in(given):
+            if (name := self.names.get(id(tensor))) is not None:
+                self.read.whole(name)
+            elif (origin := self.origins.get(tensor)) is not None:
+                self.read.part(self.axes(tensor), origin, self.parameters)
 
     def called(self, name: str, module: nn.Module, inputs: object) -> None:
         """Note with which input a module is called; what a dropout passes on is rather seen at its door."""
         tensor = next(iter(tensors_in(inputs)), None)
-        if tensor is None:
+        if tensor is None or len(self.rows) > 1:
             return
-        at = Call(name, self.known.get(tensor))
+        at = Door(name, self.known.get(tensor))
         if isinstance(module, _DropoutNd):
             self.undropped.setdefault(tensor, at)
         elif next(module.parameters(recurse=False), None) is not None:
             before = self.undropped.get(tensor)
-            self.calls.append(
-                Call(name, at.axes) if before is None else Call(name, before.axes, before.module)
+            self.doors.append(
+                Door(name, at.axes) if before is None else Door(name, before.axes, before.module)
             )
 
     def axes(self, tensor: Tensor) -> list[Axis]:
@@ -175,6 +216,8 @@ class Trace:
         name = self.name(tensor)
         if name is None:
             return [None] * tensor.ndim  # data, or a constant made in Python
+        if name in self.parameters:  # met in an earlier pass
+            return self.parameters[name]
         axes: list[Axis] = [self.labels.fresh(n) if n > 1 else None for n in tensor.shape]
         self.parameters[name] = axes
         self.order.append(name)
@@ -186,31 +229,77 @@ Listen = Callable[[Trace, list[CallKey]], AbstractContextManager[Any]]
 
 def record(
     model: nn.Module,
-    example_inputs: ExampleInputs | Arguments,
+    calls: Sequence[Call],
     rule: Any,
     *,
     runs: nn.Module | None = None,
     listen: Listen | None = None,
 ) -> Trace:
-    """Run the model once (or `runs` in its place, with the same tensors) and apply `rule` to every operation.
+    """Make each call in each of its modes (of `runs`, with the same parameters) and apply `rule` to every operation.
 
-    The pass runs in eval mode without gradients, with fused kernels off, so that attention and recurrent layers are
-    seen as the products and sums that they are. Buffers, flags and random states are as before afterwards.
+    The passes run without gradients, with fused kernels off, so that attention and recurrent layers are seen as the
+    products and sums that they are. Buffers, flags and random states are as before afterwards. Of a pass that does the
+    same as an earlier one only its path is looked at. A call in train mode that was asked for in no mode of its own may
+    fail.
+
+    Raises:
+        StructureError: A call failed.
     """
     trace = Trace(model)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    for name, tensor in tensors:
-        trace.names.setdefault(id(tensor), name)
-    path = [CallKey("", 0)]
     runs = model if runs is None else runs
-    listener = None if listen is None else listen(trace, path)
-    within = _both(listener, _Recorder(trace, path, rule))
-    with following(runs, path, trace.called), plain_kernels():
-        output = forward_once(runs, example_inputs, within=within)
+    for each in dict.fromkeys((model, runs)):
+        tensors = (*each.named_parameters(remove_duplicate=False), *each.named_buffers())
+        for name, tensor in tensors:
+            trace.names.setdefault(id(tensor), name)
+    for call in calls:
+        for made in call.modes():
+            may_fail = call.training is None and made.training is True
+            with tables_kept(runs) if runs is not model else nullcontext():
+                _record(trace, made, rule, runs, listen, may_fail=may_fail)
+    trained = {
+        call.method for call in (*trace.passes.recorded, *trace.passes.alike) if call.training
+    }
+    trace.passes.failed = [f for f in trace.passes.failed if f[0].method not in trained]
+    weights = (name for name, _ in model.named_parameters())
+    trace.read.freeze_rest(trace.labels, trace.parameters, weights)
+    return trace
+
+
+def _record(
+    trace: Trace, call: Call, rule: Any, runs: nn.Module, listen: Listen | None, *, may_fail: bool
+) -> None:
+    with plain_kernels():
+        if trace.rows:
+            glance = Glance(trace.names)
+            try:
+                with tables_kept(runs) if runs is not trace.model else nullcontext():
+                    glance.path.end(forward_once(runs, call, within=glance))
+            except StructureError as error:
+                if not may_fail:
+                    raise
+                trace.passes.failed.append((call, str(error.__cause__ or error)))
+                return
+            if any(glance.path.rows == path.rows for path in trace.paths):
+                trace.passes.alike.append(call)
+                return
+        at = [CallKey("", 0)]
+        trace.begin(call, runs)
+        recorder = _Recorder(trace, at, rule)
+        within = _both(None if listen is None else listen(trace, at), recorder)
+        try:
+            with following(runs, at, trace.called):
+                output = forward_once(runs, call, within=within)
+        except StructureError as error:
+            if not may_fail or listen is not None:
+                raise
+            for kept in (trace.passes.recorded, trace.rows, trace.paths):
+                kept.pop()
+            trace.passes.failed.append((call, str(error.__cause__ or error)))
+            return
+    recorder.path.end(output)
     for tensor in tensors_in(output):
         for axis in trace.axes(tensor):
             trace.labels.freeze(axis, "it is part of the model's output")
-    return trace
 
 
 @contextmanager
@@ -251,9 +340,11 @@ def _both(
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, trace: Trace, path: list[CallKey], rule: Any) -> None:
+    def __init__(self, trace: Trace, at: list[CallKey], rule: Any) -> None:
         super().__init__()
-        self.trace, self.path, self.rule = trace, path, rule
+        self.trace, self.at, self.rule = trace, at, rule
+        self.path = trace.paths[-1]
+        self._first = len(trace.rows) == 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -261,16 +352,18 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         before = _layout(args)
         result = func(*args, **kwargs)
-        self.trace.operations += 1
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        self.path.note(func, args, kwargs, result)
+        self.trace.operations += self._first
+        if self._first and (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.trace.flops += int(formula(*args, **kwargs, out_val=result))
         frame = user_frame(sys._getframe(1))
-        call = self.path[-1]
+        call = self.at[-1]
         source = Source(call.module, frame.f_code.co_filename, frame.f_lineno)
         self.rule(Op(func, args, kwargs, result, self.trace, source, before))
         axes = [self.trace.known.get(t) for t in tensors_in(result)]
         name = func._schema.name.removeprefix("aten::")
-        self.trace.rows.setdefault(call, []).append((name, axes))
+        self.trace.rows[-1].setdefault(call, []).append((name, axes))
+        self.trace.note_reading((args, kwargs), result)
         if func.is_view and isinstance(result, Tensor) and args[0] in self.trace.undropped:
             self.trace.undropped[result] = self.trace.undropped[args[0]]
         return result

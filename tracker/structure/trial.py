@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tracker.calls import Arguments, ExampleInputs, arguments
+from tracker.calls import Call
 from tracker.errors import StructureError
 from tracker.nested import replaced, tensors_in
-from tracker.structure.integers import Integers, UnsolvableError
+from tracker.structure.integers import Choice, Integers, UnsolvableError
 from tracker.structure.lending import InFloat64, is_finite, light_copy, vivid
 from tracker.structure.stream import Forecast, Stream, differing
 from tracker.structure.trace import plain_kernels
@@ -30,18 +30,21 @@ TOLERANCE = 1e-9  # relative, in float64: removing what is masked differs by rou
 
 def try_groups(
     model: nn.Module,
-    example_inputs: ExampleInputs | Arguments,
+    passes: Sequence[Call],
     groups: Sequence[UnitGroup],
     integers: Integers | None = None,
     forecast: Forecast | None = None,
 ) -> list[UnitGroup]:
-    """The groups, those that failed their trial not prunable, with the reason."""
+    """The groups, those that failed their trial not prunable, with the reason.
+
+    passes: Calls that were recorded, each in its mode: all are made without a part of the units.
+    """
     integers, forecast = integers or Integers(), forecast or Forecast()
     groups = [_followed(group, integers) for group in groups]
     if not any(g.prunable for g in groups):
         return list(groups)
     bench = InFloat64(vivid(light_copy(model)))
-    trial = _Trial(bench, double(arguments(example_inputs)), integers, forecast)
+    trial = _Trial(bench, [double(call) for call in passes], integers, forecast)
     with plain_kernels():
         for exact in (True, False):
             for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
@@ -79,7 +82,7 @@ class _Trial:
     """Groups of one model, tried one after the other or together."""
 
     model: InFloat64
-    inputs: Arguments
+    passes: Sequence[Call]
     integers: Integers
     forecast: Forecast
     failed: dict[str, str] = field(default_factory=dict)  # group → why
@@ -111,38 +114,50 @@ class _Trial:
         """Why these groups cannot be removed, or ""."""
         generator = torch.Generator().manual_seed(0)
         choice = [(g, _some(g, generator)) for g in groups]
+        streams = [Stream(self.model.model) for _ in self.passes]
         try:
             with self.model.removed(choice, self.integers.solve(choice)):
-                after = Stream(self.model.model)
-                found = self.model.run(self.inputs, within=after)
+                found = [
+                    self.model.run(call, within=after)
+                    for call, after in zip(self.passes, streams, strict=True)
+                ]
         except UnsolvableError as error:
             return f"the model's code does not follow a removal: {error}"
         except StructureError as error:
             return f"the model's code does not follow a removal: {_place(error.__cause__)}"
         except Exception as error:
             return f"it could not be removed from a copy: {type(error).__name__}: {error}"
+        compare = self._from_masked if groups[0].exact else self._from_whole
+        reasons = (compare(n, choice, found[n], streams[n]) for n in range(len(found)))
+        return next(filter(None, reasons), "")
+
+    def _from_masked(self, number: int, choice: Choice, found: object, _: Stream) -> str:
+        """What a pass without units does otherwise than the masked model, or ""."""
+        call = self.passes[number]
         if not is_finite(found):
-            return "without some of its units the output is not finite"
-        if not groups[0].exact:  # nothing to compare with: others see the removal, too
-            before = Stream(self.model.model)
-            if _shapes(found) != _shapes(self.model.run(self.inputs, within=before)):
-                return "the output changes its shape"
-            return differing(before, after, self.forecast, choice, same=False)
-        difference = self.model.difference_from_mask(
-            self.inputs, choice, found, tolerance=TOLERANCE
-        )
+            return f"without some of its units the output{_of(call)} is not finite"
+        difference = self.model.difference_from_mask(call, choice, found, tolerance=TOLERANCE)
         if difference <= TOLERANCE:
             return ""
         return (
-            f"without some of its units the output differs from the masked model's by {difference:.1e}: something in "
-            "the model's code depends on their number or positions"
+            f"without some of its units the output{_of(call)} differs from the masked model's by {difference:.1e}: "
+            "something in the model's code depends on their number or positions"
         )
+
+    def _from_whole(self, number: int, choice: Choice, found: object, after: Stream) -> str:
+        """The same where there is nothing to compare with: others see the removal, too."""
+        call, before = self.passes[number], Stream(self.model.model)
+        if not is_finite(found):
+            return f"without some of its units the output{_of(call)} is not finite"
+        if _shapes(found) != _shapes(self.model.run(call, within=before)):
+            return f"the output{_of(call)} changes its shape"
+        return differing(before, after, self.forecast, choice, same=False, number=number)
 
     def _of_whole(self) -> str:
         """Why the whole model does not run in float64, or gives nothing to compare with, or ""."""
         if self._whole is None:
             try:
-                finite = is_finite(self.model.run(self.inputs))
+                finite = all(is_finite(self.model.run(call)) for call in self.passes)
                 why = "the model's output on the example inputs is not finite: nothing can be compared"
                 self._whole = "" if finite else why
             except StructureError as error:
@@ -183,18 +198,23 @@ def _shapes(value: object) -> list[torch.Size]:
     return [t.shape for t in tensors_in(value)]
 
 
-def double(inputs: Arguments) -> Arguments:
-    """The same arguments, floating-point tensors in float64."""
+def _of(call: Call) -> str:
+    """The pass, for people, where it is no plain one."""
+    return "" if call.method == "forward" and not call.training else f" of {call}"
+
+
+def double(call: Call) -> Call:
+    """The same call, floating-point tensors in float64."""
 
     def cast(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
             return tensor.to(torch.complex128)
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    return Arguments(*replaced(tuple(inputs), cast))
+    return call.given(*replaced((call.args, call.kwargs), cast))
 
 
-def shuffled(inputs: Arguments) -> Arguments:
+def shuffled(call: Call) -> Call:
     """Fresh inputs of the same shapes and the same values, in another order: valid tokens stay valid."""
     generator = torch.Generator().manual_seed(0)
 
@@ -202,7 +222,7 @@ def shuffled(inputs: Arguments) -> Arguments:
         order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
         return tensor.flatten()[order].view(tensor.shape)
 
-    return Arguments(*replaced(tuple(inputs), mix))
+    return call.given(*replaced((call.args, call.kwargs), mix))
 
 
 def _place(error: BaseException | None) -> str:

@@ -9,12 +9,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tracker.probe import Arguments, forward_once
+from tracker.calls import Arguments, Call
+from tracker.probe import forward_once
 from tracker.structure.trace import plain_kernels
 
 
-def flops(model: nn.Module, inputs: Arguments) -> tuple[object, int]:
-    """Output and FLOPs of a forward pass in eval mode, by torch's own formulas (`torch.utils.flop_counter`)."""
+def flops(model: nn.Module, inputs: Arguments | Call) -> tuple[object, int]:
+    """Output and FLOPs of a pass in eval mode, or in that of the call, by torch's own formulas (`flop_counter`)."""
     counter = _Counter()
     with plain_kernels():  # fused ones have no formula
         output = forward_once(model, inputs, within=counter)

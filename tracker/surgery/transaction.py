@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracker.calls import Arguments, arguments
+from tracker.calls import Call
 from tracker.errors import StructureError, SurgeryError, VerificationError
 from tracker.probe import forward_once, uninterrupted
 from tracker.structure.lending import (
@@ -20,7 +20,7 @@ from tracker.structure.lending import (
     vivid,
 )
 from tracker.structure.stream import Forecast, Stream, differing
-from tracker.structure.trace import plain_kernels
+from tracker.structure.trace import Passes, plain_kernels
 from tracker.structure.trial import TOLERANCE, double, shuffled
 from tracker.structure.twins import liberate
 from tracker.surgery.apply import apply, require
@@ -62,21 +62,24 @@ def carry_out(
     copies = [_follower(f) for f in followers]
     for each in (model, *copies):
         require(plan, each)
-    assert observer.inputs is not None  # the structure was traced with them
-    inputs = arguments(Arguments(*observer.inputs))
     with observer.paused():
+        passes = tracker.passes()
+        first, *others = passes.recorded
         promise, difference = (
             _promised(
-                plan, model, inputs, tracker.structure().forecast if plan.only_removes else None
+                plan, model, passes, tracker.structure().forecast if plan.only_removes else None
             )
             if verify
             else (plan.promise, None)
         )
         traced = entry.structure
-        flops_before = flops(model, inputs)[1] if traced is None else traced.flops
+        flops_before = flops(model, first)[1] if traced is None else traced.flops
+        gaps = [] if traced is None else traced.gaps
         with borrowed(model) as bench:
             apply(plan, [bench], [])
-            expected, flops_after = flops(bench, inputs)
+            output, flops_after = flops(bench, first)
+            with plain_kernels():
+                outputs = [output, *(forward_once(bench, call) for call in others)]
             parameters_after = count(bench)
         receipt = Receipt(
             operation=plan.operation,
@@ -89,7 +92,7 @@ def carry_out(
             parameters_after=parameters_after,
             flops_before=flops_before,
             flops_after=flops_after,
-            notes=list(notes),
+            notes=[*notes, *gaps],
             skipped=list(skipped),
             dry_run=dry_run,
         )
@@ -106,7 +109,8 @@ def carry_out(
                 receipt.added_ids.extend(added)
                 receipt.removed_ids.extend(removed)
             if verify:
-                _as_expected(model, inputs, expected)
+                for call, expected in zip(passes.recorded, outputs, strict=True):
+                    _as_expected(model, call, expected)
             receipt.notes.extend(dict.fromkeys(lost))
             return receipt, log
         except BaseException:
@@ -131,18 +135,18 @@ class Witness:
 
     def __init__(self, tracker: ActivationTracker) -> None:
         self._tracker = tracker
-        self._before = self._output()
+        self._calls = [double(call.modes()[0]) for call in tracker.current.observer.calls]
+        self._before = self._outputs()
 
     def difference(self) -> float:
-        """How far the output is from what it was, in float64, relative to the largest value."""
-        return relative_difference(self._output(), self._before)
+        """How far the outputs are from what they were, in float64, relative to the largest value."""
+        return relative_difference(self._outputs(), self._before)
 
-    def _output(self) -> object:
+    def _outputs(self) -> list[object]:
         entry = self._tracker.current
-        assert entry.observer.inputs is not None
-        inputs = double(arguments(Arguments(*entry.observer.inputs)))
         with entry.observer.paused(), plain_kernels(), torch.inference_mode(False):
-            return InFloat64(light_copy(entry.model())).run(inputs)
+            copied = InFloat64(light_copy(entry.model()))
+            return [copied.run(call) for call in self._calls]
 
 
 def count(model: nn.Module) -> int:
@@ -151,7 +155,7 @@ def count(model: nn.Module) -> int:
 
 
 def _promised(
-    plan: Plan, model: nn.Module, inputs: Arguments, forecast: Forecast | None
+    plan: Plan, model: nn.Module, passes: Passes, forecast: Forecast | None
 ) -> tuple[str, float | None]:
     """What holds of a changed copy in float64, and how far its output is from what was promised.
 
@@ -163,46 +167,57 @@ def _promised(
         for module in whole.modules() if forecast is not None else ():
             liberate(module)  # as the changed copy's attention may be: operations are compared
         with borrowed(whole) as bench:
-            return _tried(plan, whole, bench, double(inputs), forecast)
+            return _tried(plan, whole, bench, passes, forecast)
 
 
 def _tried(
-    plan: Plan, whole: nn.Module, bench: nn.Module, exact: Arguments, forecast: Forecast | None
+    plan: Plan, whole: nn.Module, bench: nn.Module, passes: Passes, forecast: Forecast | None
 ) -> tuple[str, float | None]:
+    """Make every call of a changed copy, and of the original."""
+    apply(plan, [bench], [], precise=True)
+    changed, original = InFloat64(bench), InFloat64(whole)
     masked = plan.promise == "masked"
-    try:
-        apply(plan, [bench], [], precise=True)
-        changed = InFloat64(bench)
-        after = Stream(changed.model)
+    differences: list[tuple[Call, float]] = []
+    for number, call in enumerate(map(double, (*passes.recorded, *passes.alike))):
+        found, after = _made(changed, call)
+        before = Stream(original.model)
         with plain_kernels():
-            found = changed.run(exact, within=after)
+            if masked:
+                difference = original.difference_from_mask(
+                    call, plan.choice, found, before, tolerance=TOLERANCE
+                )
+            else:
+                difference = relative_difference(found, original.run(call, before))
+        recorded = number < len(passes.recorded)
+        if forecast is not None and recorded:
+            same = masked and difference <= TOLERANCE
+            _same_operations(
+                differing(before, after, forecast, plan.choice, same=same, number=number)
+            )
+        if masked and recorded and difference <= TOLERANCE:
+            difference = max(difference, _difference_on_others(original, changed, call, plan))
+        if masked and difference > TOLERANCE:
+            raise VerificationError(
+                f"Refused: without the units the output of {call} differs from the masked model's by "
+                f"{difference:.1e}, and {TOLERANCE:.0e} is allowed. Something in the model's code depends on the "
+                "number of units. Nothing was touched."
+            )
+        differences.append((call, difference))
+    if masked:
+        return "masked", max(difference for _, difference in differences)
+    return _kept(plan, differences)
+
+
+def _made(changed: InFloat64, call: Call) -> tuple[object, Stream]:
+    after = Stream(changed.model)
+    try:
+        with plain_kernels():
+            return changed.run(call, within=after), after
     except Exception as error:
         raise VerificationError(
-            f"Refused: a changed copy of the model does not run ({error.__cause__ or error}). Nothing was touched."
-        ) from error
-    original = InFloat64(whole)
-    before = Stream(original.model)
-    with plain_kernels():
-        if masked:
-            difference = original.difference_from_mask(
-                exact, plan.choice, found, before, tolerance=TOLERANCE
-            )
-        else:
-            difference = relative_difference(found, original.run(exact, before))
-    if forecast is not None:
-        same = masked and difference <= TOLERANCE
-        _same_operations(differing(before, after, forecast, plan.choice, same=same))
-    if not masked:
-        return _kept(plan, difference)
-    if difference <= TOLERANCE:
-        difference = max(difference, _difference_on_others(original, changed, exact, plan))
-    if difference > TOLERANCE:
-        raise VerificationError(
-            f"Refused: without the units the output differs from the masked model's by {difference:.1e}, and "
-            f"{TOLERANCE:.0e} is allowed. Something in the model's code depends on the number of units. Nothing was "
+            f"Refused: a changed copy of the model does not run {call} ({error.__cause__ or error}). Nothing was "
             "touched."
-        )
-    return "masked", difference
+        ) from error
 
 
 def _same_operations(why: str) -> None:
@@ -212,14 +227,22 @@ def _same_operations(why: str) -> None:
         )
 
 
-def _kept(plan: Plan, difference: float) -> tuple[str, float]:
-    """The promise that holds of a change that masks nothing, by how far its output is from the original's."""
-    if difference == float("inf"):
-        raise VerificationError(
-            "Refused: the output of a changed copy has another shape, or is not finite. Nothing was touched."
-        )
+def _kept(plan: Plan, differences: Sequence[tuple[Call, float]]) -> tuple[str, float]:
+    """The promise that holds of a change that masks nothing, by how far its outputs are from the original's.
+
+    What was seen in eval mode decides; in train mode a batch norm that was measured anew shows other values.
+    """
+    for call, difference in differences:
+        if difference == float("inf"):
+            raise VerificationError(
+                f"Refused: the output of {call} of a changed copy has another shape, or is not finite. Nothing was "
+                "touched."
+            )
+    preserving = plan.operation in PRESERVING
+    counted = [d for call, d in differences if preserving or not call.training]
+    difference = max(counted or [d for _, d in differences])
     promise = "exact" if plan.promise == "exact" and difference <= EXACT else "changed"
-    if plan.promise == "exact" and promise != "exact" and plan.operation in PRESERVING:
+    if plan.promise == "exact" and promise != "exact" and preserving:
         raise VerificationError(
             f"Refused: {plan.operation} must preserve the function, and a changed copy differs by "
             f"{difference:.1e}. Nothing was touched."
@@ -227,11 +250,9 @@ def _kept(plan: Plan, difference: float) -> tuple[str, float]:
     return promise, difference
 
 
-def _difference_on_others(
-    original: InFloat64, changed: InFloat64, inputs: Arguments, plan: Plan
-) -> float:
+def _difference_on_others(original: InFloat64, changed: InFloat64, call: Call, plan: Plan) -> float:
     """How far a changed copy is from the masked original on other inputs than the example, if these can be run."""
-    others = shuffled(inputs)
+    others = shuffled(call)
     with plain_kernels():
         try:
             found = changed.run(others)
@@ -250,10 +271,10 @@ def _difference_on_others(
 PRESERVING = ("expand_layer", "insert_layer")
 
 
-def _as_expected(model: nn.Module, inputs: Arguments, expected: object) -> None:
+def _as_expected(model: nn.Module, call: Call, expected: object) -> None:
     """The changed model gives what the copy gave: the swap itself went right."""
     try:
-        found = forward_once(model, inputs)  # with the kernels that the user runs
+        found = forward_once(model, call)  # with the kernels that the user runs
     except StructureError as error:
         raise VerificationError(
             f"After the change the model does not run ({error.__cause__ or error}). Everything was undone."
