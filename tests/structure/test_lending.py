@@ -91,7 +91,7 @@ class Closed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 3)
+        self.a, self.b = nn.Linear(6, 10, bias=False), nn.Linear(10, 3)
         weight = self.a.weight
         self.f = lambda x: nn.functional.linear(x, weight)
 

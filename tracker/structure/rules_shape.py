@@ -60,10 +60,14 @@ def squeeze(op: Op) -> None:
 
 @rule("aten::expand")
 def expand(op: Op) -> None:
-    """New and repeated dimensions have no index that could die."""
-    axes, origin = op.axes(op.args[0]), op.origin(op.args[0])
-    new = op.out.ndim - len(axes)
-    op.give(op.out, [*[None] * new, *axes], [*[NOWHERE] * new, *origin])
+    """New dimensions have no index that could die; repeated ones are equal at every position: any index may."""
+    x = op.args[0]
+    new = op.out.ndim - x.ndim
+    axes = [
+        axis if n == size else op.labels.fresh(n)
+        for axis, size, n in zip(op.axes(x), x.shape, op.out.shape[new:], strict=True)
+    ]
+    op.give(op.out, [*[None] * new, *axes], [*[NOWHERE] * new, *op.origin(x)])
 
 
 @rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias")
