@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read, reslotted
 from tracker.slotmap import SlotMap
 from tracker.statistics import Activity
-from tracker.structure import Passes, Structure, trace_structure
+from tracker.structure import Passes, Structure, require_known, trace_structure
 
 OBSERVE = ("reads", "output")
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
@@ -131,7 +130,7 @@ class ActivationTracker:
                 f"{type(model).__name__} has no layer with neurons: no linear, convolutional, embedding, norm or "
                 "recurrent layer, and no custom module with parameters of its own."
             )
-        _require_known(model, assume_unread)
+        require_known(model, assume_unread)
         observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
         observer.unread = tuple(assume_unread)
         entry = TrackedModel(name, observer, by_hand=frozenset(axes or ()))
@@ -411,20 +410,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             "A scripted or traced module runs no Python hooks and cannot be tracked. Track the module it was made from."
         )
     return model
-
-
-def _require_known(model: nn.Module, names: Collection[str]) -> None:
-    if isinstance(names, str):
-        raise StructureError(
-            f"assume_unread is a list of names of modules, not the text {names!r}."
-        )
-    known = {*dict(model.named_modules()), *dict(model.named_parameters())} - {""}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 3, 0.4) or sorted(known)[:3]
-            raise StructureError(
-                f"assume_unread names {name!r}, and the model has no such module or parameter. Near: {', '.join(near)}."
-            )
 
 
 def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:

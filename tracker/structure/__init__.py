@@ -11,5 +11,16 @@ from tracker.structure.structure import Structure, trace_structure
 from tracker.structure.taps import Tap
 from tracker.structure.trace import Passes
 from tracker.structure.units import Frozen, Slice, UnitGroup
+from tracker.structure.unseen import require_known
 
-__all__ = ["Frozen", "Passes", "Slice", "Structure", "Tap", "UnitGroup", "rule", "trace_structure"]
+__all__ = [
+    "Frozen",
+    "Passes",
+    "Slice",
+    "Structure",
+    "Tap",
+    "UnitGroup",
+    "require_known",
+    "rule",
+    "trace_structure",
+]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
+from tracker.errors import StructureError
 from tracker.structure.trace import Trace
 from tracker.structure.units import UnitGroup
 
@@ -38,6 +40,25 @@ def owners(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
 def without(names: Iterable[str], assumed: Collection[str]) -> list[str]:
     """These parameters but those that are assumed to be read by nobody, or lie in modules that are."""
     return [n for n in names if not any(n == a or n.startswith(f"{a}.") for a in assumed)]
+
+
+def require_known(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse names that are assumed to be read by nobody, and that the model does not have.
+
+    Raises:
+        StructureError: It has no such module or parameter.
+    """
+    if isinstance(names, str):
+        raise StructureError(
+            f"assume_unread is a list of names of modules, not the text {names!r}."
+        )
+    known = {*dict(model.named_modules()), *dict(model.named_parameters())} - {""}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 3, 0.4) or sorted(known)[:3]
+            raise StructureError(
+                f"assume_unread names {name!r}, and the model has no such module or parameter. Near: {', '.join(near)}."
+            )
 
 
 def refuse_unseen(
