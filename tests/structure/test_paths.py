@@ -253,3 +253,18 @@ def test_rows_that_no_call_reached_are_no_units(length: int) -> None:
     assert length == 1 or "met by values that cannot die" in why or "8 to 63" in why
     engine.compress(keep=0.6, progress=False)
     model(torch.randint(0, 11, (2, 64)))
+
+
+def test_what_only_train_mode_reads_is_compensated_too() -> None:
+    torch.manual_seed(0)
+    model, engine = TrainHead(), NeuronEngine()
+    x = torch.randn(64, 5)
+    with torch.no_grad():
+        model.a.weight[3], model.a.bias[3] = model.a.weight[1], model.a.bias[1]
+    engine.track_model(model, "m", example_inputs=x)
+    model.train()
+    torch.manual_seed(1)
+    before = model.other(model.h(x)).detach()
+    receipt = engine.prune_neurons({"a": [3]}, compensate=True)
+    assert receipt.promise == "exact"
+    torch.testing.assert_close(model.other(model.h(x)).detach(), before)

@@ -36,7 +36,7 @@ class Path:
     def __init__(self, names: Mapping[int, str]) -> None:
         self.rows: list[object] = []
         self._names = names
-        self._numbers: dict[int, object] = {}  # id of a tensor → what it is
+        self._numbers: dict[int, tuple[weakref.ref[Tensor], object]] = {}  # by id, which is reused
         self._uniform: dict[int, weakref.ref[Tensor]] = {}  # by where the values lie
         self._count = self._given = 0
 
@@ -71,7 +71,7 @@ class Path:
         self.rows.append((name, self._told(args), self._told(kwargs)))
         self._count += 1
         for at, tensor in enumerate(made):
-            self._numbers[id(tensor)] = (self._count, at)
+            self._numbers[id(tensor)] = weakref.ref(tensor), (self._count, at)
             if not func.is_view:
                 self._uniform.pop(_storage(tensor), None)
 
@@ -97,17 +97,20 @@ class Path:
         if self._is_uniform(tensor):
             self._make_uniform("", [tensor], [made])
         else:
-            self._numbers[id(made)] = self._told(tensor)
+            self._numbers[id(made)] = weakref.ref(made), self._told(tensor)
             self._uniform.pop(_storage(made), None)
 
     def _told(self, value: Any) -> Any:
         """An argument, tensors by where they come from."""
         if isinstance(value, Tensor):
-            name: object = self._names.get(id(value))
-            if name is None and (name := self._numbers.get(id(value))) is None:
+            if (name := self._names.get(id(value))) is not None:
+                return name
+            ref, number = self._numbers.get(id(value), (None, None))
+            if ref is None or ref() is not value:
                 self._given += 1
-                name = self._numbers[id(value)] = "given", self._given
-            return name
+                number = "given", self._given
+                self._numbers[id(value)] = weakref.ref(value), number
+            return number
         if isinstance(value, (tuple, list)):
             return tuple(map(self._told, value))
         if isinstance(value, dict):

@@ -60,11 +60,11 @@ def squeeze(op: Op) -> None:
 
 @rule("aten::expand")
 def expand(op: Op) -> None:
-    """New dimensions have no index that could die; repeated ones are equal at every position: any index may."""
+    """New dimensions have no index that could die; of a single number that is repeated any index may."""
     x = op.args[0]
     new = op.out.ndim - x.ndim
     axes = [
-        axis if n == size else op.labels.fresh(n)
+        axis if n == size or x.numel() > 1 else op.labels.fresh(n)
         for axis, size, n in zip(op.axes(x), x.shape, op.out.shape[new:], strict=True)
     ]
     op.give(op.out, [*[None] * new, *axes], [*[NOWHERE] * new, *op.origin(x)])

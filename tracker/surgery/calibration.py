@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from tracker.calls import Arguments, arguments
+from tracker.calls import Call, arguments
 from tracker.compensation.linear import EXACT
 from tracker.graphs import GraphHook, forget_compiled_graphs, is_new_data
 from tracker.nested import tensors_in
@@ -121,23 +121,26 @@ def reads_of(
             found[one.weight] = Read(one.reads, seen)
             missing.remove(one)
     if missing and example:
-        assert entry.observer.inputs is not None
-        inputs = Arguments(*entry.observer.inputs)
-        found.update(collect(entry.model(), [inputs], missing))
+        passes = tracker.passes()
+        for (
+            call
+        ) in passes.recorded:  # of a head for training, say, only another call than the first tells
+            missing = [c for c in missing if c.weight not in found]
+            found.update(collect(entry.model(), [call], missing) if missing else {})
     return found
 
 
 def collect(
     model: nn.Module, batches: Iterable[Any], wanted: Iterable[Consumer], *, patches: bool = False
 ) -> dict[str, Read]:
-    """One pass over `batches` in eval mode; the inputs of these consumers become covariances.
+    """One pass over `batches` in eval mode, calls in theirs; the inputs of these consumers become covariances.
 
     patches: Convolutions see all that lies under their kernels, not channels alone.
     """
     quiet = quiet_copy(model)
     watcher = Watcher(quiet, wanted, heard=True, patches=patches)
     for batch in batches:
-        forward_once(quiet, arguments(batch))
+        forward_once(quiet, batch if isinstance(batch, Call) else arguments(batch))
     return watcher.stop()
 
 
