@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from tracker.journal import Entry, become, read_checkpoint, twin_after, write_ch
 from tracker.journal.carry import carry
 from tracker.journal.noise import here, restorer
 from tracker.journal.optimizers import check_ownership, load_optimizers
+from tracker.layers import find_layers
 from tracker.life import life
 from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
@@ -29,6 +30,9 @@ from tracker.training import Decision, Phases, Policy, SelfModification
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
+
+
+MOST_IDS = 2**16  # new neurons that a layer may get at once, beside 64 times those that it has
 
 
 class NeuronEngine(NeuronSurgeon):
@@ -169,27 +173,38 @@ class NeuronEngine(NeuronSurgeon):
             self._carried.add(key)
             journal, this, held = self.journal, weakref.ref(self), weakref.ref(model)
 
-            def replay(entry: Entry) -> None:
+            def replay(entries: Sequence[Entry]) -> None:
                 engine, own = this(), held()
                 assert own is not None
                 if engine is None:  # nobody asks for ids any more
-                    become(own, twin_after(own, [entry]), {}, [entry], UndoLog())
+                    journal.replay(own, entries)
                 else:
-                    engine._replay(own, entry)
-                journal.add(entry)
+                    engine._replay(own, entries)
+                journal.entries += entries
 
             carry(model, lambda: journal, replay)
 
-    def _replay(self, model: nn.Module, entry: Entry) -> None:
+    def _replay(self, model: nn.Module, entries: Sequence[Entry]) -> None:
+        """Do changes of a journal again, on the model and in what the tracker knows of it; all or nothing.
+
+        Raises:
+            CheckpointError: They do not fit what is tracked.
+        """
         tracker, plain = self._tracker, unwrapped(self._optimizers)
         before, tracker.current = tracker.current, tracker.tracked(model)
         try:
-            become(model, twin_after(model, [entry]), {}, [entry], UndoLog(), plain)
-            layers = {name: runs.slots() for name, runs in entry.layers.items()}
-            tracker.current.reads = {}
-            tracker.reslot(layers, {}, entry.reason)
-            if entry.modules:
-                tracker.resite(entry.reason)
+            with _all_or_nothing("of the state dict") as log:
+                for part in _parts(entries):
+                    become(model, twin_after(model, part), {}, part, log, plain)
+                    for entry in part:
+                        self._move_ids(entry, log)
+                widths = {n: len(layer.ids) for n, layer in tracker.current.layers.items()}
+                for layer in find_layers(model):
+                    if layer.neurons is not None and widths.get(layer.name) != layer.neurons:
+                        raise CheckpointError(
+                            f"The journal gives {layer.name} {layer.neurons} neurons and "
+                            f"{widths.get(layer.name, 'no')} ids."
+                        )
             for optimizer in plain:  # moments of another shape would be read beyond their end
                 for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
                     del optimizer.state[parameter]
@@ -197,6 +212,22 @@ class NeuronEngine(NeuronSurgeon):
         finally:
             tracker.current = before
         self._undo = None
+
+    def _move_ids(self, entry: Entry, log: UndoLog) -> None:
+        tracker = self._tracker
+        known = tracker.current.layers
+        for name, runs in entry.layers.items():
+            width = len(known[name].ids) if name in known else -1
+            if runs.reach > width or runs.size > MOST_IDS + 64 * width:
+                raise CheckpointError(
+                    f"Entry {entry.number} of the journal moves neurons of {name!r} that it does not have."
+                )
+        layers = {name: runs.slots() for name, runs in entry.layers.items()}
+        tracker.reslot(layers, {}, entry.reason, log.add)
+        reads, tracker.current.reads = tracker.current.reads, {}
+        log.add(lambda: setattr(tracker.current, "reads", reads))
+        if entry.modules:
+            tracker.resite(entry.reason, log.add)
 
     def save_checkpoint(self, path: str | PathLike[str]) -> Path:
         """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.
@@ -249,6 +280,7 @@ class NeuronEngine(NeuronSurgeon):
             load_optimizers(model, plain, content.tensors["optimizer"], facts["optimizers"], log)
             engine = cls(**facts["settings"])
             log.add(engine._let_go)
+            memory.require_ids(journal, facts["registry"])
             history, seen = memory.load_tracker(engine._tracker, model, content)
             if facts["run"] is not None:
                 engine.start_self_modification(Policy.from_dict(facts["run"]["policy"]))
@@ -275,6 +307,18 @@ def _shape(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.S
         v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.ndim
     ]
     return known[0].shape if known else parameter.shape
+
+
+def _parts(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries up to each one that brings a new layer: what lies between is never made, however large."""
+    part: list[Entry] = []
+    for entry in entries:
+        part.append(entry)
+        if entry.modules:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def apply_journal(fresh_model: nn.Module, path: str | PathLike[str]) -> nn.Module:

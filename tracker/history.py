@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tracker.errors import StatisticsError, UnknownNeuronError
+from tracker.files import write_whole
 from tracker.observation import Observation
 
 SCHEMA_VERSION = "1.0"
@@ -143,12 +144,7 @@ def write_json(
     path: str | os.PathLike[str], data: Mapping[str, Any], indent: int | None = 2
 ) -> Path:
     """Write JSON without NaN, replacing the file only once it is complete."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(target.name + ".part")
-    draft.write_text(json.dumps(data, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, target)
-    return target
+    return write_whole(path, (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -185,8 +181,12 @@ def _parse(data: Any) -> TrainingHistory:
     for key, entry in data["neuron_histories"].items():
         neuron = int(key)
         _require(neuron >= 0, f"{key!r} is no neuron id")
-        history.layers[neuron] = (str(entry["layer_name"]), _integer(entry["local_index"]))
-        for position, row in _placed(entry, numbers):
+        name, index = entry["layer_name"], _integer(entry["local_index"])
+        _require(isinstance(name, str) and index >= 0, f"{key} has no place")
+        history.layers[neuron] = (name, index)
+        series = list(zip(losses, accuracies, strict=True))
+        for position, row, told in _placed(entry, numbers):
+            _require(told == series[position], f"{key} has another loss or accuracy than its epoch")
             rows[position][neuron] = row
     history.epochs = [
         Epoch(*values) for values in zip(numbers, losses, accuracies, rows, strict=True)
@@ -194,15 +194,19 @@ def _parse(data: Any) -> TrainingHistory:
     return history
 
 
-def _placed(entry: Any, numbers: Sequence[int]) -> list[tuple[int, tuple[Number, Number, Number]]]:
+Row = tuple[int, tuple[Number, Number, Number], tuple[Number, Number]]
+
+
+def _placed(entry: Any, numbers: Sequence[int]) -> list[Row]:
     """A neuron's rows with the positions of their epochs: its epochs are a subsequence of the run's."""
     lived = [_integer(e) for e in entry["epochs"]]
-    columns = [_numbers(entry[name], len(lived)) for name in ("mean", "variance", "frequency")]
+    columns = [_numbers(entry[name], len(lived)) for name in SERIES]
     positions, at = [], -1
     for epoch in lived:
         at = numbers.index(epoch, at + 1)
         positions.append(at)
-    return list(zip(positions, zip(*columns, strict=True), strict=True))
+    own, told = zip(*columns[:3], strict=True), zip(*columns[3:], strict=True)
+    return list(zip(positions, own, told, strict=True))
 
 
 def _numbers(values: Any, count: int) -> list[Number]:
@@ -212,7 +216,7 @@ def _numbers(values: Any, count: int) -> list[Number]:
 
 def _number(value: Any) -> Number:
     ok = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    _require(ok, f"{value!r} is no number")
+    _require(ok and (value is None or math.isfinite(value)), f"{value!r} is no number")
     return value
 
 

@@ -108,10 +108,17 @@ class NeuronRegistry:
         Raises:
             ValueError: An id occurs twice, or was never given out.
         """
-        top = int(data["next"])
-        layers = {n: LayerIds(model, n, [int(i) for i in ids]) for n, ids in data["layers"].items()}
+        top = data["next"]
+        layers = {n: LayerIds(model, n, list(ids)) for n, ids in data["layers"].items()}
         gone = {int(n): str(why) for n, why in data["gone"].items()}
-        blocks = [(int(start), str(name)) for start, name in data["blocks"]]
+        blocks = [(start, str(name)) for start, name in data["blocks"]]
+        numbers = [
+            top,
+            *(i for layer in layers.values() for i in layer.ids),
+            *(b for b, _ in blocks),
+        ]
+        if any(type(number) is not int for number in numbers):
+            raise ValueError("an id is no whole number")
         living = [i for entry in layers.values() for i in entry.ids]
         every = [*living, *gone]
         if len(set(every)) < len(every) or any(not 0 <= i < top for i in every):
@@ -119,6 +126,11 @@ class NeuronRegistry:
         starts = [start for start, _ in blocks]
         if starts != sorted(set(starts)) or (living and (not starts or starts[0] > min(living))):
             raise ValueError("blocks of ids are out of order")
+        if starts and not (starts[0] == 0 and starts[-1] < top):
+            raise ValueError("blocks of ids do not begin and end where ids do")
+        for name, layer in layers.items():
+            if any(blocks[bisect_right(starts, i) - 1][1] != name for i in layer.ids):
+                raise ValueError(f"an id of {name} was given to another layer")
         other = LayerIds("", "", [])
         self._starts, self._next, self._gone = starts, top, gone
         self._blocks = [layers.get(name, other) for _, name in blocks]

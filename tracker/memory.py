@@ -18,6 +18,7 @@ from tracker.journal.noise import gather_noise
 from tracker.journal.optimizers import gather_optimizers
 from tracker.reads import Read
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
+from tracker.statistics.activity import MEAN, ROWS
 from tracker.structure import Tap
 from tracker.structure.sizes import tensors
 from tracker.surgery.undo import UndoLog
@@ -162,6 +163,27 @@ def _laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
             raise CheckpointError(f"A tensor of {tuple(value.shape)} cannot lie at {strides}.")
         place *= size
     return torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
+
+
+def require_ids(journal: Journal, registry: Mapping[str, Any]) -> None:
+    """The neurons that a journal speaks of are those of the registry.
+
+    Raises:
+        CheckpointError: They are not.
+    """
+    gone = set(registry["gone"])
+    known = gone | {str(i) for ids in registry["layers"].values() for i in ids}
+    added: set[int] = set()
+    for entry in journal:
+        twice = added.intersection(entry.added_ids)
+        added.update(entry.added_ids)
+        if twice or not (
+            known.issuperset(map(str, entry.added_ids))
+            and gone.issuperset(map(str, entry.removed_ids))
+        ):
+            raise CheckpointError(
+                f"Entry {entry.number} of the journal speaks of other neurons than the registry of ids."
+            )
 
 
 def load_tracker(
@@ -330,8 +352,8 @@ def _restore_seen(
         kind, mode, rest = key.split("/", 2)
         if kind == "activity":
             site = sites[rest]
-            if value.ndim != 2 or value.shape[1] != site.neurons:
-                raise ValueError(f"statistics of {rest} have the shape {tuple(value.shape)}")
+            _require_table(value, torch.float64, (ROWS, site.neurons), f"statistics of {rest}")
+            _require_counts(value[:MEAN], rest)
             stream = ActivityStream.resumed(Activity(value.clone()), tracker.threshold)
             site.windows[MODES[mode]] = Window(stream, None)
         else:
@@ -346,11 +368,25 @@ def _restore_seen(
             if kind in ("read", "run")
             else sites[name].neurons
         )
-        n = len(covariance.count)
-        if covariance.mean.shape != (n,) or covariance.comoment.shape != (n, n) or n != width:
-            raise ValueError(f"the covariance of {name} has another shape")
+        what = f"the covariance of {name}"
+        _require_table(covariance.count, torch.int64, (width,), what)
+        _require_table(covariance.mean, torch.float64, (width,), what)
+        _require_table(covariance.comoment, torch.float64, (width, width), what)
+        _require_counts(covariance.count, name)
         if kind in ("read", "run"):
             reads[kind][name] = Read(int(dim), covariance, int(taps))
         else:
             sites[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
     return {name: read.covariance for name, read in reads["run"].items()}
+
+
+def _require_table(
+    value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], what: str
+) -> None:
+    if value.dtype != dtype or value.shape != shape:
+        raise ValueError(f"{what} are {tuple(value.shape)} {value.dtype}, and not {shape} {dtype}")
+
+
+def _require_counts(value: Tensor, name: str) -> None:
+    if not bool(((value >= 0) & (value <= 2**53)).all()):
+        raise ValueError(f"{name} was observed a number of times that is none")

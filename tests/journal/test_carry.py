@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.journal.runs import CHANGES, begun, fresh
-from tests.surgery.subjects import equal, train
+from tests.surgery.subjects import equal, snapshot, train
 from tracker import CheckpointError, NeuronEngine
 from tracker.journal.carry import KEY
 
@@ -90,6 +91,42 @@ def test_what_does_not_lead_on_is_refused() -> None:
         with pytest.raises(CheckpointError, match="journal"):
             other_model.load_state_dict({**state, KEY: bad})
     assert equal(dict(other.state_dict()), before)
+    assert train(other, opt, x) > 0
+
+
+def forged(state: Any, change: Any) -> Any:
+    """A state dict with a journal that was changed by hand."""
+    journal = json.loads(bytes(state[KEY].numpy()))
+    change(journal["entries"])
+    return {
+        **state,
+        KEY: torch.frombuffer(bytearray(json.dumps(journal).encode()), dtype=torch.uint8),
+    }
+
+
+TORN: dict[str, Any] = {
+    "a tensor too few": lambda s: {k: v for k, v in s.items() if k != "2.bias"},
+    "a tensor too many": lambda s: {**s, "more": torch.zeros(1)},
+    "a tensor of text": lambda s: {**s, "2.bias": "x"},
+    "an unknown layer": lambda s: forged(s, lambda e: e[-1].update(layers={"nowhere": [[0, 3]]})),
+    "a layer that is shorter": lambda s: forged(
+        s, lambda e: e[3].update(layers={"0": [[0, 4000]]})
+    ),
+    "millions of ids": lambda s: forged(s, lambda e: e[3].update(layers={"0": [[-1, 2**24]]})),
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_what_cannot_be_loaded_changes_nothing(kind: str) -> None:
+    model, *_ = changed("mlp")
+    other, opt, engine, x = waiting("mlp")
+    before, ids = snapshot(other, opt), copy.deepcopy(engine.track_model(other))
+    with pytest.raises(CheckpointError):
+        other.load_state_dict(TORN[kind](model.state_dict()))
+    assert equal(snapshot(other, opt), before)
+    assert engine.track_model(other) == ids
+    assert not len(engine.journal)
+    engine.prune_neurons({"0": [0]})
     assert train(other, opt, x) > 0
 
 

@@ -132,6 +132,21 @@ def wide_for_long(data: Any) -> None:
     data["entries"] += [{**wide, "number": 3 + i, "after": entry["after"]} for i in range(1000)]
 
 
+def ten_thousand_empty(data: Any) -> None:
+    last = data["entries"][-1]
+    empty = {
+        **last,
+        "slots": {},
+        "layers": {},
+        "attributes": [],
+        "modules": {},
+        "before": last["after"],
+        "added_ids": [],
+    }
+    data["entries"] += [{**empty, "number": 3 + i} for i in range(10_000)]
+    data["entries"][-1]["modules"] = {"nope": BYPASS}
+
+
 def nested(depth: int) -> Any:
     return {"tuple": [nested(depth - 1)]} if depth else {"value": 1}
 
@@ -268,6 +283,38 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "a covariance of another shape": retable(
         "statistics.safetensors",
         lambda t: t.update({next(k for k in t if k.endswith("/comoment")): torch.zeros(2, 2).double()})),
+    "statistics of another type": retable(
+        "statistics.safetensors",
+        lambda t: t.update({k: v.to(torch.int8) for k, v in t.items() if k.startswith("activity")})),
+    "statistics of fewer rows": retable(
+        "statistics.safetensors", lambda t: t.update({k: v[:1] for k, v in t.items() if k.startswith("activity")})),
+    "statistics of less than nothing": retable(
+        "statistics.safetensors", lambda t: t.update({k: -v - 1 for k, v in t.items() if k.startswith("activity")})),
+    "a covariance of another type": retable(
+        "statistics.safetensors",
+        lambda t: t.update({k: v.to(torch.int8) for k, v in t.items() if k.startswith("covariance")})),
+    "scalar moments": retable(
+        "optimizer.safetensors",
+        lambda t: t.update({k: torch.zeros(()) for k in t if "exp_avg" in k})),
+    "moments of another type": retable(
+        "optimizer.safetensors", lambda t: t.update({k: v.half() for k, v in t.items() if "exp_avg" in k})),
+    "half the moments": retable(
+        "optimizer.safetensors", lambda t: [t.pop(k) for k in list(t) if k.endswith("exp_avg_sq")]),
+    "steps of infinity": retable(
+        "optimizer.safetensors", lambda t: t.update({k: v / 0 for k, v in t.items() if k.endswith("/step")})),
+    "an accuracy of text": edit(
+        G, lambda d: put(d, "history", "neuron_histories", "2", "accuracy", 0, value="x")),
+    "a loss of another epoch": edit(
+        G, lambda d: put(d, "history", "neuron_histories", "2", "loss", 0, value=7.5)),
+    "a block of another layer": edit(G, lambda d: put(d, "registry", "blocks", 0, 1, value="2")),
+    "a block from elsewhere": edit(G, lambda d: put(d, "registry", "blocks", 0, 0, value=1)),
+    "a block of half a number": edit(G, lambda d: put(d, "registry", "blocks", 0, 0, value=0.5)),
+    "new neurons of nobody": edit(J, lambda d: put(d, "entries", 1, "added_ids", value=[999])),
+    "gone neurons that live": edit(J, lambda d: put(d, "entries", 0, "removed_ids", value=[1])),
+    "a hundred thousand entries": edit(J, lambda d: put(d, "entries", value=[d["entries"][0]] * 100_001)),
+    "ten thousand empty entries": edit(J, ten_thousand_empty),
+    "a policy of a class that is not here": edit(
+        G, lambda d: put(d, "run", value={"policy": {"class": "os:system"}})),
     "no noise": retable("random.safetensors", lambda t: t.clear()),
     "noise of another length": retable("random.safetensors", lambda t: t.update(torch=torch.zeros(3).byte())),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from tracker.errors import CheckpointError
 from tracker.journal.entries import Entry, Journal
-from tracker.journal.replay import lasting, twin_after
+from tracker.journal.replay import twin_after
 
 KEY = "_tracker_journal"
 LARGEST = 2**28  # bytes of a journal
 
 
 def carry(
-    model: nn.Module, journal: Callable[[], Journal], replay: Callable[[Entry], None]
+    model: nn.Module, journal: Callable[[], Journal], replay: Callable[[Sequence[Entry]], None]
 ) -> None:
     """Put both hooks on a model, once.
 
-    journal: Of the model, now. replay: Changes the model, and what knows it, by one more entry.
+    journal: Of the model, now. replay: Changes the model, and what knows it, by more entries; all or nothing.
     """
     model.register_state_dict_post_hook(Saving(journal))
     model.register_load_state_dict_pre_hook(Loading(model, journal, replay))
@@ -58,7 +58,10 @@ class Loading:
     """Changes the model as the journal of a state dict says, before its tensors are loaded."""
 
     def __init__(
-        self, model: nn.Module, journal: Callable[[], Journal], replay: Callable[[Entry], None]
+        self,
+        model: nn.Module,
+        journal: Callable[[], Journal],
+        replay: Callable[[Sequence[Entry]], None],
     ) -> None:
         self._model, self._journal, self._replay = weakref.ref(model), journal, replay
 
@@ -85,15 +88,31 @@ class Loading:
                 "This state dict is of a model that was changed in other ways. Load it into a freshly built one."
             )
         entries = asked.entries[len(known) :]
-        twin = twin_after(model, entries)
-        for name, tensor in lasting(twin).items():
-            saved = state.get(prefix + name)
-            if isinstance(saved, Tensor) and saved.shape != tensor.shape:
-                raise CheckpointError(
-                    f"The state dict's {name} is {tuple(saved.shape)}, and {tuple(tensor.shape)} by its journal."
-                )
-        for entry in entries:
-            self._replay(entry)
+        if entries:
+            _require_whole(twin_after(model, entries), state, prefix)
+            self._replay(entries)
+
+
+def _require_whole(twin: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """All that the changed model has is there and fits, and nothing else: what follows only copies."""
+    wanted = twin.state_dict()
+    given = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    odd = sorted(given ^ set(wanted))
+    if odd:
+        raise CheckpointError(
+            f"The state dict carries a journal, and {odd[0]!r} is only in one of the two, it and the model that the "
+            f"journal leads to ({len(odd)} such names). To load a part of it, remove {prefix + KEY!r} first."
+        )
+    for name, tensor in wanted.items():
+        saved = state[prefix + name]
+        if not isinstance(tensor, Tensor):
+            continue  # an extra state
+        if not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_meta:
+            raise CheckpointError(f"The state dict's {name} is no tensor with values.")
+        if saved.shape != tensor.shape:
+            raise CheckpointError(
+                f"The state dict's {name} is {tuple(saved.shape)}, and {tuple(tensor.shape)} by its journal."
+            )
 
 
 class Silent:

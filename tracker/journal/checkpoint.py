@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tracker.errors import CheckpointError
 from tracker.journal import places
+from tracker.journal.entries import MOST
 from tracker.journal.places import FILES, FORMAT, MANIFEST, TENSORS, TEXTS, VERSION
 from tracker.journal.tables import bytes_of, table_of
 
@@ -66,7 +67,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: Checkpoint) -> Path:
                 places.discard(draft)
             if turn.alone:
                 places.sweep(target)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"No checkpoint can be written to {path!r}: {error}") from error
     return Path(path)
 
@@ -157,6 +158,9 @@ def _read(files: _Files, folder: Path) -> Checkpoint:
         if facts.get("sha256") != hashlib.sha256(data).hexdigest():
             raise CheckpointError(f"{name} is damaged: its hash is not the one in its manifest.")
         found[name] = data
+    # Before they are parsed, which takes longer than to count them.
+    if found["journal.json"].count(b'"operation"') > MOST:
+        raise ValueError(f"a journal of more than {MOST:,} entries is not believed")
     tensors = {name: table_of(found[f"{name}.safetensors"]) for name in TENSORS}
     texts = {name: _parsed(found[f"{name}.json"], f"{name}.json") for name in TEXTS}
     return Checkpoint(tensors, texts)

@@ -204,17 +204,20 @@ class Journal:
         if self.entries and self.entries[-1] is entry:
             self.entries.pop()
 
-    def replay(self, model: nn.Module) -> UndoLog:
+    def replay(self, model: nn.Module, entries: Sequence[Entry] | None = None) -> UndoLog:
         """Give a freshly built model the architecture that these changes led to; all or nothing.
+
+        entries: Others, in the place of the journal's.
 
         Tensors that change their shape are zero afterwards, weights belong to checkpoints.
 
         Raises:
             CheckpointError: It is not the model that was changed; it is as it was.
         """
-        twin, log = twin_after(model, self.entries), UndoLog()
+        entries = self.entries if entries is None else entries
+        twin, log = twin_after(model, entries), UndoLog()
         try:
-            become(model, twin, {}, self.entries, log)
+            become(model, twin, {}, entries, log)
         except BaseException:
             log.undo()
             raise

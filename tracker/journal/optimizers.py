@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tracker.errors import CheckpointError
+from tracker.journal.states import StateCheck
 from tracker.surgery.newborn import AGE, watch
 from tracker.surgery.undo import UndoLog
 
@@ -108,10 +109,6 @@ def load_optimizers(
         if not place.isdecimal() or int(place) >= len(optimizers):
             raise CheckpointError(f"{path!r} belongs to no optimizer.")
         parameter, optimizer = _known(name, parameters), optimizers[int(place)]
-        if not _fits(optimizer, parameter, value):
-            raise CheckpointError(
-                f"The optimizer's {key} of {name} is {tuple(value.shape)}, and {name} is {tuple(parameter.shape)}."
-            )
         stays = value.ndim == 0 and not (optimizer.defaults.get("fused") and parameter.is_cuda)
         device = value.device if stays else parameter.device
         states[int(place)].setdefault(name, {})[key] = _like(parameter, value.to(device))
@@ -119,6 +116,8 @@ def load_optimizers(
         _groups(optimizer, saved, parameters)
         for optimizer, saved in zip(optimizers, facts, strict=True)
     ]
+    for optimizer, state, group in zip(optimizers, states, groups, strict=True):
+        _require_states(optimizer, state, group, parameters)
     for optimizer, state, group in zip(optimizers, states, groups, strict=True):
         _keep(optimizer, log)
         optimizer.state.clear()
@@ -128,6 +127,22 @@ def load_optimizers(
         if any(AGE in values for values in state.values()):
             _keep_hooks(optimizer, log)
             watch(optimizer)
+
+
+def _require_states(
+    optimizer: Optimizer,
+    states: Mapping[str, Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """Each state is of a parameter in a group, and what a step with the group's options makes."""
+    check = StateCheck(optimizer, type(optimizer).__name__)
+    options = {id(p): group for group in groups for p in group["params"]}
+    for name, state in states.items():
+        parameter = parameters[name]
+        if id(parameter) not in options:
+            raise CheckpointError(f"The optimizer knew {name}, which is in none of its groups.")
+        check.require(options[id(parameter)], parameter, state, name)
 
 
 def _groups(
@@ -158,8 +173,10 @@ def _option(key: str, value: Any, mine: Any) -> Any:
     number = isinstance(mine, int | float | Tensor) and not isinstance(mine, bool)
     if number and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise CheckpointError(f"The option {key!r} of the optimizer is no number: {value!r}.")
-    if key == "lr" and not math.isfinite(value):
-        raise CheckpointError(f"The learning rate of the optimizer is {value!r}.")
+    if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+        raise CheckpointError(f"The option {key!r} of the optimizer is {value!r}.")
+    if isinstance(mine, bool) and not isinstance(value, bool | None):
+        raise CheckpointError(f"The option {key!r} of the optimizer is neither true nor false.")
     if isinstance(mine, Tensor):
         return torch.full_like(mine, value)
     return tuple(value) if isinstance(value, list) and isinstance(mine, tuple) else value
@@ -169,16 +186,6 @@ def _known(name: Any, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter:
     if name not in parameters:
         raise CheckpointError(f"The optimizer knew {name!r}, which the model does not have.")
     return parameters[name]
-
-
-def _fits(optimizer: Optimizer, parameter: nn.Parameter, value: Tensor) -> bool:
-    """Fused steps do not check the shapes of their state: what does not fit is read beyond its end."""
-    if value.ndim == 0 or value.shape == parameter.shape:
-        return True
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return True
-    factored = type(optimizer).__name__ == "Adafactor" and value.ndim == parameter.ndim
-    return factored and all(a in (b, 1) for a, b in zip(value.shape, parameter.shape, strict=True))
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:

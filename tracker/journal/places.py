@@ -167,7 +167,9 @@ def discard(folder: Path) -> None:
     """Remove a draft or a checkpoint of ours: the files that its mark speaks of, and the folder if that was all."""
     with contextlib.suppress(OSError):
         names = set(os.listdir(folder))
-        if names and not (_is_draft(folder) or _manifest(folder) is not None):
+        # A draft of which nothing was written, not even its mark.
+        blank = names == {DRAFT} and not (folder / DRAFT).lstat().st_size
+        if names and not (blank or _is_draft(folder) or _manifest(folder) is not None):
             return
         # The marks last: whoever interrupts this leaves something that the next one still knows.
         for name in (*FILES, *([MANIFEST, DRAFT] if DRAFT in names else [MANIFEST])):

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from tracker.journal.entries import Entry
 
 LAYERS = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
+# Of torch's modules, the integers that no change of widths moves.
+NO_SIZES = (
+    "padding",
+    "stride",
+    "kernel_size",
+    "dilation",
+    "output_padding",
+    "num_layers",
+    "padding_idx",
+)
 BLOCKS = ("ReluIdentity", "ResidualBlock")
 
 
@@ -61,9 +71,10 @@ def twin_after(model: nn.Module, entries: Iterable[Entry]) -> nn.Module:
         twin = copy.deepcopy(model, {key: _valueless(t) for key, t in held.items()})
     except Exception as error:
         raise CheckpointError(f"This {type(model).__name__} cannot be copied: {error}") from error
+    now = fingerprint(twin)
     for number, entry in enumerate(entries, start=1):
         what = f"Entry {number} of the journal, {entry.operation},"
-        if fingerprint(twin) != entry.before:
+        if now != entry.before:
             raise CheckpointError(
                 f"{what} does not fit this model: its tensors then had other names or shapes. Build the model with "
                 "the code and the sizes that it had at first."
@@ -72,7 +83,9 @@ def twin_after(model: nn.Module, entries: Iterable[Entry]) -> nn.Module:
             _change(twin, entry)
         except Exception as error:
             raise CheckpointError(f"{what} does not fit this model: {error}") from error
-        if fingerprint(twin) != entry.after:
+        if entry.slots or entry.modules or entry.attributes:
+            now = fingerprint(twin)
+        if now != entry.after:
             raise CheckpointError(f"{what} gives other shapes than it did.")
     return twin
 
@@ -134,6 +147,8 @@ def described(module: nn.Module) -> dict[str, Any]:
 
 
 def _change(twin: nn.Module, entry: Entry) -> None:
+    if not (entry.slots or entry.modules or entry.attributes):
+        return
     held = tensors(twin)
     for name, dims in entry.slots.items():
         shape = list(held[name].shape) if name in held else []
@@ -149,9 +164,24 @@ def _change(twin: nn.Module, entry: Entry) -> None:
             raise ValueError(
                 f"{unknown} of {unknown.module or 'the model'} is no integer of its code"
             )
+        _require_sizes(twin, entry.attributes)
     adapt(twin, entry.attributes, lambda back: None)
     for name, spec in entry.modules.items():
         replace_module(twin, name, _built(twin, name, spec), [], UndoLog())
+
+
+def _require_sizes(twin: nn.Module, attributes: Mapping[Attribute, int]) -> None:
+    """A change solves for sizes of axes: not empty, and no longer than the largest tensor."""
+    largest = max((t.numel() for t in tensors(twin).values()), default=0)
+    for attribute, value in attributes.items():
+        was, module = _value(twin, attribute), twin.get_submodule(attribute.module)
+        ours = type(module).__module__.startswith("torch.nn.") and not attribute.owner
+        if ours and attribute.name in NO_SIZES and value != was:
+            raise ValueError(f"{attribute.name} of {attribute.module} is no size of a tensor")
+        if value != was and not 1 <= value <= max(was, largest):
+            raise ValueError(
+                f"{attribute.name} of {attribute.module or 'the model'} cannot be {value}"
+            )
 
 
 def _built(twin: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:

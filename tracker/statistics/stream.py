@@ -43,8 +43,8 @@ class ActivityStream:
         self._hold(total)
 
     def _hold(self, total: Activity) -> None:
-        # Written in place by compiled code, at this address: nobody else may hold this table.
-        self._total, self._address = total, total.table.data_ptr()
+        # Written in place by compiled code: nobody else may hold this table.
+        self._total = total
 
     def add(self, output: Tensor, axis: int, scratch: Scratch, mean: bool = False) -> Tensor | None:
         """Take one layer output in; return its mean (neurons,) float64 if asked for, and if all of it is finite.
@@ -55,8 +55,8 @@ class ActivityStream:
         done, native = None, self._native
         if native is not None and output.is_cpu:
             means = torch.empty(self._neurons, dtype=torch.float64) if mean else None
-            place = means.data_ptr() if means is not None else None
-            done = native.add(output, axis, self._neurons, self.threshold, self._address, place)
+            table = self._total.table
+            done = native.add(output, axis, self._neurons, self.threshold, table, means)
             if done:
                 return means
         if not output.numel():

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from tracker.errors import SurgeryError
+from tracker.training.subclasses import name_of, subclass_named
+
+CLASS = "class"  # key of a subclass's name in plain data
 
 
 class Size(NamedTuple):
@@ -218,8 +221,8 @@ class Policy:
         return grown if grown.groups else self._insertion(free, now, losses, inserted, grown)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+        """Plain data, for JSON; of a subclass with the name of its class, which `from_dict` looks for."""
+        return asdict(self) | ({} if type(self) is Policy else {CLASS: name_of(type(self))})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Policy | Phases:
@@ -414,19 +417,23 @@ class Phases:
 
 
 def _policy(data: Mapping[str, Any]) -> Policy:
-    unknown = set(data) - {f.name for f in fields(Policy)}
+    data = dict(data)
+    kind = subclass_named(data.pop(CLASS), Policy) if CLASS in data else Policy
+    unknown = set(data) - {f.name for f in fields(kind) if f.init}
     if unknown:
         raise SurgeryError(f"A policy has no {sorted(unknown)[0]!r}.")
     usual = Policy()
     for name, value in data.items():
-        kind = type(getattr(usual, name))
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if kind is type(None):  # a bound
+        if not hasattr(usual, name):
+            continue  # a field of a subclass, which its own __post_init__ checks
+        known = type(getattr(usual, name))
+        fits = type(value) is known or (known is float and type(value) is int)
+        if known is type(None):  # a bound
             measured = name.endswith("latency") and type(value) is float
             fits = value is None or type(value) is int or measured
         if not fits:
             raise SurgeryError(f"{name} of a policy is not {value!r}.")
-    return Policy(**data)
+    return kind(**data)
 
 
 def _fits(room: Size, each: Size) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tracker.statistics.activity import ROWS
+from tracker.statistics.native.loading import require
 
 TILE = 4096  # values of a tile
 PROGRAMS = 2048  # about as many run at once as a large GPU takes
@@ -137,6 +138,7 @@ def add(x: Tensor, threshold: float, table: Tensor) -> None:
     float64, contiguous.
     """
     outer, neurons, inner = x.shape
+    require(table, torch.float64, (ROWS, neurons), x.device.type)
     observations = outer * inner
     # Tiles lie along what is contiguous: rows of many neurons, or the maps of a few.
     rows = inner == 1 or x.stride(1) <= x.stride(2)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tracker.statistics.activity import BATCHES, M2, MAXIMUM, MEAN, MINIMUM, Activity
+from tracker.errors import StatisticsError
+from tracker.statistics.activity import BATCHES, M2, MAXIMUM, MEAN, MINIMUM, ROWS, Activity
 from tracker.statistics.native.build import UnavailableError, capability, library
 from tracker.statistics.reduce import masked, split_at
 
@@ -41,18 +42,26 @@ class Kernel(NamedTuple):
         axis: int,
         neurons: int,
         threshold: float,
-        table: int,
-        mean: int | None,
+        table: Tensor,
+        mean: Tensor | None,
     ) -> bool | None:
-        """Merge one CPU output into a table (9, neurons) float64, given by its address.
+        """Merge one CPU output into a table (9, neurons) float64.
 
-        mean: address of (neurons,) float64 that receives the output's means, or None.
+        mean: (neurons,) float64 that receives the output's means, or None.
         True: done. False: nothing was written, values are not finite or too large. None: not for this tensor.
+
+        Raises:
+            StatisticsError: The table or `mean` is another one than the code writes to.
         """
+        require(table, torch.float64, (ROWS, neurons))
+        if mean is not None:
+            require(mean, torch.float64, (neurons,))
         # Called for each layer of each pass: every line here is a part of a training step.
         code = TYPES.get(output.dtype)
         size = output.numel()
         if code is None or not size or type(output) is not Tensor or output.is_neg():
+            return None
+        if not output.is_cpu or output.shape[axis] != neurons:
             return None
         if neurons > 1 and output.is_contiguous():
             inner = output.stride(axis)
@@ -68,8 +77,9 @@ class Kernel(NamedTuple):
         if not address:
             return None
         threads = torch.get_num_threads() if size >= PARALLEL and self.fork else 1
+        to, means = table.data_ptr(), None if mean is None else mean.data_ptr()
         done = self.reduce(
-            address, code, outer, neurons, inner, stride, threshold, table, mean, threads, self.fork
+            address, code, outer, neurons, inner, stride, threshold, to, means, threads, self.fork
         )
         return None if done == 2 else done == 0
 
@@ -78,14 +88,37 @@ class Kernel(NamedTuple):
 
         products: (neurons, neurons), scale and bound: (neurons,), float64 and contiguous, on the CPU.
         """
+        size = len(scale)
+        require(products, torch.float64, (size, size))
+        require(scale, torch.float64, (size,))
+        require(bound, torch.float64, (size,))
         room = 4096
         while True:
             found = torch.empty((room, 2), dtype=torch.int64)
             places = [t.data_ptr() for t in (scale, bound, found)]
-            count = self.search(products.data_ptr(), len(scale), *places, room)
+            count = self.search(products.data_ptr(), size, *places, room)
             if count <= room:
                 return found[:count]
             room = count
+
+
+def require(table: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: str = "cpu") -> None:
+    """Refuse a table that compiled code would read or write beyond its end.
+
+    Raises:
+        StatisticsError: It is of another type or shape, not contiguous, or lies elsewhere.
+    """
+    if (
+        table.dtype != dtype
+        or table.shape != shape
+        or not table.is_contiguous()
+        or table.device.type != device
+    ):
+        raise StatisticsError(
+            f"A table of statistics is {tuple(table.shape)} {table.dtype} on {table.device}"
+            f"{'' if table.is_contiguous() else ', not contiguous'}; compiled code takes {shape} {dtype} on {device}. "
+            "Begin a new window with start_tracking()."
+        )
 
 
 def kernel() -> Kernel | None:
@@ -182,11 +215,11 @@ def _try(found: Kernel) -> None:
     for x in _samples(torch.device("cpu")):
         neurons = x.shape[1]
         got = Activity.empty(neurons).table
-        done = found.add(x, 1, neurons, 0.5, got.data_ptr(), None)
+        done = found.add(x, 1, neurons, 0.5, got, None)
         _compare(got, masked(x.double(), 0.5).table)
         x[-1, -1, -1] = torch.nan
         before = got.clone()
-        refused = found.add(x, 1, neurons, 0.5, got.data_ptr(), None) is False
+        refused = found.add(x, 1, neurons, 0.5, got, None) is False
         if not (done and refused and torch.equal(before, got)):
             raise UnavailableError(f"the compiled code does something else for {x.dtype}")
     wave = _wave()
