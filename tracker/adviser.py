@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker import figures, recommend, reporter
+from tracker.files import write_whole
 from tracker.history import write_json
 from tracker.identity import layer_named
 from tracker.observation import Observation
@@ -109,9 +110,7 @@ class NeuronAdviser(NeuronWatcher):
             picture = target.with_name(f"{target.stem}_heatmap.png")
             self.plot_activity_heatmap(picture)
             parts.append(f"Activity heatmap: {picture.name}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n\n\n".join(parts) + "\n", encoding="utf-8")
-        return target
+        return write_whole(target, ("\n\n\n".join(parts) + "\n").encode())
 
     def plot_activity_heatmap(self, path: PathLike | None = None) -> Figure:
         """Firing and mean activation of every neuron, layer by layer; saved to `path` if given."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tracker import figures
 from tracker.analyzer import LayerFindings, layer_statistics
+from tracker.files import write_whole
 from tracker.history import TrainingHistory
 from tracker.journal import Journal
 from tracker.life import life
@@ -52,11 +53,8 @@ class Run:
 
 
 def write(run: Run, path: str | os.PathLike[str]) -> Path:
-    """Write the page; folders are made."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(run), encoding="utf-8")
-    return target
+    """Write the page, whole or not at all; folders are made."""
+    return write_whole(path, render(run).encode())
 
 
 def render(run: Run) -> str:
