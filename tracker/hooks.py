@@ -110,6 +110,11 @@ class Observer:
         """Examples of how the model is called: those that were given, or the first pass."""
         return self.given or (() if self.inputs is None else (Call.of(*self.inputs),))
 
+    @property
+    def axes(self) -> dict[str, int]:
+        """Along which axis of its output each layer's neurons lie, where that is known."""
+        return {site.name: site.axis for site in self.sites if site.axis is not None}
+
     def clear(self) -> None:
         """Begin a fresh window."""
         self.samples, self.passes = {}, {}

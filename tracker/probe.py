@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracker.calls import Arguments, Call, ExampleInputs, arguments
 from tracker.chance import certain
@@ -62,7 +62,9 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises:
         StructureError: The model cannot be copied.
     """
-    memo = {} if memo is None else memo
+    memo = {} if memo is None else memo  # the caller's: it is filled
+    for key, tensor in computed_tensors(model).items():
+        memo.setdefault(key, tensor)
     known = dict(memo)
     try:
         try:
@@ -84,6 +86,15 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             "a copy first. Keep what cannot be copied out of its modules, or give it a __deepcopy__."
         ) from error
     return copied
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, by id, of tensors that modules keep of their last pass: with its graph they bear no deepcopy.
+
+    Pruning masks and the older spectral norm of torch keep the weight that they computed.
+    """
+    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    return {id(t): t.detach().clone() for t in held if not t.is_leaf}
 
 
 def quiet_copy(model: nn.Module) -> nn.Module:

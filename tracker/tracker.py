@@ -214,7 +214,7 @@ class ActivationTracker:
                 )
             with observer.paused(), torch.inference_mode(False):
                 entry.structure = trace_structure(
-                    model, list(observer.calls), assume_unread=observer.unread
+                    model, [*observer.calls], assume_unread=observer.unread, axes=observer.axes
                 )
         ids = {
             (name, index): neuron
@@ -373,7 +373,8 @@ class ActivationTracker:
         try:
             with observer.paused(), torch.inference_mode(False):
                 quiet = quiet_copy(model)
-                taps = trace_structure(quiet, observer.calls[0].modes()[0], trial=False).taps
+                call, axes = observer.calls[0].modes()[0], observer.axes
+                taps = trace_structure(quiet, call, trial=False, axes=axes).taps
         except Exception:  # a model that cannot be copied or traced can still be observed
             return
         for site in observer.sites:

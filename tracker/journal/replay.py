@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from tracker.errors import CheckpointError
+from tracker.probe import computed_tensors
 from tracker.structure.ints import Attribute, missing, shadow
 from tracker.structure.sizes import adapt, tensors
 from tracker.structure.twins import is_free, liberate
@@ -68,7 +69,8 @@ def twin_after(model: nn.Module, entries: Iterable[Entry]) -> nn.Module:
     """
     held = {id(t): t for t in tensors(model).values()}
     try:
-        twin = copy.deepcopy(model, {key: _valueless(t) for key, t in held.items()})
+        valueless = {key: _valueless(t) for key, t in held.items()}
+        twin = copy.deepcopy(model, computed_tensors(model) | valueless)
     except Exception as error:
         raise CheckpointError(f"This {type(model).__name__} cannot be copied: {error}") from error
     now = fingerprint(twin)

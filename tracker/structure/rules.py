@@ -62,8 +62,8 @@ def pointwise(op: Op) -> None:
     for d in range(-out.ndim, 0):
         met = [op.axes(t)[d] for t in inputs if t.ndim >= -d and t.shape[d] == out.shape[d] != 1]
         axes.append(together(op, met))
-    for t in inputs:
-        if len(inputs) > 1:
+    if len(inputs) > 1 and not all(map(op.is_weight, inputs)):
+        for t in inputs:
             op.trace.carries |= op.parameters(t)
     if op.func._schema.name in _SUMS and not any(op.parameters(t) for t in inputs):
         for d, axis in zip(range(-out.ndim, 0), axes, strict=True):

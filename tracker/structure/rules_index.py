@@ -11,7 +11,8 @@ from torch import Tensor
 from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
 from tracker.structure.rules import rule, same, together, unknown
-from tracker.structure.trace import NOWHERE, Op, Origin
+from tracker.structure.trace import Op
+from tracker.structure.weights import NOWHERE, Origin
 
 
 def kept(op: Op, x: Tensor, dims: Iterable[int], why: str) -> tuple[list[Axis], list[Origin]]:

@@ -10,6 +10,7 @@ from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
 from tracker.structure.rules import pointwise, rule, together
 from tracker.structure.trace import Op
+from tracker.structure.weights import MULTIPLIED
 
 # Contractions: here units are read
 
@@ -17,8 +18,24 @@ from tracker.structure.trace import Op
 def contract(op: Op, a: Tensor, i: int, b: Tensor, j: int) -> None:
     """Dimension i of a and j of b are multiplied and added up."""
     why = op.why("multiplied with values that cannot die")
-    op.trace.reads |= op.origin(a)[i] | op.origin(b)[j]
+    note_read(op, a, i, b)
+    note_read(op, b, j, a)
     op.labels.unify(op.axes(a)[i], op.axes(b)[j], why)
+
+
+def note_read(op: Op, x: Tensor, i: int, other: Tensor) -> None:
+    """Dimension i of x is added up over, multiplied with another tensor.
+
+    An activation reads whatever a weight was computed from. Where weights alone are multiplied, what an earlier product
+    gave is no column of this one.
+    """
+    origin = op.origin(x)[i]
+    among_weights = op.is_weight(x) and op.is_weight(other)
+    if among_weights:
+        op.trace.weights.fold(origin, op.why("a weight is computed by adding up over it"))
+    op.trace.reads |= {
+        (c.tensor, c.dim) for c in origin if c.how != MULTIPLIED or not among_weights
+    }
 
 
 @rule("aten::mm", "aten::bmm")
@@ -80,7 +97,7 @@ def convolution(op: Op) -> None:
         out = wide[1] if transposed else wide[0]
     elif w.shape[1] == 1 and w.shape[0] == groups and x.shape[1] == groups and not transposed:
         out = op.labels.unify(channels, wide[0], why)  # depthwise: a channel stays a channel
-        op.trace.carries.add(op.trace.name(w) or "")
+        op.trace.carries |= op.parameters(w)
     else:
         out = _grouped(op, x, w, groups, transposed, why)
     op.give(op.out, [None, out] + [None] * (op.out.ndim - 2))
@@ -95,7 +112,7 @@ def _grouped(op: Op, x: Tensor, w: Tensor, groups: int, transposed: bool, why: s
     group_w, per_group = labels.split(rows, [groups, w.shape[0] // groups], why)
     group = labels.unify(group, group_w, why)
     read, made = (per_group, columns) if transposed else (columns, per_group)
-    op.trace.reads |= op.origin(w)[0 if transposed else 1]
+    note_read(op, w, 0 if transposed else 1, x)
     labels.unify(inside, read, why)
     return labels.merge([groups, op.out.shape[1] // groups], [group, made])
 
@@ -113,8 +130,8 @@ def weight_norm(op: Op) -> None:
     axes: list[Axis] = []
     for d, axis in enumerate(op.axes(v)):
         if d != kept:
-            op.labels.freeze(axis, op.why("it is part of a norm"))
-        axes.append(op.labels.unify(axis, op.axes(g)[d], op.why()) if d == kept else None)
+            op.labels.mark_inexact(axis, op.why("a weight is divided by a norm over it"))
+        axes.append(op.labels.unify(axis, op.axes(g)[d], op.why()) if d == kept else axis)
     op.give(op.out, axes)
 
 
@@ -133,7 +150,7 @@ def batch_norm(op: Op) -> None:
     for tensor in each:
         if tensor is not None:
             axes[1] = op.labels.unify(axes[1], op.axes(tensor)[0], op.why("a batch norm"))
-            op.trace.carries.add(op.trace.name(tensor) or "")
+            op.trace.carries |= op.parameters(tensor)
     op.give(op.out, axes)
 
 
@@ -146,7 +163,7 @@ def layer_norm(op: Op) -> None:
         if isinstance(tensor, Tensor):
             for d in range(-len(shape), 0):
                 axes[d] = op.labels.unify(axes[d], op.axes(tensor)[d], op.why("a norm"))
-            op.trace.carries.add(op.trace.name(tensor) or "")
+            op.trace.carries |= op.parameters(tensor)
     for d in range(-len(shape), 0):
         op.labels.mark_inexact(axes[d], op.why("normalised over"))
     op.give(op.out, axes)
@@ -160,7 +177,7 @@ def group_norm(op: Op) -> None:
     for tensor in (w, b):
         if tensor is not None:
             axes[1] = op.labels.unify(axes[1], op.axes(tensor)[0], op.why("a group norm"))
-            op.trace.carries.add(op.trace.name(tensor) or "")
+            op.trace.carries |= op.parameters(tensor)
     _, inside = op.labels.split(axes[1], [groups, x.shape[1] // groups], op.why("groups of a norm"))
     op.labels.mark_inexact(inside, op.why("normalised over"))
     op.give(op.out, axes)
@@ -200,6 +217,8 @@ def _reduce(op: Op, dims: int | Sequence[int] | None, neutral: bool) -> None:
     gone = {d % x.ndim for d in dims} if x.ndim else set()
     axes = op.axes(x)
     for d in gone:
+        if op.is_weight(x) and any(op.origin(x)):
+            op.labels.mark_inexact(axes[d], op.why("a weight is computed by adding up over it"))
         if not neutral:
             op.labels.mark_inexact(axes[d], op.why("reduced over"))
     for out in tensors_in(op.result):

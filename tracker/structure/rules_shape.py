@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tracker.structure.axes import Axis
 from tracker.structure.rules import rule, together, unknown
-from tracker.structure.trace import NOWHERE, Op, Origin
+from tracker.structure.trace import Op
+from tracker.structure.weights import NOWHERE, Origin
 
 # Dimensions that only change places
 

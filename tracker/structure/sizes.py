@@ -75,9 +75,9 @@ def refit(module: nn.Module) -> None:
     """Set the sizes that a module of torch keeps beside its parameters to what these are now."""
     m: Any = module  # mypy takes every attribute of a module for a tensor or a module
     if isinstance(m, nn.Linear):
-        m.out_features, m.in_features = m.weight.shape
+        m.out_features, m.in_features = _stored_weight(m).shape
     elif isinstance(m, _ConvNd):
-        weight: Tensor = m.weight
+        weight = _stored_weight(m)
         rows, columns = weight.shape[:2]
         if isinstance(m, _ConvTransposeNd):
             m.in_channels, m.out_channels = rows, columns * m.groups
@@ -105,3 +105,13 @@ def refit(module: nn.Module) -> None:
         weights = dict(m.named_parameters())
         m.input_size, m.hidden_size = (weights[f"weight_{w}_l0"].shape[1] for w in ("ih", "hh"))
         m._init_flat_weights()
+
+
+def _stored_weight(module: Any) -> Tensor:
+    """The weight as it is kept: what hooks compute of it (masks, an older norm) is of the last pass."""
+    own: dict[str, Tensor | None] = module._parameters
+    for name in ("weight", "weight_orig", "weight_v"):
+        if (kept := own.get(name)) is not None:
+            return kept
+    computed: Tensor = module.weight
+    return computed

@@ -126,6 +126,7 @@ def trace_structure(
     *,
     assume_unread: Collection[str] = (),
     trial: bool = True,
+    axes: Mapping[str, int] | None = None,
 ) -> Structure:
     """Find the structure of `model` by calls of it, in eval and in train mode; the model is as before afterwards.
 
@@ -136,6 +137,7 @@ def trace_structure(
         assume_unread: Names of modules (or parameters) that no call runs and that never will be.
         trial: Remove a part of each group from a copy in float64 and compare it with the masked model; what fails is
             not prunable. Without it, what the model's code does with its own integers goes unseen.
+        axes: The neurons' axis in the output of layers of which their class does not tell it.
 
     Raises:
         StructureError: The model is lazy, scripted or without data, or the forward pass fails.
@@ -156,7 +158,7 @@ def trace_structure(
                 f"The structure cannot be traced: {name or 'the model'} is sharded over processes. Change the whole "
                 "model that it was made of: gather_sharded gives it weights and optimizer state, shard_anew spreads it."
             )
-    trace, integers = _recorded(model, calls_of(example_inputs))
+    trace, integers = _recorded(model, calls_of(example_inputs), axes)
     groups, frozen = find_groups(trace)
     unseen = unseen_in(trace)
     groups = refuse_unseen(model, groups, without(unseen, assume_unread))
@@ -182,7 +184,9 @@ def trace_structure(
     )
 
 
-def _recorded(model: nn.Module, calls: Sequence[Call]) -> tuple[Trace, Integers]:
+def _recorded(
+    model: nn.Module, calls: Sequence[Call], axes: Mapping[str, int] | None
+) -> tuple[Trace, Integers]:
     """The trace of the passes in which the model's integers are heard, where the model bears it."""
     heard: list[Listener] = []
 
@@ -192,9 +196,9 @@ def _recorded(model: nn.Module, calls: Sequence[Call]) -> tuple[Trace, Integers]
 
     try:
         runs, values = shadow(model)
-        trace = record(model, calls, apply_rule, runs=runs, listen=listen)
+        trace = record(model, calls, apply_rule, runs=runs, listen=listen, axes=axes)
     except Exception:  # a copy cannot be made, or the code wants plain integers
-        trace = record(model, calls, apply_rule)
+        trace = record(model, calls, apply_rule, axes=axes)
         return trace, Integers.of(trace, {}, [])
     equations = [equation for listener in heard for equation in listener.equations.values()]
     couple(trace.labels, equations)

@@ -41,7 +41,8 @@ def find_taps(trace: Trace) -> Mapping[str, Tap]:
     for layer in find_layers(trace.model):
         if layer.flattened > 1 or times[layer.name] > 1:
             continue
-        axis = _neurons(trace, layer.name, layer.module)
+        shown = trace.outputs.axes.get(layer.name) if layer.neurons is None else None
+        axis = shown[0] if shown else made_axis(trace, layer.name, layer.module)
         if axis is None:
             continue
         sets = trace.labels.sets(axis)
@@ -81,7 +82,7 @@ class _Index:
         return None
 
 
-def _neurons(trace: Trace, name: str, module: nn.Module) -> Axis:
+def made_axis(trace: Trace, name: str, module: nn.Module) -> Axis:
     """The axis of a layer's neurons; None where no tensor of its own shows them."""
     made = 1 if isinstance(module, nn.Embedding | _ConvTransposeNd) or hasattr(module, "nf") else 0
     own = {"bias": 0, "weight": made, "parametrizations.weight.original0": 0, "weight_g": 0}

@@ -9,7 +9,7 @@ import pathlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
@@ -31,6 +31,7 @@ from tracker.probe import forward_once, tables_kept
 from tracker.structure.axes import Axis, Labels
 from tracker.structure.paths import Glance, Path
 from tracker.structure.reading import Reading
+from tracker.structure.weights import Origin, Outputs, Weights, follow
 
 _TORCH = str(pathlib.Path(torch.__file__).parent) + os.sep  # and not torchvision
 _HERE = pathlib.Path(__file__).parent
@@ -57,11 +58,6 @@ class Source:
         return (
             f"in {self.module or 'the model'} ({pathlib.Path(self.file).name}:{self.line}: {code})"
         )
-
-
-# Of one dimension of a tensor: the dimensions of parameters that it is a view of.
-Origin = frozenset[tuple[str, int]]
-NOWHERE: Origin = frozenset()
 
 
 @dataclass(slots=True)
@@ -102,20 +98,21 @@ class Op:
         return self.trace.axes(tensor)
 
     def origin(self, tensor: Tensor) -> list[Origin]:
-        """For each dimension, the dimensions of the parameter that it is a view of."""
-        name = self.trace.name(tensor)
-        if name is not None:
-            return [frozenset(((name, d),)) for d in range(tensor.ndim)]
-        return self.trace.origins.get(tensor) or [NOWHERE] * tensor.ndim
+        """For each dimension, the dimensions of parameters that it came from."""
+        return self.trace.weights.origin(tensor, self.trace.name(tensor))
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of parameters alone."""
+        return self.trace.weights.is_weight(tensor, self.trace.name(tensor))
 
     def parameters(self, tensor: Tensor) -> set[str]:
-        """Names of the parameters that a tensor is, or is a view of."""
-        return {name for origin in self.origin(tensor) for name, _ in origin}
+        """Names of the parameters that a tensor came from."""
+        return {came.tensor for origin in self.origin(tensor) for came in origin}
 
     def give(self, tensor: Tensor, axes: list[Axis], origin: list[Origin] | None = None) -> None:
         """Say what the axes of a result are, and which dimensions of a parameter they are views of."""
         if origin is not None and any(origin):
-            self.trace.origins[tensor] = origin
+            self.trace.weights.origins[tensor] = origin
         # Of a single index nothing can be removed.
         self.trace.known[tensor] = [
             None if n == 1 else a for n, a in zip(tensor.shape, axes, strict=True)
@@ -152,7 +149,8 @@ class Trace:
     model: nn.Module
     labels: Labels = field(default_factory=Labels)
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    weights: Weights = field(default_factory=Weights)  # and what is computed of them alone
+    outputs: Outputs = field(default_factory=lambda: Outputs({}))  # where layers' neurons lie
     parameters: dict[str, list[Axis]] = field(default_factory=dict)  # of parameters and buffers
     reads: set[tuple[str, int]] = field(default_factory=set)  # (tensor, dim) that is contracted
     carries: set[str] = field(default_factory=set)  # tensors applied element by element
@@ -174,22 +172,25 @@ class Trace:
         self.passes.recorded.append(call)
         self.rows.append({})
         self.paths.append(Path(self.names))
-        self.known, self.origins = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.known = WeakTensorKeyDictionary()
+        self.weights.begin()
         self.undropped = WeakTensorKeyDictionary()
 
     def note_reading(self, given: object, result: object) -> None:
         """An operation was applied: it read the parameters that it was given, unless its result is a view of them."""
-        if any(tensor in self.origins for tensor in tensors_in(result)):
+        if any(self.weights.viewed(tensor) for tensor in tensors_in(result)):
             return
         for tensor in tensors_in(given):
             if (name := self.names.get(id(tensor))) is not None:
                 self.read.whole(name)
-            elif (origin := self.origins.get(tensor)) is not None:
+            elif (origin := self.weights.viewed(tensor)) is not None:
                 self.read.part(self.axes(tensor), origin, self.parameters)
 
     def called(self, name: str, module: nn.Module, inputs: object) -> None:
         """Note with which input a module is called; what a dropout passes on is rather seen at its door."""
         tensor = next(iter(tensors_in(inputs)), None)
+        if self.outputs.is_door(name):
+            self.weights.crossed(inputs)
         if tensor is None or len(self.rows) > 1:
             return
         at = Door(name, self.known.get(tensor))
@@ -200,6 +201,13 @@ class Trace:
             self.doors.append(
                 Door(name, at.axes) if before is None else Door(name, before.axes, before.module)
             )
+
+    def returned(self, name: str, output: object) -> None:
+        """Note what a module gave back: a layer's neurons lie in it."""
+        if name in self.outputs.layers:
+            self.outputs.note(name, self.known, output, self.labels)
+        if self.outputs.is_door(name):
+            self.weights.crossed(output)
 
     def axes(self, tensor: Tensor) -> list[Axis]:
         """Axes of a tensor; a parameter gets fresh labels at its first use."""
@@ -235,18 +243,19 @@ def record(
     *,
     runs: nn.Module | None = None,
     listen: Listen | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> Trace:
     """Make each call in each of its modes (of `runs`, with the same parameters) and apply `rule` to every operation.
 
     The passes run without gradients, with fused kernels off, so that attention and recurrent layers are seen as the
     products and sums that they are. Buffers, flags and random states are as before afterwards. Of a pass that does the
     same as an earlier one only its path is looked at. A call in train mode that was asked for in no mode of its own may
-    fail.
+    fail. `axes` names the neurons' axis of layers of which their class does not tell it.
 
     Raises:
         StructureError: A call failed.
     """
-    trace = Trace(model)
+    trace = Trace(model, outputs=Outputs.of(model, axes))
     runs = model if runs is None else runs
     for each in dict.fromkeys((model, runs)):
         tensors = (*each.named_parameters(remove_duplicate=False), *each.named_buffers())
@@ -288,7 +297,7 @@ def _record(
         recorder = _Recorder(trace, at, rule)
         within = _both(None if listen is None else listen(trace, at), recorder)
         try:
-            with following(runs, at, trace.called):
+            with following(runs, at, trace.called, trace.returned):
                 output = forward_once(runs, call, within=within)
         except StructureError as error:
             if not may_fail or listen is not None:
@@ -308,8 +317,12 @@ def following(
     model: nn.Module,
     path: list[CallKey],
     called: Callable[[str, nn.Module, object], None] = lambda *_: None,
+    returned: Callable[[str, object], None] = lambda *_: None,
 ) -> Iterator[None]:
-    """Keep in `path` the modules that are being called, the innermost last; `called` hears each, with its inputs."""
+    """Keep in `path` the modules that are being called, the innermost last.
+
+    `called` hears each, with its inputs, and `returned`, with its own output, whatever other hooks make of it.
+    """
     calls: Counter[str] = Counter()
 
     def leave(module: nn.Module, args: object, output: object) -> None:
@@ -323,7 +336,11 @@ def following(
             calls[name] += 1
             called(name, module, (args, kwargs))
 
+        def end(module: nn.Module, args: object, output: object, name: str = name) -> None:
+            returned(name, output)
+
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(end, prepend=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
@@ -360,7 +377,9 @@ class _Recorder(TorchDispatchMode):
         frame = user_frame(sys._getframe(1))
         call = self.at[-1]
         source = Source(call.module, frame.f_code.co_filename, frame.f_lineno)
-        self.rule(Op(func, args, kwargs, result, self.trace, source, before))
+        op = Op(func, args, kwargs, result, self.trace, source, before)
+        self.rule(op)
+        follow(op)
         axes = [self.trace.known.get(t) for t in tensors_in(result)]
         name = func._schema.name.removeprefix("aten::")
         self.trace.rows[-1].setdefault(call, []).append((name, axes))

@@ -6,19 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tracker.errors import SurgeryError
-from tracker.layers import known_width
 from tracker.structure.axes import Labels
+from tracker.structure.taps import made_axis
 from tracker.structure.trace import Trace
 
 Place = tuple[str, int]  # a tensor's key in the state dict, and a dimension
 Units = tuple[dict[Place, tuple[int, ...]], ...]  # for each unit, the indices of each place
+Unit = tuple[dict[Place, tuple[int, ...]], tuple[tuple[str, int], ...]]  # and its neurons
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,6 @@ class Frozen:
     reason: str
 
 
-class Home(NamedTuple):
-    """A layer whose neurons the indices of a dimension count.
-
-    width: Of one gate, where several lie one behind the other: indices count the same neurons again and again. Else 0.
-    first: Local index of the first of these neurons.
-    """
-
-    layer: str
-    width: int = 0
-    first: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class UnitGroup:
     """Units that are alternatives to each other: the neurons of a layer, say, or the channels of a residual stream."""
@@ -69,7 +57,7 @@ class UnitGroup:
     layers: tuple[str, ...]  # that produce the units
     members: Units = field(repr=False)
     roles: dict[Place, str] = field(repr=False)
-    homes: dict[Place, Home | None] = field(repr=False)  # whose neurons the indices count
+    owned: tuple[tuple[tuple[str, int], ...], ...] = field(repr=False)  # neurons of each unit
     multiple_of: int = 1
     ids: Mapping[tuple[str, int], int] = field(default_factory=dict, repr=False)
     unsaved: frozenset[str] = frozenset()  # tensors of the members that are in no state dict
@@ -108,13 +96,7 @@ class UnitGroup:
 
     def neurons(self, unit: int) -> tuple[tuple[str, int], ...]:
         """(layer, local index) of the neurons that a unit comprises: those that make it, and norms on its way."""
-        found = {
-            (home.layer, home.first + (index % home.width if home.width else index))
-            for place, indices in self.members[unit].items()
-            if self.roles[place] != "reads" and (home := self.homes[place]) is not None
-            for index in indices
-        }
-        return tuple(sorted(found))
+        return self.owned[unit]
 
     def neuron_ids(self, unit: int) -> tuple[int, ...]:
         """Ids of the neurons that a unit comprises; none where the structure was traced without an engine."""
@@ -124,6 +106,8 @@ class UnitGroup:
 def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
     """Groups of units, in the order in which the forward pass meets them, and all that is frozen."""
     labels = trace.labels
+    trace.weights.mark_inexact(labels, trace.parameters)
+    owners = _owners(trace)
     members: dict[int, dict[Place, list[int]]] = {}
     weights = {name for name, _ in trace.model.named_parameters(remove_duplicate=False)}
     frozen: dict[Place, str] = {}
@@ -145,7 +129,10 @@ def find_groups(trace: Trace) -> tuple[list[UnitGroup], list[Frozen]]:
     groups = []
     for family in alike.values():
         units = [
-            dict(zip(members[label], map(tuple, members[label].values()), strict=True))
+            (
+                dict(zip(members[label], map(tuple, members[label].values()), strict=True)),
+                tuple(sorted(owners.get(label, ()))),
+            )
             for label in family
         ]
         inexact = labels.inexact.get(family[0], "")
@@ -193,11 +180,11 @@ def coverage(model: nn.Module, groups: Iterable[UnitGroup]) -> float:
     return covered / total if total else 0.0
 
 
-def _disjoint(units: list[dict[Place, tuple[int, ...]]]) -> list[Units]:
+def _disjoint(units: list[Unit]) -> list[list[Unit]]:
     """Heads and head dimensions may lie in the same places: units of one group share no index."""
-    rooms: list[tuple[set[int], list[dict[Place, tuple[int, ...]]]]] = []
+    rooms: list[tuple[set[int], list[Unit]]] = []
     for unit in units:
-        indices = next(iter(unit.values()))
+        indices = next(iter(unit[0].values()))
         for taken, members in rooms:
             if taken.isdisjoint(indices):
                 taken.update(indices)
@@ -205,13 +192,27 @@ def _disjoint(units: list[dict[Place, tuple[int, ...]]]) -> list[Units]:
                 break
         else:
             rooms.append((set(indices), [unit]))
-    return [tuple(members) for _, members in rooms]
+    return [members for _, members in rooms]
 
 
-def _group(trace: Trace, units: Units, inexact: str, summed: bool) -> UnitGroup:
+def _owners(trace: Trace) -> dict[int, set[tuple[str, int]]]:
+    """Label → the neurons, (layer, local index), that die with it.
+
+    They lie in a layer's output; of a layer whose weights alone are used, in these.
+    """
+    for name, layer in trace.outputs.layers.items():
+        if name not in trace.outputs.axes:
+            axis = made_axis(trace, name, layer.module)
+            if axis is not None and layer.neurons == len(axis):
+                trace.outputs.axes[name] = [axis]
+    return trace.outputs.neurons(trace.labels)
+
+
+def _group(trace: Trace, found: list[Unit], inexact: str, summed: bool) -> UnitGroup:
+    units = tuple(members for members, _ in found)
     roles = {place: _role(trace, place) for place in units[0]}
     layers = tuple(
-        dict.fromkeys(t.rpartition(".")[0] for (t, _), role in roles.items() if role == "produces")
+        dict.fromkeys(layer_of(t) for (t, _), role in roles.items() if role == "produces")
     )
     lonely = len(units) < 2
     return UnitGroup(
@@ -224,36 +225,13 @@ def _group(trace: Trace, units: Units, inexact: str, summed: bool) -> UnitGroup:
         layers=layers,
         members=units,
         roles=roles,
-        homes={place: _home(trace.model, *place) for place in units[0]},
+        owned=tuple(neurons for _, neurons in found),
     )
 
 
 def units_place(unit: dict[Place, tuple[int, ...]]) -> str:
     """A name for units that no layer makes: the first tensor that they lie in."""
     return next(iter(unit))[0]
-
-
-def _home(model: nn.Module, tensor: str, dim: int) -> Home | None:
-    """The layer whose neurons a tensor's indices count; None where they count something inside it."""
-    layer, _, name = tensor.rpartition(".")
-    layer = layer.removesuffix(".parametrizations.weight")
-    outer = layer.rpartition(".")[0]
-    if isinstance(model.get_submodule(outer), nn.MultiheadAttention):
-        return Home(outer)
-    module = model.get_submodule(layer)
-    if isinstance(module, nn.RNNCellBase):
-        return Home(layer, module.hidden_size)
-    if isinstance(module, nn.RNNBase):
-        last = f"weight_hh_l{module.num_layers - 1}"  # its hidden state is what the module puts out
-        if dim or module.proj_size or name not in (last, f"{last}_reverse"):
-            return None
-        behind = module.hidden_size if name.endswith("_reverse") else 0
-        return Home(layer, module.hidden_size, behind)
-    if isinstance(module, nn.MultiheadAttention):
-        return None
-    # Of a custom module with matrices of its own we cannot tell which of their axes is its output's.
-    vectors = all(p.ndim == 1 for p in module.parameters(recurse=False))
-    return Home(layer) if vectors or known_width(module) is not None else None
 
 
 def _role(trace: Trace, place: Place) -> str:
@@ -266,8 +244,13 @@ def _role(trace: Trace, place: Place) -> str:
 
 def _is_made(trace: Trace, tensor: str) -> bool:
     """Bias of a layer with a weight that is multiplied, or raw parameters that are the only maker."""
-    layer = tensor.rpartition(".")[0]
-    return any(t.rpartition(".")[0] == layer and t != tensor for t, _ in trace.reads)
+    layer = layer_of(tensor)
+    return any(layer_of(t) == layer and t != tensor for t, _ in trace.reads)
+
+
+def layer_of(tensor: str) -> str:
+    """The layer that a tensor belongs to, under a parametrization or not."""
+    return f".{tensor}".rpartition(".")[0].partition(".parametrizations.")[0][1:]
 
 
 def _kind(
