@@ -42,6 +42,7 @@ ORDER = [
     "distributed",
     "sharded",
     "changer",
+    "calibrator",
     "surgeon",
     "training",
     "life",

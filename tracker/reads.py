@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from tracker.slotmap import SlotMap
 from tracker.statistics import Covariance
@@ -35,15 +36,40 @@ class Later:
 
 
 @dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How the loss depends on what a consumer puts out, as a mean over batches.
+
+    curvature: (outputs, outputs), or (outputs,) the diagonal.
+    across: Dimension of the consumer's weight along its outputs.
+    slope: Gradient of the loss by its weight as a matrix, inputs centred where a bias can hold their mean:
+        (outputs · places, columns). None where it is not known, and zero where the loss is the change itself.
+    """
+
+    curvature: Tensor
+    across: int
+    slope: Tensor | None = None
+
+    def reslotted(self, dims: Mapping[int, SlotMap]) -> Sensitivity:
+        """After slots of the weight moved. The slope is that of another network then."""
+        bent, outputs = self.curvature, dims.get(self.across)
+        if outputs is not None:
+            for dim in range(bent.ndim):
+                bent = outputs.take(bent, fill=0, dim=dim)
+        return Sensitivity(bent, self.across)
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """What a consumer reads along dimension `dim` of its weight.
 
     taps: Columns of each feature, one behind the other: the places of a convolution's kernel, or 1.
+    loss: How the loss depends on what the consumer puts out; None where no gradients were taken.
     """
 
     dim: int
     seen: Covariance | Later
     taps: int = 1
+    loss: Sensitivity | None = None
 
     @property
     def covariance(self) -> Covariance:
@@ -75,6 +101,8 @@ def reslotted(
             later = done.setdefault(
                 (id(read.seen), slots), Later(read.seen, slots.widened(read.taps))
             )
-            read = Read(read.dim, later, read.taps)
+            read = replace(read, seen=later)
+        if read.loss is not None and name in tensors:
+            read = replace(read, loss=read.loss.reslotted(tensors[name]))
         found[name] = read
     return found

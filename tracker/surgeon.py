@@ -10,33 +10,40 @@ from typing import Any
 
 from torch import Tensor
 
+from tracker.calibrator import NeuronCalibrator
 from tracker.calls import Arguments, arguments
-from tracker.changer import NeuronChanger, Neurons
+from tracker.changer import Neurons
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
 from tracker.observation import Observation
 from tracker.surgery import Receipt
 from tracker.surgery.advice import requests
-from tracker.surgery.calibration import collect, consumers
-from tracker.surgery.compression import Limits, plan_compression
 from tracker.surgery.foresight import foretell
 from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
+from tracker.surgery.held_back import Batches
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.norms import reestimate
+from tracker.surgery.objective import Objective
 from tracker.surgery.pairs import default_pairs
 from tracker.surgery.plan import Plan, units_of
+from tracker.surgery.problem import Limits
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
 from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.surgery.uniform import Key, plan_width, uneven
 
 
-class NeuronSurgeon(NeuronChanger):
+class NeuronSurgeon(NeuronCalibrator):
     """All calls that change a model, on top of those that look."""
 
     def calibrate(
-        self, batches: Iterable[Any], limit: int | None = None, *, patches: bool = False
+        self,
+        batches: Iterable[Any],
+        limit: int | None = None,
+        *,
+        loss: Loss | None = None,
+        patches: bool = False,
     ) -> int:
         """Observe what the consumers of prunable groups read, for changes that make up for what goes.
 
@@ -46,18 +53,16 @@ class NeuronSurgeon(NeuronChanger):
         convolutions are fitted place by place of their kernels, not channel by channel: nearer, and slower, since
         each channel is as many columns as the kernel has places.
 
+        Gradients of the first batches tell what errors of the consumers cost in `loss`: `loss(output, batch)`, as for
+        `expand_layer`, the batch's first entry is then what the model takes. Without one, the loss is the divergence
+        from the model's own predictions where its outputs are logits by name or log-probabilities, else the squared
+        change of its outputs. Where no gradients can be taken, errors count relative to what each consumer puts out.
+
         Returns:
             Consumers that were observed.
         """
-        entry = self._tracker.current
-        groups = [g for g in self.structure.groups if g.prunable]
-        wanted, _ = consumers(entry.model(), groups)
-        with entry.observer.paused():
-            some = itertools.islice(batches, limit)
-            with self._together("calibrate"):
-                reads = collect(entry.model(), some, wanted, patches=patches)
-        entry.reads = reads if self._ranks is None else self._ranks.merge_reads(reads)
-        return len(entry.reads)
+        some = Batches(itertools.islice(batches, limit), hold_back=False)
+        return self._calibrate(some, Objective(loss), patches=patches)
 
     def reestimate_norms(self, batches: Iterable[Any], limit: int | None = None) -> list[str]:
         """Take the running statistics of batch norms anew, over `batches` as `calibrate` takes them; `undo` gives back.
@@ -283,24 +288,32 @@ class NeuronSurgeon(NeuronChanger):
         of: str = "parameters",
         *,
         batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        rounds: int = 1,
         round_to: int = 1,
         floor: int | Mapping[str, int] = 1,
         inexact: bool = False,
         criterion: str | Criterion = "reconstruction",
         compensate: bool = True,
+        strict: bool = False,
         progress: bool = True,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
         """Shrink the whole model to a share of its parameters, FLOPs, or prunable units ("neurons").
 
-        One allocation over all groups by what the consumers are predicted to lose per unit of cost, and then one
-        change, in which they take over what goes.
+        One budget over all groups, and then one change, in which the consumers take over what goes. Units are priced by
+        what the loss is predicted to rise by. Before anything is touched, that allocation, even shares, and one half
+        way between are tried on copies, and the best on calibration data that were held back is taken: each fourth
+        batch of `batches` (after `calibrate`, they are of those that it saw). The receipt says what was measured.
 
         Args:
-            keep: The share that stays, met to within 2% of the whole.
+            keep: The share that stays, met to within 2% of the whole, or by the nearest below.
             of: "parameters" or "flops" of the model, or "neurons": units of the groups that can shrink.
             batches: Calibration data, as for `calibrate`; without them, what was observed before.
+            loss: As for `calibrate`, of `batches`.
+            rounds: In how many steps the budget is spent. After each, `batches` are observed anew: the errors of one
+                layer are the inputs of the next. Each is an entry of the journal; `undo` takes all back.
             round_to: Widths are to be multiples of it.
             floor: Units that must stay in each group, or in some: {group name: units}.
             inexact: Whether groups may shrink that a norm runs over (the residual stream).
@@ -308,6 +321,7 @@ class NeuronSurgeon(NeuronChanger):
                 baselines, "magnitude", "taylor" (of the gradients that are there), "activity", "fluctuation",
                 "random", one registered with `tracker.compensation.criterion`, or such a function itself.
             compensate: Whether the consumers take over what goes.
+            strict: Refuse a budget that cannot be met to within 2%, as widths change in steps.
             progress: Show a bar while units are weighed.
             dry_run: Only tell what would happen.
             verify: Compare with what is promised, on a copy in float64 and after the change.
@@ -315,22 +329,27 @@ class NeuronSurgeon(NeuronChanger):
         Raises:
             SurgeryError: It cannot be met, nothing was touched; the message says why.
         """
-        if batches is not None:
-            self.calibrate(batches)
         limits = Limits(round_to, floor, inexact)
-        return self._change(
-            lambda: plan_compression(
-                self._tracker,
-                keep,
+        given = None if batches is None else list(batches) if rounds > 1 else batches
+
+        def once(share: float) -> Receipt:
+            if given is not None:
+                self._calibrate(Batches(given, hold_back=self._ranks is None), Objective(loss))
+            plan = partial(
+                self._plan_compression,
+                share,
                 of,
                 limits,
                 criterion=criterion,
                 compensate=compensate,
+                strict=strict,
                 progress=progress,
-            ),
-            dry_run=dry_run,
-            verify=verify,
-        )
+            )
+            return self._change(plan, dry_run=dry_run and rounds == 1, verify=verify)
+
+        if rounds == 1:
+            return once(keep)
+        return self._in_rounds(once, keep, rounds, of, dry_run=dry_run)
 
     def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
         """Insert a layer of the same width behind the layer `after`; the model's function stays.

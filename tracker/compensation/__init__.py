@@ -10,6 +10,7 @@ from tracker.compensation.select import (
     path,
     select,
 )
+from tracker.compensation.slope import slope_along
 from tracker.compensation.solve import Solution, compensate, explained_share, moments, residual
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "residual",
     "scores",
     "select",
+    "slope_along",
 ]

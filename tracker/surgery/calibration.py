@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read
 from tracker.statistics import Covariance
 from tracker.structure import UnitGroup
+from tracker.structure.lending import borrowed
+from tracker.surgery.curvature import CurvatureWatcher, eager
+from tracker.surgery.objective import Objective
 from tracker.surgery.readings import Readings
 from tracker.tracker import ActivationTracker
 
+GRADIENTS = 64  # batches that are sent back as well
 PATCHES = (
     4096  # rows of a batch that a convolution's patches give, or four for each of their columns
 )
@@ -131,17 +136,35 @@ def reads_of(
 
 
 def collect(
-    model: nn.Module, batches: Iterable[Any], wanted: Iterable[Consumer], *, patches: bool = False
+    model: nn.Module,
+    batches: Iterable[Any],
+    wanted: Iterable[Consumer],
+    *,
+    patches: bool = False,
+    objective: Objective | None = None,
 ) -> dict[str, Read]:
     """One pass over `batches` in eval mode, calls in theirs; the inputs of these consumers become covariances.
 
     patches: Convolutions see all that lies under their kernels, not channels alone.
+    objective: Also take the curvature of this loss at the consumers' outputs, from gradients of the first GRADIENTS
+        batches; without one, batches are what the model takes.
     """
-    quiet = quiet_copy(model)
-    watcher = Watcher(quiet, wanted, heard=True, patches=patches)
-    for batch in batches:
-        forward_once(quiet, batch if isinstance(batch, Call) else arguments(batch))
-    return watcher.stop()
+    wanted = list(wanted)
+    with borrowed(model) if objective is not None else nullcontext(model) as lent:
+        quiet = quiet_copy(lent)
+        watcher = Watcher(quiet, wanted, heard=True, patches=patches)
+        if objective is None:
+            for batch in batches:
+                forward_once(quiet, batch if isinstance(batch, Call) else arguments(batch))
+            return watcher.stop()
+        every = {one.weight: one for one in wanted}
+        with CurvatureWatcher(quiet, every, watcher.taps, objective) as bent, eager():
+            for number, batch in enumerate(batches):
+                with bent.expecting(batch if number < GRADIENTS else None):
+                    forward_once(quiet, objective.inputs(batch), bent.mode())
+        reads = watcher.stop()
+        known = bent.values({weight: read.covariance.mean for weight, read in reads.items()})
+        return {weight: replace(read, loss=known.get(weight)) for weight, read in reads.items()}
 
 
 class Watcher:
@@ -181,6 +204,11 @@ class Watcher:
 
     def _reads(self, values: Mapping[str, Covariance]) -> dict[str, Read]:
         return {w: Read(self._dims[w][0], c, self._dims[w][1]) for w, c in values.items()}
+
+    @property
+    def taps(self) -> dict[str, int]:
+        """Columns of each feature, by consumer's weight."""
+        return {weight: taps for weight, (_, taps) in self._dims.items()}
 
     def go_on(self, seen: Mapping[str, Covariance]) -> None:
         """Have seen this already."""

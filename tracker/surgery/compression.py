@@ -1,74 +1,93 @@
-"""Compression: one budget over all groups, spent where the consumers lose least, their weights taking over."""
+"""Compression: one budget over all groups, spent where the loss rises least, the consumers' weights taking over."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from tracker.compensation import Path, allocate, backward, select
+from tracker.compensation import Path, Selection, allocate
 from tracker.compensation.criteria import Criterion
-from tracker.compensation.linear import second_moment
 from tracker.errors import SurgeryError
 from tracker.probe import Arguments
-from tracker.reads import Read
 from tracker.structure import UnitGroup
-from tracker.structure.integers import UnsolvableError
 from tracker.structure.lending import borrowed
 from tracker.structure.sizes import tensors
-from tracker.structure.units import Place
 from tracker.surgery.apply import apply
-from tracker.surgery.calibration import Consumer, consumers, reads_of
+from tracker.surgery.budget import (
+    OF,
+    PRECISE,
+    WITHIN,
+    Cost,
+    achieved,
+    below,
+    cost_of,
+    nearer,
+    spread,
+)
 from tracker.surgery.evidence import RECONSTRUCTION, check_criterion, ordered
-from tracker.surgery.flops import flops, flops_by_weight
+from tracker.surgery.objective import Calibration
+from tracker.surgery.outlook import Outlook
 from tracker.surgery.plan import Plan
+from tracker.surgery.problem import Limits, Problem, Problems, chosen_units, problems_of
 from tracker.surgery.removal import plan_pruning
 from tracker.tracker import ActivationTracker
 
-OF = ("parameters", "flops", "neurons")
-WITHIN = 0.02  # of the whole
-PRECISE = 0.003  # tried for, as long as another attempt comes nearer
+PRICED, EVEN, NEURONS, MIXED = "priced", "even", "even, neurons only", "half priced, half even"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a compression must respect.
+class _Market:
+    """What there is to remove, in which order, and what is left then."""
 
-    round_to: Widths are to be multiples of it. floor: Units that must stay in each group (int), or in some ({name: n}).
-    inexact: Whether groups may shrink that a norm or softmax runs over (the residual stream); not compensated.
-    """
-
-    round_to: int = 1
-    floor: int | Mapping[str, int] = 1
-    inexact: bool = False
-
-    def of(self, group: UnitGroup) -> int:
-        """Units of a group that must stay."""
-        return self.floor if isinstance(self.floor, int) else self.floor.get(group.name, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What the units of one group do for the consumers: columns of one covariance, and weights that read them."""
-
-    covariance: Tensor
-    weight: Tensor
-    mean: Tensor | None
-    units: list[list[int]]
-    protected: list[int]
-    count: int
-    consumers: int  # that read differently: blocks of the covariance
+    tracker: ActivationTracker
+    groups: Sequence[UnitGroup]
+    problems: Problems
+    found: Sequence[Selection]
+    paths: Sequence[Path]
+    cost: Cost
+    whole: float
+    of: str
+    inputs: Arguments
+    chosen: bool  # by another criterion
 
     @property
-    def total(self) -> float:
-        """What the outputs of the consumers vary by, summed over them; positive."""
-        w = self.weight.double()
-        return max(float(((w @ self.covariance) * w).sum()), 1e-300)
+    def free(self) -> list[int]:
+        """Units of each group that go at no cost."""
+        return [s.exact for s in self.found]
+
+    def units(self, removed: Sequence[int]) -> dict[str, list[int]]:
+        """The units of each group that go."""
+        return {
+            g.name: sorted(self.found[i].order[:n])
+            if self.chosen
+            else chosen_units(self.problems, i, g, n, self.found[i].order)
+            for i, (g, n) in enumerate(zip(self.groups, removed, strict=True))
+            if n
+        }
+
+    def left(self, removed: list[int]) -> float:
+        """The cost of what stays; FLOPs are measured."""
+        estimate = self.cost(removed)
+        if self.of != "flops" or not any(removed):
+            return estimate
+        return achieved(self.tracker, self.units(removed), self.inputs, self.of, estimate)
+
+    def meet(self, make: Callable[[float], list[int]], target: float) -> tuple[float, list[int]]:
+        """How far off the target, of the whole, and what `make` removes for the budget that comes nearest."""
+        budget, best = target, (math.inf, [0] * len(self.groups))
+        for _ in range(6):
+            removed = make(budget)
+            left = self.left(removed)
+            best = min(best, ((left - target) / self.whole, removed), key=lambda pair: abs(pair[0]))
+            again = budget * target / max(left, 1e-9)  # what the estimate of costs did not see
+            if abs(best[0]) <= PRECISE or abs(again - budget) < 1e-4 * target:
+                break
+            budget = again
+        return best
 
 
 def plan_compression(
@@ -79,322 +98,177 @@ def plan_compression(
     *,
     criterion: str | Criterion = RECONSTRUCTION,
     compensate: bool = True,
+    strict: bool = False,
+    calibration: Calibration | None = None,
+    chosen: Callable[[], None] = lambda: None,
     progress: bool = False,
 ) -> tuple[Plan, list[str]]:
     """The plan that keeps the share `keep` of the model's parameters, FLOPs, or prunable units.
 
-    criterion: In which order units go; how many of each group, their reconstruction error always says.
+    Where batches to measure on are known, several ways to spend the budget are tried on copies, and the one taken after
+    which the loss is least: units by their prices in the loss, the same share of every group, the same share of every
+    group of single neurons, and what lies half way between prices and the better of these two.
+
+    criterion: In which order units go; how many of each group, their prices always say.
+    strict: Refuse a budget that cannot be met to within 2%, rather than take the nearest below.
+    calibration: What the loss is, and what it is measured on.
+    chosen: Called when that has been, before the plan is drawn.
 
     Raises:
-        SurgeryError: It cannot be met to within 2%; the message says why.
+        SurgeryError: It cannot be met; the message says why.
     """
     if of not in OF:
         raise SurgeryError(f"compress keeps a share of one of {', '.join(OF)}, not of {of!r}.")
     if not isinstance(keep, float) or not 0 < keep < 1:
         raise SurgeryError(f"keep is a share between 0 and 1, not {keep!r}.")
     check_criterion(criterion)
-    entry = tracker.current
-    model = entry.model()
     groups, problems, left_out = problems_of(tracker, limits)
     if not groups:
         raise SurgeryError(
             "There is nothing to compress: no group can be pruned whose consumers were seen to read. "
             + "; ".join(left_out[:3])
         )
+    market = _market(tracker, groups, problems, limits, of, criterion, progress=progress)
+    wanted = _candidates(market, keep * market.whole)
+    usable, notes = _within(wanted, market, keep, strict=strict)
+    measured = calibration if calibration is not None and calibration.batches else None
+    name, outlook = _best(tracker, market, usable, measured, compensate=compensate)
+    units = market.units(usable[name])
+    chosen()
+    plan, more = plan_pruning(tracker, units, compensate)
+    if plan.outlook is not None:
+        outlook = replace(outlook, predicted_loss_change=plan.outlook.predicted_loss_change)
+    plan = replace(plan, operation="compress", outlook=outlook)
+    return plan, [*notes, *_told(name, outlook, measured), *more, *left_out]
+
+
+def _market(
+    tracker: ActivationTracker,
+    groups: Sequence[UnitGroup],
+    problems: Problems,
+    limits: Limits,
+    of: str,
+    criterion: str | Criterion,
+    *,
+    progress: bool,
+) -> _Market:
+    model = tracker.current.model()
     held, chosen = tensors(model), criterion != RECONSTRUCTION
     bar = tqdm(problems, desc="Weighing units", unit="group", disable=not progress, leave=False)
-    found = [
-        ordered(held, g, p, criterion)
-        if chosen
-        else backward(p.covariance, p.weight, p.units, p.protected, count=p.count, mean=p.mean)
-        for g, p in zip(groups, bar, strict=True)
-    ]
-    paths = []
-    for group, selection in zip(groups, found, strict=True):
+    found: list[Selection] = []
+    prices: list[list[float]] = []
+    relative: list[list[float]] = []
+    priced = problems.priced
+    for group, problem in zip(groups, bar, strict=True):
+        selection = ordered(held, group, problem, criterion) if chosen else problem.backward()
         most = min(len(selection.order), group.size - max(limits.of(group), 1))
-        errors = (selection.errors[:most] / max(selection.total, 1e-300)).tolist()
-        step = math.lcm(limits.round_to, group.multiple_of)
-        paths.append(Path(group.size, errors, round_to=step, floor=limits.of(group)))
-    inputs = Arguments(*entry.observer.inputs)  # type: ignore[misc]
-    cost = _cost(model, groups, of, inputs)
-    whole = cost([0] * len(groups))
-    target = budget = keep * whole
-    best: tuple[float, dict[str, list[int]]] | None = None
-    for _ in range(6):
-        kept = allocate(paths, cost, budget, within=1.0)
-        removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
-        removed = _nearer(removed, paths, [s.exact for s in found], cost, budget)
-        units = {
-            g.name: sorted(found[i].order[:n])
-            if chosen
-            else chosen_units(problems, i, g, n, found[i].order)
-            for i, (g, n) in enumerate(zip(groups, removed, strict=True))
-            if n
-        }
-        achieved = _achieved(tracker, units, inputs, of, cost(removed))
-        error = abs(achieved - target) / whole
-        if best is None or error < best[0]:
-            best = error, units
-        if error <= PRECISE:
-            break
-        nearer = budget * target / achieved  # what the estimate of costs did not see
-        if abs(nearer - budget) < 1e-4 * target:
-            break
-        budget = nearer
-    assert best is not None
-    if best[0] > WITHIN:
-        raise SurgeryError(
-            f"Of the {of}, {keep:.1%} cannot be kept: with the floors, and as widths change in steps, the nearest "
-            f"is off by {best[0]:.1%} of the whole. Lower `round_to` or the floors, or ask for another share."
-        )
-    plan, notes = plan_pruning(tracker, best[1], compensate)
-    return replace(plan, operation="compress"), [*notes, *left_out]
-
-
-def _nearer(
-    removed: list[int],
-    paths: Sequence[Path],
-    free: Sequence[int],
-    cost: Callable[[list[int]], float],
-    budget: float,
-) -> list[int]:
-    """The last steps, in one group or two, that bring the cost nearest to the budget: small models need them."""
-    # What costs nothing does not come back.
-    stops = [
-        [n for n in path.stops() if n >= min(least, now)]
-        for path, least, now in zip(paths, free, removed, strict=True)
+        found.append(selection)
+        relative.append((selection.errors[:most] / max(selection.total, 1e-300)).tolist())
+        prices.append(_rising(problem, selection)[:most].tolist() if priced else relative[-1])
+    paths = [
+        Path(g.size, e, round_to=math.lcm(limits.round_to, g.multiple_of), floor=limits.of(g))
+        for g, e in zip(groups, prices, strict=True)
     ]
-
-    def neighbours(now: list[int]) -> list[list[int]]:
-        found = []
-        few = range(len(now)) if len(now) <= 12 else ()
-        for g in range(len(now)):
-            at = stops[g].index(now[g])
-            for i in range(max(at - 2, 0), min(at + 3, len(stops[g]))):
-                one = [*now[:g], stops[g][i], *now[g + 1 :]]
-                found.append(one)
-                for h in few:
-                    place = stops[h].index(one[h])
-                    reach = range(max(place - 2, 0), min(place + 3, len(stops[h])))
-                    found += [[*one[:h], stops[h][j], *one[h + 1 :]] for j in reach]
-        return found
-
-    def merit(now: list[int]) -> tuple[float, float]:
-        error = sum(path.errors[n - 1] for path, n in zip(paths, now, strict=True) if n)
-        return max(abs(cost(now) - budget), PRECISE * budget), error
-
-    best = merit(removed)
-    while best[0] > PRECISE * budget:
-        nearest = min(neighbours(removed), key=merit)
-        if merit(nearest) >= best:
-            break
-        removed, best = nearest, merit(nearest)
-    return removed
+    inputs = Arguments(*tracker.current.observer.inputs)  # type: ignore[misc]
+    cost = cost_of(model, groups, of, inputs)
+    whole = cost([0] * len(groups))
+    return _Market(tracker, groups, problems, found, paths, cost, whole, of, inputs, chosen)
 
 
-Part = tuple[list[Consumer], Read]  # consumers that read the same, and what they read
+def _rising(problem: Problem, selection: Selection) -> torch.Tensor:
+    """Prices along a selection, never falling: what seems to lower the loss does so on these batches."""
+    if not len(selection.errors):
+        return selection.errors
+    rise = torch.maximum(problem.rise(selection), selection.errors)
+    rise[: selection.exact] = selection.errors[: selection.exact]
+    return rise.cummax(0).values
 
 
-class Problems(Sequence[Problem]):
-    """The problems of several groups, each made when it is asked for: together they would fill the memory."""
+def _candidates(market: _Market, target: float) -> dict[str, tuple[float, list[int]]]:
+    """Ways to spend the budget: removed units per group, and how far what is left is off the target."""
+    paths, cost, groups = market.paths, market.cost, market.groups
 
-    def __init__(self, model: nn.Module, groups: Sequence[UnitGroup], parts: Sequence[list[Part]]):
-        self._held, self._groups, self._parts = tensors(model), groups, parts
+    def by_price(budget: float) -> list[int]:
+        kept = allocate(paths, cost, budget, within=1e9)
+        removed = [g.size - k for g, k in zip(groups, kept, strict=True)]
+        return nearer(removed, paths, market.free, cost, budget)
 
-    def __len__(self) -> int:
-        return len(self._groups)
+    def by_share(shares: Sequence[float]) -> Callable[[float], list[int]]:
+        return lambda budget: spread(shares, paths, market.free, cost, budget)
 
-    def columns(self, index: int) -> int:
-        """How many columns a problem has, without making it."""
-        return sum(len(read.covariance.mean) for _, read in self._parts[index])
-
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, int):
-            raise TypeError("one problem at a time")
-        return _problem(self._held, self._groups[index], self._parts[index])
-
-
-def problems_of(
-    tracker: ActivationTracker, limits: Limits, *, example: bool = True
-) -> tuple[list[UnitGroup], Problems, list[str]]:
-    """Groups that can shrink by themselves, what their consumers read, and what was left out with the reason.
-
-    example: Whether the example inputs will do for what was not observed.
-    """
-    entry, structure = tracker.current, tracker.structure()
-    model = entry.model()
-    left_out: list[str] = []
-    ready: list[UnitGroup] = []
-    taken: dict[Place, set[int]] = {}
-    # Of heads and their dimensions, which lie at the same indices, heads. What is concatenated lies beside each other.
-    for group in sorted(structure.groups, key=lambda g: -len(next(iter(g.members[0].values())))):
-        lies = {p: {i for unit in group.members for i in unit[p]} for p in group.roles}
-        if not group.prunable or not (group.exact or limits.inexact):
-            continue
-        if group.size % group.multiple_of:
-            left_out.append(f"{group.name}: {group.size} units, {group.multiple_of} at a time")
-            continue
-        if any(taken.get(place, set()) & indices for place, indices in lies.items()):
-            continue
-        try:
-            structure.integers.solve([(group, list(range(group.multiple_of)))])
-        except UnsolvableError as error:
-            left_out.append(f"{group.name}: {error}")
-            continue
-        for place, indices in lies.items():
-            taken.setdefault(place, set()).update(indices)
-        ready.append(group)
-    order = {group.name: i for i, group in enumerate(structure.groups)}
-    ready.sort(key=lambda g: order[g.name])
-    wanted, _ = consumers(model, ready)
-    reads = reads_of(tracker, wanted, example=example)
-    groups: list[UnitGroup] = []
-    parts: list[list[Part]] = []
-    for group in ready:
-        found = _parts(model, group, reads)
-        if found:
-            groups.append(group)
-            parts.append(found)
-        else:
-            left_out.append(f"{group.name}: what reads it was not observed")
-    return groups, Problems(model, groups, parts), left_out
+    able = [float(len(p.stops()) > 1) for p in paths]
+    lone = [a * _is_neurons(g) for a, g in zip(able, groups, strict=True)]
+    found = {PRICED: market.meet(by_price, target), EVEN: market.meet(by_share(able), target)}
+    if any(lone) and lone != able:
+        found[NEURONS] = market.meet(by_share(lone), target)
+    even = found.get(NEURONS, found[EVEN])
+    mixed = [
+        (a + b) / (2 * g.size) for a, b, g in zip(found[PRICED][1], even[1], groups, strict=True)
+    ]
+    found[MIXED] = market.meet(by_share(mixed), target)
+    return found
 
 
-def _parts(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> list[Part]:
-    """The consumers of a group; none if one was not observed."""
-    able, _ = consumers(model, [group])
-    held, unit = tensors(model), group.members[0]
-    parts: list[Part] = []
-    for one in able:
-        read = reads.get(one.weight)
-        if read is None or not one.fits(read, held[one.weight]):
-            return []
-        for together, known in parts:
-            other = together[0]
-            same = other.reads == one.reads and _same_input(known, read, other, one)
-            if same and unit[other.weight, other.reads] == unit[one.weight, one.reads]:
-                together.append(one)
-                break
-        else:
-            parts.append(([one], read))
-    return parts
+def _is_neurons(group: UnitGroup) -> bool:
+    """Whether a unit is one neuron or channel, and not a head of several."""
+    made = [p for p, role in group.roles.items() if role == "produces"]
+    return all(len(group.members[0][p]) == 1 for p in made)
 
 
-def _problem(held: Mapping[str, Tensor], group: UnitGroup, parts: Sequence[Part]) -> Problem:
-    """The consumers of a group side by side; those that read the same are one."""
-    blocks, weights, means = [], [], []
-    units: list[list[int]] = [[] for _ in range(group.size)]
-    offset, count = 0, 2**62
-    for together, read in parts:
-        one, c = together[0], read.covariance
-        weight = torch.cat([each.matrix(held[each.weight], read.taps) for each in together])
-        n = int(c.count.max())
-        covariance = c.comoment / max(n, 1)
-        scale = 1.0
-        if one.bias is None:
-            covariance = second_moment(covariance, c.mean)
-        if len(parts) > 1:  # each consumer's loss counts relative to what it puts out
-            scale = float(((weight @ covariance) * weight).sum()) ** -0.5 if weight.any() else 1.0
-        blocks.append(covariance)
-        weights.append(weight * scale)
-        means.append(c.mean if one.bias is not None else torch.full_like(c.mean, 0.0))
-        for unit, members in enumerate(group.members):
-            units[unit] += [offset + i for i in read.columns(members[one.weight, one.reads])]
-        offset += len(c.mean)
-        count = min(count, n)
-    used = {i for unit in units for i in unit}
-    rest = [[i] for i in range(offset) if i not in used]
-    return Problem(
-        blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks),
-        weights[0] if len(weights) == 1 else torch.block_diag(*weights),
-        torch.cat(means),
-        units + rest,
-        list(range(len(units), len(units) + len(rest))),
-        count,
-        len(parts),
-    )
-
-
-def _same_input(a: Read, b: Read, one: Consumer, other: Consumer) -> bool:
-    x, y = a.covariance, b.covariance
-    return (
-        (one.bias is None) == (other.bias is None)
-        and x.mean.shape == y.mean.shape
-        and (x is y or (torch.equal(x.mean, y.mean) and torch.equal(x.comoment, y.comoment)))
-    )
-
-
-def chosen_units(
-    problems: Sequence[Problem],
-    index: int,
-    group: UnitGroup,
-    remove: int,
-    order: Sequence[int] | None = None,
-) -> list[int]:
-    """The units that go: the first of `order` or, where few stay or none is given, as a second look says."""
-    if order is None or group.size - remove <= 0.15 * group.size:
-        problem = problems[index]
-        found = select(
-            problem.covariance,
-            problem.weight,
-            problem.units,
-            remove,
-            problem.protected,
-            count=problem.count,
-            mean=problem.mean,
+def _within(
+    found: Mapping[str, tuple[float, list[int]]], market: _Market, keep: float, *, strict: bool
+) -> tuple[dict[str, list[int]], list[str]]:
+    """The candidates that meet the budget, each other one once; where none does, the nearest below."""
+    usable: dict[str, list[int]] = {}
+    for name, (off, removed) in found.items():
+        if abs(off) <= WITHIN and any(removed) and removed not in usable.values():
+            usable[name] = removed
+    if usable:
+        return usable, []
+    off, removed = min(found.values(), key=lambda pair: abs(pair[0]))
+    target = keep * market.whole
+    less = below(removed, market.paths, market.cost, target)
+    left = market.left(less)
+    if strict or left > target * (1 + 1e-6) or not any(less):
+        raise SurgeryError(
+            f"Of the {market.of}, {keep:.1%} cannot be kept: with the floors, and as widths change in steps, the "
+            f"nearest is off by {abs(off):.1%} of the whole. Lower `round_to` or the floors, or ask for another share."
         )
-        order = found.order
-    return sorted(order[:remove])
+    share = left / market.whole
+    note = f"{keep:.1%} of the {market.of} was asked; as widths change in steps, {share:.1%} is the nearest below"
+    return {PRICED: less}, [note]
 
 
-def _cost(
-    model: nn.Module, groups: Sequence[UnitGroup], of: str, inputs: Arguments
-) -> Callable[[list[int]], float]:
-    """Removed units per group → cost; FLOPs as far as weights make them, the rest as it is."""
-    if of == "neurons":
-        total = sum(g.size for g in groups)
-        return lambda removed: float(total - sum(removed))
-    weights, fixed = flops_by_weight(model, inputs) if of == "flops" else _sizes(model)
-    held = tensors(model)
-    tables = []
-    for name, price in weights.items():
-        lost = [
-            (dim, held[name].shape[dim], g, len(group.members[0][name, dim]))
-            for g, group in enumerate(groups)
-            for dim in range(held[name].ndim)
-            if (name, dim) in group.roles
-        ]
-        if lost:
-            tables.append((price, lost))
-        else:
-            fixed += price
-
-    def cost(removed: list[int]) -> float:
-        total = fixed
-        for price, lost in tables:
-            gone: dict[int, float] = {}
-            for dim, size, g, each in lost:
-                gone[dim] = gone.get(dim, 0.0) + removed[g] * each / size
-            total += price * math.prod(1 - share for share in gone.values())
-        return total
-
-    return cost
-
-
-def _sizes(model: nn.Module) -> tuple[dict[str, float], float]:
-    return {name: float(p.numel()) for name, p in model.named_parameters()}, 0.0
-
-
-def _achieved(
+def _best(
     tracker: ActivationTracker,
-    units: Mapping[str, Sequence[int]],
-    inputs: Arguments,
-    of: str,
-    estimate: float,
-) -> float:
-    if of != "flops":
-        return estimate
-    plan, _ = plan_pruning(tracker, units, compensate=False)
-    with borrowed(tracker.current.model()) as bench:
-        apply(plan, [bench], [])
-        return float(flops(bench, inputs)[1])
+    market: _Market,
+    usable: Mapping[str, list[int]],
+    calibration: Calibration | None,
+    *,
+    compensate: bool,
+) -> tuple[str, Outlook]:
+    """The candidate after which the loss is least, each tried on a copy; the first where there is nothing to try on."""
+    first = next(iter(usable))
+    if calibration is None:
+        return first, Outlook()
+    entry = tracker.current
+    model, losses = entry.model(), dict[str, float]()
+    with entry.observer.paused():
+        before = calibration.value(model, model)
+        for name, removed in usable.items():
+            plan, _ = plan_pruning(tracker, market.units(removed), compensate)
+            with borrowed(model) as bench:
+                apply(plan, [bench], [])
+                loss = calibration.value(bench, model)
+            losses[name] = loss if math.isfinite(loss) else math.inf
+    best = min(losses, key=lambda name: losses[name])
+    return best, Outlook(None, calibration.kind(model), before, losses[best], losses)
+
+
+def _told(name: str, outlook: Outlook, calibration: Calibration | None) -> list[str]:
+    if calibration is None:
+        return []
+    seen = "held back from" if calibration.unseen else "of"
+    tried = ", ".join(f"{n}: {loss:.5g}" for n, loss in outlook.candidates.items())
+    count = len(calibration.batches)
+    return [f"chosen: {name}; measured on {count} batches {seen} the calibration data ({tried})"]

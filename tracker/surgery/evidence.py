@@ -15,7 +15,7 @@ from tracker.errors import SurgeryError
 from tracker.structure import UnitGroup
 
 if TYPE_CHECKING:
-    from tracker.surgery.compression import Problem
+    from tracker.surgery.problem import Problem
 
 RECONSTRUCTION = "reconstruction"  # what the consumers lose once the others take over: the default
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tracker.compensation import explained_share, explained_units
 from tracker.observation import Observation
 from tracker.structure import UnitGroup
-from tracker.surgery.compression import Limits, Problem, problems_of
+from tracker.surgery.problem import Limits, Problem, problems_of
 from tracker.tracker import ActivationTracker
 
 WIDEST = 2048  # columns: wider groups would take seconds

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tracker.compensation.linear import constant
 from tracker.errors import SurgeryError
-from tracker.surgery.compression import Limits, Problem, problems_of
+from tracker.surgery.problem import Limits, Problem, problems_of
 from tracker.tracker import ActivationTracker
 
 Neuron = tuple[str, int]  # layer, local index

@@ -14,6 +14,7 @@ from tracker.structure import Structure, UnitGroup
 from tracker.structure.integers import UnsolvableError
 from tracker.structure.ints import Attribute
 from tracker.structure.sizes import tensors
+from tracker.surgery.outlook import Outlook
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Plan:
 
     # Modules that take the place of others, or, under a name that ends in "inserted", stand behind their parent.
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    outlook: Outlook | None = None  # what it is predicted to cost, and measured
 
     @property
     def touched(self) -> dict[str, Mapping[int, SlotMap]]:

@@ -15,6 +15,9 @@ class Receipt:
         went), or "changed" (a norm or softmax over the units, say, sees that they went).
     output_difference: Measured in float64 on the example inputs, relative to the largest output: from the masked model
         where the promise is "masked", else from the model as it was. None where verification was off.
+    predicted_loss_change: What the loss is predicted to rise by, from gradients that `calibrate` took; None without.
+    loss: Which loss `compress` measured; None where nothing was. loss_before, loss_after: On the same batches.
+    candidates: Ways to spend the budget that it tried on copies, and the loss after each.
     """
 
     operation: str
@@ -30,6 +33,11 @@ class Receipt:
     notes: list[str] = field(default_factory=list)  # what else a user should know
     skipped: list[str] = field(default_factory=list)  # asked and not done, with reasons
     dry_run: bool = False
+    predicted_loss_change: float | None = None
+    loss: str | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    candidates: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -51,6 +59,10 @@ class Receipt:
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,}",
             f"  promise: {self.promise}, difference from it: {measured}",
         ]
+        if self.predicted_loss_change is not None:
+            lines.append(f"  predicted change of the loss: {self.predicted_loss_change:+.3g}")
+        if self.loss_before is not None and self.loss_after is not None:
+            lines.append(f"  {self.loss}: {self.loss_before:.5g} -> {self.loss_after:.5g}")
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  skipped: {reason}" for reason in self.skipped]
         return "\n".join(lines)
@@ -87,4 +99,14 @@ def joined(
         notes=list(dict.fromkeys(note for r in receipts for note in r.notes)),
         skipped=list(skipped),
         dry_run=dry_run,
+        predicted_loss_change=_sum([r.predicted_loss_change for r in receipts]),
+        loss=last.loss,
+        loss_before=first.loss_before,
+        loss_after=last.loss_after,
+        candidates=last.candidates,
     )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

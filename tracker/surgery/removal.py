@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from tracker.surgery.outlook import Outlook
 from tracker.surgery.plan import Plan, plan_removal
 from tracker.surgery.takeover import taken_over
 from tracker.tracker import ActivationTracker
@@ -29,5 +30,9 @@ def plan_pruning(
     takeover = taken_over(tracker, plan)
     promise = "exact" if takeover.exact else "changed"
     return replace(
-        plan, mixes=takeover.mixes, gains=takeover.gains, promise=promise
+        plan,
+        mixes=takeover.mixes,
+        gains=takeover.gains,
+        promise=promise,
+        outlook=Outlook(takeover.loss_change),
     ), takeover.notes

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tracker.compensation import compensate
+from tracker.compensation.linear import second_moment
 from tracker.reads import Read
 from tracker.structure import UnitGroup
 from tracker.structure.sizes import tensors
 from tracker.surgery.calibration import Consumer, consumers, reads_of
+from tracker.surgery.curvature import in_loss
 from tracker.surgery.plan import Mix, Plan
 from tracker.tracker import ActivationTracker
 
@@ -26,6 +28,9 @@ class Takeover:
     mixes: tuple[Mix, ...]
     gains: dict[str, dict[int, Tensor]]
     exact: bool  # all that goes is explained up to rounding, as far as was observed
+    loss_change: float | None = (
+        None  # predicted, over all consumers; None where a curvature is not known
+    )
     notes: list[str] = field(default_factory=list)
 
 
@@ -36,16 +41,20 @@ def taken_over(tracker: ActivationTracker, plan: Plan) -> Takeover:
     reads = reads_of(tracker, able)
     held = tensors(model)
     mixes, exact, few = [], not problems, []
+    rise: float | None = None if problems else 0.0
     for one in able:
         read = reads.get(one.weight)
         gone = columns(plan.choice, one)
         if read is None or not one.fits(read, held[one.weight]):
             problems.append(f"{one.module} was not seen to read anything")
-            exact = False
+            exact, rise = False, None
             continue
         mix, whole = solve(one, read, held[one.weight], gone)
         mixes.append(mix)
         exact = exact and whole
+        rise = (
+            None if rise is None or read.loss is None else rise + loss_change(one, read, held, mix)
+        )
         if int(read.covariance.count.max()) < 2 * len(read.covariance.mean):
             few.append(one.module)
     notes = [f"not compensated: {problem}" for problem in problems]
@@ -54,7 +63,27 @@ def taken_over(tracker: ActivationTracker, plan: Plan) -> Takeover:
             f"compensated from few observations ({', '.join(few[:4])}): call calibrate(batches) first"
         )
     exact = exact and all(group.exact for group, _ in plan.choice)
-    return Takeover(tuple(mixes), gains(model, plan.choice, mixes), exact, notes)
+    return Takeover(tuple(mixes), gains(model, plan.choice, mixes), exact, rise, notes)
+
+
+def loss_change(one: Consumer, read: Read, held: Mapping[str, Tensor], mix: Mix) -> float:
+    """Predicted change of the loss by what a consumer computes with a mix, first order and second.
+
+    Its weight changes by ΔW on centred inputs: ⟨∇W, ΔW⟩ + ½ tr(ΔW C ΔWᵀ E[Σ g gᵀ]). See `curvature`.
+    """
+    assert read.loss is not None
+    weight, c = one.matrix(held[one.weight], read.taps), read.covariance
+    lost, change = weight[:, list(mix.source)], torch.zeros_like(weight)
+    change[:, list(mix.target)], change[:, list(mix.source)] = lost @ mix.matrix, -lost
+    covariance = c.comoment / max(int(c.count.max()), 1)
+    if one.bias is None:
+        covariance = second_moment(covariance, c.mean)
+    error = in_loss(change, read.loss.curvature)
+    rise = float(((error @ covariance) * error).sum())
+    slope = read.loss.slope
+    return rise + (
+        float((slope.double() * change).sum()) if slope is not None and slope.numel() else 0.0
+    )
 
 
 def columns(choice: Choice, one: Consumer) -> tuple[int, ...]:

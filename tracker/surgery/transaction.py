@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from tracker.structure.twins import liberate
 from tracker.surgery.apply import apply, require
 from tracker.surgery.flops import flops
 from tracker.surgery.optimizers import unwrapped
+from tracker.surgery.outlook import Outlook
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import Receipt
 from tracker.surgery.undo import UndoLog
@@ -95,6 +97,7 @@ def carry_out(
             notes=[*notes, *gaps],
             skipped=list(skipped),
             dry_run=dry_run,
+            **asdict(plan.outlook or Outlook()),
         )
         if dry_run:
             return receipt, None

@@ -7,13 +7,12 @@ from itertools import takewhile
 
 from torch import nn
 
-from tracker.compensation import backward
 from tracker.errors import SurgeryError
 from tracker.structure import Structure, UnitGroup
 from tracker.structure.sizes import tensors
-from tracker.surgery.compression import Limits, chosen_units, problems_of
 from tracker.surgery.growth import plan_expansion
 from tracker.surgery.plan import Plan
+from tracker.surgery.problem import Limits, chosen_units, problems_of
 from tracker.surgery.removal import plan_pruning
 from tracker.tracker import ActivationTracker
 
@@ -84,9 +83,6 @@ def plan_width(
     index = next((i for i, g in enumerate(groups) if g.name == name), None)
     if index is None:
         raise SurgeryError(f"Group {name!r} cannot shrink to {units} units: {'; '.join(left_out)}.")
-    one = problems[index]
-    order = backward(
-        one.covariance, one.weight, one.units, one.protected, count=one.count, mean=one.mean
-    ).order
+    order = problems[index].backward().order
     gone = chosen_units(problems, index, group, group.size - units, order)
     return plan_pruning(tracker, {name: gone}, compensate=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from tracker.compensation import backward
 from tracker.compensation.linear import constant
 from tracker.errors import TrackerError
 from tracker.nested import tensors_in
@@ -17,10 +16,10 @@ from tracker.structure import UnitGroup
 from tracker.structure.lending import borrowed
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
-from tracker.surgery.compression import Limits, Problem, problems_of
 from tracker.surgery.depth import INSERTED, can_follow
 from tracker.surgery.pairs import cheapest_pairs
 from tracker.surgery.plan import Plan
+from tracker.surgery.problem import Limits, Problem, problems_of
 from tracker.surgery.restructuring import plan_layer_removal
 from tracker.tracker import ActivationTracker
 from tracker.training.policy import Bypass, Candidate, Policy, Size
@@ -51,14 +50,7 @@ def candidates(surgeon: NeuronSurgeon, policy: Policy, price: Prices) -> list[Ca
     modules = dict(model.named_modules())
     found = []
     for group, problem in zip(groups, problems, strict=True):
-        selection = backward(
-            problem.covariance,
-            problem.weight,
-            problem.units,
-            problem.protected,
-            count=problem.count,
-            mean=problem.mean,
-        )
+        selection = problem.backward()
         total = max(selection.total, 1e-300)
         parameters = flops = 0.0
         for (name, dim), indices in group.members[0].items():

@@ -1,0 +1,86 @@
+"""What changes are computed and priced from: statistics of calibration data, and batches to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tracker.changer import NeuronChanger
+from tracker.errors import SurgeryError
+from tracker.surgery import Receipt
+from tracker.surgery.calibration import Consumer, collect, consumers
+from tracker.surgery.compression import plan_compression
+from tracker.surgery.held_back import Batches, with_all
+from tracker.surgery.objective import Calibration, Objective
+from tracker.surgery.plan import Plan
+from tracker.surgery.problem import Limits
+
+
+class NeuronCalibrator(NeuronChanger):
+    """Keeps, for each model, what it was calibrated by. The calls are `NeuronSurgeon`'s."""
+
+    def __init__(self, *thresholds: float, **options: Any) -> None:
+        super().__init__(*thresholds, **options)
+        self._calibrations: dict[int, Calibration] = {}  # by position of the model
+
+    def _calibrate(self, batches: Batches, objective: Objective, *, patches: bool = False) -> int:
+        entry = self._tracker.current
+        with entry.observer.paused(), self._together("calibrate"):
+            reads = collect(
+                entry.model(), batches, self._consumers(), patches=patches, objective=objective
+            )
+        entry.reads = reads if self._ranks is None else self._ranks.merge_reads(reads)
+        self._calibrations[self._model_key()] = batches.calibration(objective)
+        return len(entry.reads)
+
+    def _consumers(self) -> list[Consumer]:
+        groups = [g for g in self.structure.groups if g.prunable]
+        return consumers(self._tracker.current.model(), groups)[0]
+
+    def _plan_compression(
+        self, share: float, of: str, limits: Limits, **options: Any
+    ) -> tuple[Plan, list[str]]:
+        entry, ranks = self._tracker.current, self._ranks
+        calibration = self._calibrations.get(self._model_key()) if ranks is None else None
+
+        def use_all() -> None:
+            if calibration is not None and calibration.unseen:
+                with entry.observer.paused():
+                    entry.reads = with_all(
+                        entry.model(), entry.reads, calibration, self._consumers()
+                    )
+
+        return plan_compression(
+            self._tracker, share, of, limits, calibration=calibration, chosen=use_all, **options
+        )
+
+    def _in_rounds(
+        self, once: Callable[[float], Receipt], keep: float, rounds: int, of: str, *, dry_run: bool
+    ) -> Receipt:
+        """The same share each time, so that together they come to `keep`; all or none."""
+        left = 1.0
+
+        def step(number: int) -> Receipt:
+            nonlocal left
+            goal = keep ** ((number + 1) / rounds)
+            before = sum(g.size for g in self.structure.groups if g.prunable)
+            receipt = once(min(goal / left, 1 - 1e-6))
+            after = sum(g.size for g in self.structure.groups if g.prunable)
+            pairs = {
+                "parameters": (receipt.parameters_after, receipt.parameters_before),
+                "flops": (receipt.flops_after, receipt.flops_before),
+                "neurons": (after, before),
+            }
+            left *= pairs[of][0] / max(pairs[of][1], 1)
+            return receipt
+
+        last = self._undo
+        steps = [partial(step, number) for number in range(rounds)]
+        receipt = self._change_all("compress", steps, [], dry_run=dry_run)
+        if receipt.skipped:
+            if not dry_run:
+                self.undo()
+                self._undo = last
+            raise SurgeryError(receipt.skipped[0])
+        return receipt

@@ -1,0 +1,60 @@
+"""Calibration batches on their way, some of which are kept to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tracker.reads import Read
+from tracker.surgery.calibration import Consumer, collect
+from tracker.surgery.objective import Calibration, Objective
+
+EVERY, MOST = 4, 8  # each fourth batch is kept, of the first 32
+
+
+class Batches:
+    """Passes batches on and keeps each fourth; with `hold_back` those are not passed on."""
+
+    def __init__(self, batches: Iterable[Any], *, hold_back: bool) -> None:
+        self._batches, self._hold_back = batches, hold_back
+        self.kept: list[Any] = []
+        self._last: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self._batches):
+            if number % EVERY == EVERY - 1 and len(self.kept) < MOST:
+                self.kept.append(batch)
+                if self._hold_back:
+                    continue
+            self._last = [batch]
+            yield batch
+
+    def calibration(self, objective: Objective) -> Calibration:
+        """What was kept, after all were passed on; of fewer than four batches the last one, which was."""
+        unseen = self._hold_back and bool(self.kept)
+        return Calibration(objective, tuple(self.kept or self._last), unseen)
+
+
+def with_all(
+    model: nn.Module,
+    reads: Mapping[str, Read],
+    calibration: Calibration,
+    wanted: Iterable[Consumer],
+) -> dict[str, Read]:
+    """What consumers read in all batches, once those that were held back have served."""
+    some = [one for one in wanted if one.weight in reads]
+    taps = any(reads[one.weight].taps > 1 for one in some)
+    inputs = [calibration.objective.inputs(batch) for batch in calibration.batches]
+    more = collect(model, inputs, some, patches=taps)
+    known: dict[tuple[int, int], Any] = {}  # what some share, they go on sharing
+    found = dict(reads)
+    for weight, read in more.items():
+        before, after = reads[weight].covariance, read.covariance
+        key = id(before), id(after)
+        if key not in known:
+            known[key] = before.merge(after)
+        found[weight] = replace(reads[weight], seen=known[key])
+    return found
