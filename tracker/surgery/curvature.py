@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -180,8 +181,10 @@ class _Sums:
             slope = self._rows(gradient).float().T @ self._rows(x).float()
         else:
             weight = module.get_parameter("weight").detach().requires_grad_()
+            alone = copy.copy(module)  # its hooks are not to see this
+            alone._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
             with torch.enable_grad():
-                again = torch.func.functional_call(module, {"weight": weight}, (x,))
+                again = alone.forward(x)
             slope = self.one.matrix(torch.autograd.grad(again, weight, gradient)[0], self._taps)
         shift = self._rows(gradient).sum(0, dtype=torch.float64).cpu()
         self._slope = slope.float() if self._slope is None else self._slope.add_(slope)
