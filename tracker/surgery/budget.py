@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
+from tracker.calls import Arguments
 from tracker.compensation import Path
-from tracker.probe import Arguments
 from tracker.structure import UnitGroup
 from tracker.structure.lending import borrowed
 from tracker.structure.sizes import tensors

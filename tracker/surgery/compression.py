@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
+from tracker.calls import Arguments
 from tracker.compensation import Path, Selection, allocate
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
-from tracker.probe import Arguments
 from tracker.structure import UnitGroup
 from tracker.structure.lending import borrowed
 from tracker.structure.sizes import tensors

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tracker.compensation.linear import TINY
 from tracker.errors import StructureError, SurgeryError
-from tracker.outputs import tensors_in
+from tracker.nested import tensors_in
 from tracker.reads import Sensitivity
 from tracker.surgery.objective import Objective
 

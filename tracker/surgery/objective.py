@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from tracker.calls import Arguments, arguments
 from tracker.errors import SurgeryError
-from tracker.outputs import tensors_in
-from tracker.probe import Arguments, arguments, forward_once, quiet_copy
+from tracker.nested import replaced, tensors_in
+from tracker.probe import forward_once, quiet_copy
 
 Loss = Callable[
     [Any, Any], Tensor
@@ -141,8 +141,8 @@ def _curvature_of(
     """Probes of a given loss; None where its second derivative by the outputs is zero, or none can be taken."""
     leaves: list[tuple[Tensor, Tensor]] = []
 
-    def free(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    def free(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
             return value
         leaf = value.detach().requires_grad_()
         leaves.append((value, leaf))
@@ -150,7 +150,7 @@ def _curvature_of(
 
     try:
         with torch.enable_grad():
-            value = loss(_pytree.tree_map(free, output), batch)
+            value = loss(replaced(output, free), batch)
             inner = [leaf for _, leaf in leaves]
             slopes = torch.autograd.grad(value, inner, create_graph=True, allow_unused=True)
             found = []
