@@ -218,11 +218,10 @@ def _is_neurons(group: UnitGroup) -> bool:
 def _within(
     found: Mapping[str, tuple[float, list[int]]], market: _Market, keep: float, *, strict: bool
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """The candidates that meet the budget, each other one once; where none does, the nearest below."""
-    usable: dict[str, list[int]] = {}
-    for name, (off, removed) in found.items():
-        if abs(off) <= WITHIN and any(removed) and removed not in usable.values():
-            usable[name] = removed
+    """The candidates that meet the budget; where none does, the nearest below."""
+    usable = {
+        n: removed for n, (off, removed) in found.items() if abs(off) <= WITHIN and any(removed)
+    }
     if usable:
         return usable, []
     off, removed = min(found.values(), key=lambda pair: abs(pair[0]))
@@ -256,6 +255,10 @@ def _best(
     with entry.observer.paused():
         before = calibration.value(model, model)
         for name, removed in usable.items():
+            same = next((n for n in losses if usable[n] == removed), None)
+            if same is not None:
+                losses[name] = losses[same]
+                continue
             plan, _ = plan_pruning(tracker, market.units(removed), compensate)
             with borrowed(model) as bench:
                 apply(plan, [bench], [])
