@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.calls import Arguments, arguments
+from tracker.calls import Arguments, Call, arguments
 from tracker.errors import SurgeryError
 from tracker.nested import replaced, tensors_in
 from tracker.probe import forward_once, quiet_copy
@@ -44,8 +44,10 @@ class Objective:
 
     loss: Loss | None = None
 
-    def inputs(self, batch: Any) -> Arguments:
-        """What the model takes of a batch."""
+    def inputs(self, batch: Any) -> Arguments | Call:
+        """What the model takes of a batch, or the call that it is."""
+        if isinstance(batch, Call):
+            return batch
         if self.loss is not None and isinstance(batch, (tuple, list)) and batch:
             return arguments(batch[0])
         return arguments(batch)
