@@ -159,8 +159,12 @@ def _market(
     prices: list[list[float]] = []
     relative: list[list[float]] = []
     priced = problems.priced
-    for group, problem in zip(groups, bar, strict=True):
-        selection = ordered(held, group, problem, criterion) if chosen else problem.backward()
+    for i, (group, problem) in enumerate(zip(groups, bar, strict=True)):
+        if chosen:
+            weight = problems.plain(i).weight
+            selection = ordered(held, group, problem, criterion, weight)
+        else:
+            selection = problem.backward()
         most = min(len(selection.order), group.size - max(limits.of(group), 1))
         found.append(selection)
         relative.append((selection.errors[:most] / max(selection.total, 1e-300)).tolist())

@@ -35,11 +35,15 @@ def check_criterion(criterion: str | Criterion) -> None:
 
 
 def ordered(
-    held: Mapping[str, Tensor], group: UnitGroup, problem: Problem, criterion: str | Criterion
+    held: Mapping[str, Tensor],
+    group: UnitGroup,
+    problem: Problem,
+    criterion: str | Criterion,
+    weight: Tensor,
 ) -> Selection:
     """The units of a group, the lowest score first, and what the consumers would lose along this order.
 
-    held: The model's tensors.
+    held: The model's tensors. weight: Of the consumers, as it is.
 
     Raises:
         SurgeryError: The criterion wants gradients and there are none, or gives no score for each unit.
@@ -50,7 +54,7 @@ def ordered(
     wants_gradients = criterion == "taylor" or callable(criterion)
     evidence = Evidence(
         units,
-        weight=problem.weight,
+        weight=weight,
         produced=_on_columns(_norms(held, group), problem),
         variance=spread,
         activity=(spread + mean.square()).sqrt(),

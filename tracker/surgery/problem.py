@@ -104,6 +104,10 @@ class Problems(Sequence[Problem]):
         """Whether the curvature of the loss is known at all consumers of all groups."""
         return all(r.loss is not None for parts in self._parts for _, reads in parts for r in reads)
 
+    def plain(self, index: int) -> Problem:
+        """The same problem with what the consumers put out as it is, and not in the loss."""
+        return _problem(self._held, self._groups[index], self._parts[index], plain=True)
+
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             raise TypeError("one problem at a time")
@@ -177,7 +181,9 @@ def _parts(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> lis
     return parts
 
 
-def _problem(held: Mapping[str, Tensor], group: UnitGroup, parts: Sequence[Part]) -> Problem:
+def _problem(
+    held: Mapping[str, Tensor], group: UnitGroup, parts: Sequence[Part], *, plain: bool = False
+) -> Problem:
     """The consumers of a group side by side; those that read the same are one.
 
     Where the curvature of the loss is known at all of them, their outputs are in units of the loss's square root.
@@ -185,7 +191,7 @@ def _problem(held: Mapping[str, Tensor], group: UnitGroup, parts: Sequence[Part]
     blocks, weights, means = [], [], []
     units: list[list[int]] = [[] for _ in range(group.size)]
     offset, count = 0, 2**62
-    priced = all(read.loss is not None for _, reads in parts for read in reads)
+    priced = not plain and all(read.loss is not None for _, reads in parts for read in reads)
     crosses: list[Tensor] = []
     for together, reads in parts:
         one, read, c = together[0], reads[0], reads[0].covariance
