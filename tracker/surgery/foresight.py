@@ -44,7 +44,7 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
     for i, group in enumerate(groups):
         if problems.columns(i) > WIDEST:
             continue
-        problem = problems[i]
+        problem = problems.plain(i)  # what is told is a share of what the consumers compute
         finite = problem.covariance.isfinite().all() and problem.weight.isfinite().all()
         if problem.count < ENOUGH * len(problem.covariance) or not finite:
             continue

@@ -29,7 +29,8 @@ def default_pairs(
         )
     groups, problems, _ = problems_of(tracker, Limits())
     found: list[tuple[Neuron, Neuron]] = []
-    for group, problem in zip(groups, problems, strict=True):
+    for i, group in enumerate(groups):
+        problem = problems.plain(i)  # the tolerance is a share of what the consumers compute
         pairs, errors = cheapest_pairs(problem, group.size, problem.total, correlation)
         for (keep, drop), error in zip(pairs, errors, strict=True):
             if error > tolerance:

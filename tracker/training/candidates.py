@@ -49,8 +49,10 @@ def candidates(surgeon: NeuronSurgeon, policy: Policy, price: Prices) -> list[Ca
     held = {name: t.shape for name, t in tensors(model).items()}
     modules = dict(model.named_modules())
     found = []
-    for group, problem in zip(groups, problems, strict=True):
-        selection = problem.backward()
+    for i, group in enumerate(groups):
+        problem = problems.plain(i)  # a policy's tolerance is a share of what the consumers compute
+        most = min(int(policy.at_most * group.size), group.size - policy.floor)
+        selection = problem.backward(max(most, 1) if group.size > 1 else 0)
         total = max(selection.total, 1e-300)
         parameters = flops = 0.0
         for (name, dim), indices in group.members[0].items():
