@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _others import OTHERS, others
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -436,6 +437,11 @@ def zoo_names() -> list[str]:
     return [name for name, entry in ZOO.items() if not entry.slow]
 
 
+def of_others(name: str) -> Built:
+    model, inputs = OTHERS[name]()
+    return Built(model, (), inputs) if isinstance(inputs, dict) else Built(model, inputs)
+
+
 FAMILIES = {
     "zoo": Family("torch", zoo_names, of_zoo, "hand-made models of every wiring that the tests know, tests/zoo.py"),
     "classification": Family(
@@ -453,6 +459,10 @@ FAMILIES = {
         "transformers, tiny random configurations (two layers, width 32 or 64)",
     ),
     "timm": Family("timm", TIMM_NAMES.split, of_timm, "timm, small variants in their own size"),
+    "others": Family(
+        "torch", others, of_others,
+        "small models of fifteen packages that ship model code of their own, those that are installed",
+    ),
     "depth": Family(
         "transformers", lambda: [f"llama_{n}" for n in DEPTHS], deep, "tiny Llamas of 8, 16 and 32 layers"
     ),
