@@ -20,7 +20,11 @@ class Call:
         **kwargs: Keyword arguments of the call.
 
     Examples:
+        >>> import torch
+        >>> x = torch.randn(2, 5)
         >>> example_inputs = [Call(x), Call(x, more=True), Call(x, method="reconstruct")]
+        >>> example_inputs[1]
+        forward(Tensor(2, 5), more=True)
     """
 
     __slots__ = ("args", "kwargs", "method", "training")

@@ -31,11 +31,16 @@ def note_read(op: Op, x: Tensor, i: int, other: Tensor) -> None:
     """
     origin = op.origin(x)[i]
     among_weights = op.is_weight(x) and op.is_weight(other)
-    if among_weights:
+    if among_weights and not _is_nothing(op, other):
         op.trace.weights.fold(origin, op.why("a weight is computed by adding up over it"))
     op.trace.reads |= {
         (c.tensor, c.dim) for c in origin if c.how != MULTIPLIED or not among_weights
     }
+
+
+def _is_nothing(op: Op, x: Tensor) -> bool:
+    """Zeros that no parameter has a part in, such as the state that a recurrent layer starts from."""
+    return not any(op.origin(x)) and not bool(x.any())
 
 
 @rule("aten::mm", "aten::bmm")
