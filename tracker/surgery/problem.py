@@ -210,7 +210,8 @@ def _problem(
         if (
             len(parts) > 1 and not priced
         ):  # each consumer's loss counts relative to what it puts out
-            scale = float(((weight @ covariance) * weight).sum()) ** -0.5 if weight.any() else 1.0
+            power = float(((weight @ covariance) * weight).sum())
+            scale = power**-0.5 if power > 0 else 1.0  # one that saw no variance loses nothing
         blocks.append(covariance)
         weights.append(weight * scale)
         means.append(c.mean if one.bias is not None else torch.full_like(c.mean, 0.0))
