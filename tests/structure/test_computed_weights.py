@@ -171,3 +171,27 @@ def test_a_computed_weight_keeps_its_neurons_and_promises_what_holds(
     engine.undo()
     with torch.no_grad():
         assert torch.equal(model(x), before(x))
+
+
+class Modulated(nn.Module):
+    """Filters times a style of the sample, divided by their length or not: they differ from sample to sample."""
+
+    def __init__(self, demodulated: bool) -> None:
+        super().__init__()
+        self.a, self.style = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.weight, self.demodulated = nn.Parameter(torch.randn(5, 16)), demodulated
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * (1 + self.style(x))[:, None, :]
+        if self.demodulated:
+            weight = weight * torch.rsqrt(weight.square().sum(2, keepdim=True) + 1e-8)
+        return torch.bmm(weight, F.relu(self.a(x))[:, :, None])[:, :, 0]
+
+
+@pytest.mark.parametrize("demodulated", [True, False])
+def test_modulated_weights_that_add_up_over_the_units_are_inexact(demodulated: bool) -> None:
+    torch.manual_seed(0)
+    model, engine = Modulated(demodulated), NeuronEngine()
+    engine.track_model(model, "m", example_inputs=torch.randn(8, 6))
+    receipt = engine.prune_neurons({"a": UNITS}, compensate=False)
+    assert receipt.promise == ("changed" if demodulated else "masked")

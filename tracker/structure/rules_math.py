@@ -10,7 +10,7 @@ from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
 from tracker.structure.rules import pointwise, rule, together
 from tracker.structure.trace import Op
-from tracker.structure.weights import MULTIPLIED
+from tracker.structure.weights import MULTIPLIED, NOWHERE
 
 # Contractions: here units are read
 
@@ -30,7 +30,10 @@ def note_read(op: Op, x: Tensor, i: int, other: Tensor) -> None:
     gave is no column of this one.
     """
     origin = op.origin(x)[i]
-    among_weights = op.is_weight(x) and op.is_weight(other)
+    sides = op.is_weight(x), op.is_weight(other)
+    among_weights = all(sides)
+    why = op.why("a weight is added up over it, beside the product with what it reads")
+    op.trace.weights.read(x, i, other, origin, sides, why)
     if among_weights and not _is_nothing(op, other):
         op.trace.weights.fold(origin, op.why("a weight is computed by adding up over it"))
     op.trace.reads |= {
@@ -224,6 +227,10 @@ def _reduce(op: Op, dims: int | Sequence[int] | None, neutral: bool) -> None:
     for d in gone:
         if op.is_weight(x) and any(op.origin(x)):
             op.labels.mark_inexact(axes[d], op.why("a weight is computed by adding up over it"))
+        op.trace.weights.modulated.fold(
+            op.trace.weights.factors.get(x, [NOWHERE] * x.ndim)[d],
+            op.why("a weight times an activation is added up over it"),
+        )
         if not neutral:
             op.labels.mark_inexact(axes[d], op.why("reduced over"))
     for out in tensors_in(op.result):

@@ -173,7 +173,7 @@ class Trace:
         self.rows.append({})
         self.paths.append(Path(self.names))
         self.known = WeakTensorKeyDictionary()
-        self.weights.begin()
+        self.weights.begin((call.args, call.kwargs))
         self.undropped = WeakTensorKeyDictionary()
 
     def note_reading(self, given: object, result: object) -> None:

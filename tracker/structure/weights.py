@@ -24,6 +24,10 @@ _PRODUCTS = {
     torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm, torch.ops.aten.mv,
     torch.ops.aten.addmv, torch.ops.aten.dot, torch.ops.aten.vdot, torch.ops.aten.convolution,
 }  # fmt: skip
+_SCALES = {torch.ops.aten.mul, torch.ops.aten.mul_, torch.ops.aten.div, torch.ops.aten.div_}
+_CONSTANTS = {
+    torch.ops.aten.ones_like, torch.ops.aten.full_like, torch.ops.aten.new_ones, torch.ops.aten.new_full,
+}  # fmt: skip
 
 
 class Came(NamedTuple):
@@ -42,22 +46,42 @@ NOWHERE: Origin = frozenset()
 
 
 @dataclass(slots=True)
-class Weights:
-    """Tensors that no input of the model has a part in.
+class Modulated:
+    """Dimensions of weights that were multiplied with activations, index by index, before they were used."""
 
+    folded: dict[Place, str] = field(default_factory=dict)  # added up over, by themselves
+    read: set[Place] = field(default_factory=set)  # and that other activations read
+
+    def fold(self, factors: Origin, why: str) -> None:
+        """They are added up over a dimension that came from there."""
+        for came in factors:
+            self.folded.setdefault((came.tensor, came.dim), why)
+
+
+@dataclass(slots=True)
+class Weights:
+    """Tensors that no input of the model has a part in, and modulated ones: weights times activations.
+
+    A tensor that no operation gave and that is no input is a constant, registered or not.
     What a layer of a known kind is given and gives back is an activation, even where it comes from parameters alone (a
     learned query, say): its dimensions are the layer's neurons, and not those of a weight under way.
     """
 
-    made: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    derived: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # of inputs
     activations: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     met: set[Place] = field(default_factory=set)  # dimensions of weights that activations meet
     folded: dict[Place, str] = field(default_factory=dict)  # that weights alone add up over
+    factors: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # as origins
+    modulated: Modulated = field(default_factory=Modulated)
+    forms: dict[Place, dict[int, str]] = field(default_factory=dict)  # how it came to be read, why
 
-    def begin(self) -> None:
+    def begin(self, inputs: object = ()) -> None:
         """A pass begins: of the tensors of the one before nothing is left."""
-        self.made, self.activations, self.origins = (WeakTensorKeyDictionary() for _ in range(3))
+        self.derived, self.activations = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.origins, self.factors = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        for tensor in tensors_in(inputs):
+            self.derived[tensor] = True
 
     def viewed(self, tensor: Tensor) -> list[list[Place]] | None:
         """The dimensions of parameters that a tensor is a view of; None where it is no view of them."""
@@ -76,12 +100,35 @@ class Weights:
         """Whether no input has a part in it. A single number is no input."""
         if tensor in self.activations:
             return False
-        return name is not None or tensor in self.made or tensor.numel() == 1
+        return name is not None or tensor not in self.derived or tensor.numel() == 1
 
     def fold(self, origin: Origin, why: str) -> None:
         """Weights alone are added up over a dimension that came from there."""
         for came in origin:
             self.folded.setdefault((came.tensor, came.dim), why)
+
+    def read(
+        self,
+        x: Tensor,
+        dim: int,
+        other: Tensor,
+        origin: Origin,
+        weights: tuple[bool, bool],
+        why: str,
+    ) -> None:
+        """A product adds up over a dimension of x: note what it tells of weights times activations.
+
+        weights: Whether x is a weight, and whether the other is.
+        """
+        if weights == (True, False):
+            for came in origin:
+                self.forms.setdefault((came.tensor, came.dim), {}).setdefault(came.how, why)
+        factors: Origin = self.factors[x][dim] if x in self.factors else NOWHERE
+        theirs = NOWHERE.union(*self.factors.get(other, ()))
+        if factors and (weights[1] or factors & theirs):
+            self.modulated.fold(factors, why)
+        elif not weights[1]:
+            self.modulated.read |= {(c.tensor, c.dim) for c in factors}
 
     def crossed(self, inputs: object) -> None:
         """These tensors pass the door of a layer."""
@@ -93,10 +140,16 @@ class Weights:
                     self.origins[tensor] = views
 
     def mark_inexact(self, labels: Labels, axes: dict[str, list[Axis]]) -> None:
-        """Removal changes a weight of which activations read what is left, where weights alone add up over it."""
-        for (name, dim), why in self.folded.items():
-            if (name, dim) in self.met:
-                labels.mark_inexact(axes[name][dim], why)
+        """Removal changes a weight of which activations read what is left, where anything else adds up over it."""
+        folded = [(place, why) for place, why in self.folded.items() if place in self.met]
+        folded += [(p, why) for p, why in self.modulated.folded.items() if p in self.modulated.read]
+        folded += [
+            (place, ways[COMPUTED])
+            for place, ways in self.forms.items()
+            if VIEW in ways and COMPUTED in ways
+        ]
+        for (name, dim), why in folded:
+            labels.mark_inexact(axes[name][dim], why)
 
 
 def inherited(
@@ -176,15 +229,36 @@ def follow(op: Op) -> None:
     weights = op.trace.weights
     inputs = tensors_in((op.args, op.kwargs))
     results = [t for t in tensors_in(op.result) if op.trace.name(t) is None]
+    if op.func._overloadpacket in _CONSTANTS:
+        return
     came = [(t, origin) for t in inputs if any(origin := op.origin(t))]
     if not all(map(op.is_weight, inputs)) or (not inputs and is_random(op.func)):
         weights.met |= {(c.tensor, c.dim) for t, o in came if op.is_weight(t) for d in o for c in d}
+        _modulate(op, inputs, results)
         for tensor in results:
-            weights.made.pop(tensor, None)
+            weights.derived[tensor] = True
         return
     for tensor in results:
-        weights.made[tensor] = True
         if came and tensor not in weights.origins and (axes := op.trace.known.get(tensor)):
             how = MULTIPLIED if op.func._overloadpacket in _PRODUCTS else COMPUTED
             known = [(op.axes(t), origin) for t, origin in came]
             weights.origins[tensor] = inherited(op.labels, axes, known, how)
+
+
+def _modulate(op: Op, inputs: list[Tensor], results: list[Tensor]) -> None:
+    """Matrices times activations, index by index, and what is made of them up to the next product.
+
+    A vector is no weight under way: it scales the activation.
+    """
+    weights, packet = op.trace.weights, op.func._overloadpacket
+    if packet in _PRODUCTS:
+        return
+    factors = [(t, f) for t in inputs if (f := weights.factors.get(t))]
+    if packet in _SCALES:
+        factors += [
+            (t, o) for t in inputs if op.is_weight(t) and sum(map(bool, o := op.origin(t))) > 1
+        ]
+    known = [(op.axes(t), f) for t, f in factors]
+    for tensor in results if known else ():
+        if axes := op.trace.known.get(tensor):
+            weights.factors[tensor] = inherited(op.labels, axes, known, COMPUTED)
