@@ -16,7 +16,7 @@ from tracker.journal import Checkpoint, Journal, become, lasting, twin_after
 from tracker.journal.inputs import gather_inputs, inputs_from
 from tracker.journal.noise import gather_noise
 from tracker.journal.optimizers import gather_optimizers
-from tracker.reads import Read
+from tracker.reads import Read, Sensitivity
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
 from tracker.statistics.activity import MEAN, ROWS
 from tracker.structure import Tap
@@ -25,6 +25,7 @@ from tracker.surgery.undo import UndoLog
 from tracker.tracker import ActivationTracker, TrackedModel
 
 MODES = {"train": True, "eval": False}
+BENT = "curvature*"  # and the dimension of the weight along its outputs
 PASSING = "passing/"  # buffers that are in no state dict
 
 
@@ -326,6 +327,11 @@ def _reads(kind: str, reads: Mapping[str, Read]) -> dict[str, Tensor]:
             parts = {key: value.clone() for key, value in parts.items()}
         written.add(id(read.covariance))
         found.update(parts)
+        if read.loss is not None:
+            key = f"{kind}/{read.dim}*{read.taps}/{name}"
+            found[f"{key}/{BENT}{read.loss.across}"] = read.loss.curvature
+            if read.loss.slope is not None:
+                found[f"{key}/slope"] = read.loss.slope
     return found
 
 
@@ -374,10 +380,29 @@ def _restore_seen(
         _require_table(covariance.comoment, torch.float64, (width, width), what)
         _require_counts(covariance.count, name)
         if kind in ("read", "run"):
-            reads[kind][name] = Read(int(dim), covariance, int(taps))
+            loss = _sensitivity(parts, tensors(model)[name].shape, width or 0, name)
+            reads[kind][name] = Read(int(dim), covariance, int(taps), loss)
         else:
             sites[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
     return {name: read.covariance for name, read in reads["run"].items()}
+
+
+def _sensitivity(
+    parts: Mapping[str, Tensor], shape: Sequence[int], columns: int, name: str
+) -> Sensitivity | None:
+    """How the loss depends on what a consumer of a weight of this shape puts out, where that was known."""
+    key = next((key for key in parts if key.startswith(BENT)), None)
+    if key is None:
+        return None
+    bent, across, slope = parts[key], int(key.removeprefix(BENT)), parts.get("slope")
+    outputs = shape[across]
+    _require_table(
+        bent, torch.float64, (outputs,) * min(max(bent.ndim, 1), 2), f"the curvature of {name}"
+    )
+    if slope is not None and slope.numel():  # none of a loss that is the change itself
+        rows = slope.shape[0] if slope.ndim and slope.shape[0] % outputs == 0 else outputs
+        _require_table(slope, torch.float32, (rows, columns), f"the slope of {name}")
+    return Sensitivity(bent, across, slope)
 
 
 def _require_table(

@@ -137,8 +137,11 @@ def _moves(target: Path, folder: Path) -> bool:
     """Whether a file may be missing because a writer is replacing the checkpoint, rather than for good."""
     if folder != target:
         return True
-    time.sleep(0.002)
-    return places.is_ours(target) or not target.exists()
+    for _ in range(places.LOOKS):
+        time.sleep(0.002)
+        if places.is_ours(target) or not target.exists():
+            return True
+    return False
 
 
 def _read(files: _Files, folder: Path) -> Checkpoint:

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ PATIENCE, HURRIED = (
 )  # seconds to wait for another writer; in a handler that interrupts one who waits
 DAY = 86400.0  # seconds after which what another machine left behind is dead
 TRIES = 100
+LOOKS = 5  # before what seems to be something else is believed to be
 
 
 @dataclass(slots=True, eq=False)
@@ -136,6 +138,8 @@ def _placed(draft: Path, target: Path) -> bool:
         if not os.path.lexists(target):
             os.rename(aside, target)
     if draft.exists():
+        if os.path.lexists(target) and is_ours(aside):  # another writer's is there, and later
+            discard(aside)
         return False
     flush(target.parent)
     discard(aside)
@@ -207,11 +211,15 @@ def require_ours(target: Path) -> None:
     Raises:
         CheckpointError: It is something else.
     """
-    if not is_free(target) and not is_ours(target):
-        raise CheckpointError(
-            f"{target} exists and is no checkpoint, or holds more or other files than its {MANIFEST} lists: it is not "
-            "overwritten. Save to another path, or move it away."
-        )
+    for _ in range(LOOKS):
+        with contextlib.suppress(FileNotFoundError):
+            if is_free(target) or is_ours(target):
+                return
+        time.sleep(0.002)  # where there are no locks, another writer may have moved it meanwhile
+    raise CheckpointError(
+        f"{target} exists and is no checkpoint, or holds more or other files than its {MANIFEST} lists: it is not "
+        "overwritten. Save to another path, or move it away."
+    )
 
 
 def is_free(target: Path) -> bool:
