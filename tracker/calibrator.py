@@ -7,22 +7,17 @@ from functools import partial
 from typing import Any
 
 from tracker.changer import NeuronChanger
-from tracker.errors import SurgeryError
 from tracker.surgery import Receipt
 from tracker.surgery.calibration import Consumer, collect, consumers
 from tracker.surgery.compression import plan_compression
 from tracker.surgery.held_back import Batches, with_all
-from tracker.surgery.objective import Calibration, Objective
+from tracker.surgery.objective import Objective
 from tracker.surgery.plan import Plan
 from tracker.surgery.problem import Limits
 
 
 class NeuronCalibrator(NeuronChanger):
-    """Keeps, for each model, what it was calibrated by. The calls are `NeuronSurgeon`'s."""
-
-    def __init__(self, *thresholds: float, **options: Any) -> None:
-        super().__init__(*thresholds, **options)
-        self._calibrations: dict[int, Calibration] = {}  # by position of the model
+    """Calibrates the current model, and keeps by what. The calls are `NeuronSurgeon`'s."""
 
     def _calibrate(self, batches: Batches, objective: Objective, *, patches: bool = False) -> int:
         entry = self._tracker.current
@@ -30,8 +25,9 @@ class NeuronCalibrator(NeuronChanger):
             reads = collect(
                 entry.model(), batches, self._consumers(), patches=patches, objective=objective
             )
-        entry.reads = reads if self._ranks is None else self._ranks.merge_reads(reads)
-        self._calibrations[self._model_key()] = batches.calibration(objective)
+        session = self._session
+        entry.reads = reads if session.ranks is None else session.ranks.merge_reads(reads)
+        session.calibration = batches.calibration(objective)
         return len(entry.reads)
 
     def _consumers(self) -> list[Consumer]:
@@ -41,8 +37,9 @@ class NeuronCalibrator(NeuronChanger):
     def _plan_compression(
         self, share: float, of: str, limits: Limits, **options: Any
     ) -> tuple[Plan, list[str]]:
-        entry, ranks = self._tracker.current, self._ranks
-        calibration = self._calibrations.get(self._model_key()) if ranks is None else None
+        session = self._session
+        entry = session.entry
+        calibration = session.calibration if session.ranks is None else None
 
         def use_all() -> None:
             if calibration is not None and calibration.unseen:
@@ -75,12 +72,5 @@ class NeuronCalibrator(NeuronChanger):
             left *= pairs[of][0] / max(pairs[of][1], 1)
             return receipt
 
-        last = self._undo
         steps = [partial(step, number) for number in range(rounds)]
-        receipt = self._change_all("compress", steps, [], dry_run=dry_run)
-        if receipt.skipped:
-            if not dry_run:
-                self.undo()
-                self._undo = last
-            raise SurgeryError(receipt.skipped[0])
-        return receipt
+        return self._change_all("compress", steps, [], dry_run=dry_run, each=True)

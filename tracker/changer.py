@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
 from tracker.journal import Entry, Journal, When, fingerprint
 from tracker.probe import Arguments, quiet_copy
+from tracker.session import Session, rehearsing
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
+from tracker.surgery.attachments import follower_of, holds, torch_optimizer
 from tracker.surgery.latency import PASSES, latency
 from tracker.surgery.newborn import watch
-from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.plan import Plan
-from tracker.surgery.receipt import joined
+from tracker.surgery.receipt import joined, taken_back
 from tracker.surgery.transaction import Witness, carry_out, count, refuse_inside_a_pass
 
 Neurons = Iterable[int] | Mapping[str, Sequence[int]]
@@ -29,16 +30,6 @@ Neurons = Iterable[int] | Mapping[str, Sequence[int]]
 
 class NeuronChanger(NeuronAdviser):
     """Attached optimizers, followers and processes; journal; undo. The changes themselves are `NeuronSurgeon`'s."""
-
-    def __init__(self, *thresholds: float, **options: Any) -> None:
-        super().__init__(*thresholds, **options)
-        self._optimizers: list[Any] = []
-        self._followers: list[nn.Module] = []
-        self._undo: UndoLog | None = None
-        self._journals: dict[int, Journal] = {}  # by position of the model
-        self._clock: Callable[[], int] | None = None  # steps of a run, for the journal
-        self._ranks: Ranks | None = None
-        self._merged: int | None = None  # version of the window that all ranks share
 
     @property
     def structure(self) -> Structure:
@@ -70,12 +61,46 @@ class NeuronChanger(NeuronAdviser):
         return latency(quiet_copy(entry.model()), Arguments(*entry.observer.inputs), passes)
 
     def attach_optimizer(self, *optimizers: Any) -> None:
-        """Have the state of these optimizers move with every change of the model."""
-        self._optimizers += [
-            o for o in optimizers if not any(o is known for known in self._optimizers)
-        ]
-        for optimizer in unwrapped(optimizers):
-            watch(optimizer)  # a state that is loaded into it may be that of a model that grew
+        """Have the state of these optimizers move with every change of the tracked models whose parameters they hold.
+
+        Raises:
+            SurgeryError: One is no optimizer, or holds no parameter of a tracked model; none was attached.
+        """
+        sessions = [self._session_of(entry) for entry in self._tracker.living()]
+        owners = []
+        for optimizer in optimizers:
+            plain = torch_optimizer(optimizer)
+            mine = [s for s in sessions if holds(plain, s.models())]
+            if not mine:
+                names = ", ".join(repr(s.entry.name) for s in sessions) or "none"
+                raise SurgeryError(
+                    f"This {type(plain).__name__} holds no parameter of a tracked model ({names}): its state could not "
+                    "move with a change. Call track_model(model) first, and build the optimizer over that model's "
+                    "parameters."
+                )
+            owners.append(mine)
+        for optimizer, mine in zip(optimizers, owners, strict=True):
+            for session in mine:
+                if not any(o is optimizer for o in session.optimizers):
+                    session.optimizers.append(optimizer)
+            watch(
+                torch_optimizer(optimizer)
+            )  # a state that is loaded may be that of a model that grew
+
+    def detach_optimizer(self, *optimizers: Any) -> None:
+        """Let go of these optimizers: changes leave their state as it is.
+
+        Raises:
+            SurgeryError: One is not attached; none was detached.
+        """
+        sessions = list(self._sessions.values())
+        for optimizer in optimizers:
+            if not any(o is optimizer for s in sessions for o in s.optimizers):
+                raise SurgeryError(f"This {type(optimizer).__name__} is not attached.")
+        for session in sessions:
+            session.optimizers = [
+                o for o in session.optimizers if not any(o is gone for gone in optimizers)
+            ]
 
     def attach_process_group(self, group: Any = None) -> None:
         """Change the current model's replicas on all ranks of a group (None: all processes) alike, or none of them.
@@ -88,9 +113,9 @@ class NeuronChanger(NeuronAdviser):
             SurgeryError: torch.distributed is not initialised.
             VerificationError: The replicas, or the states of their attached optimizers, are not the same.
         """
-        ranks = Ranks(group)
-        ranks.require_same_model(self._tracker.current.model(), self._optimizers)
-        self._ranks = ranks
+        ranks, session = Ranks(group), self._session
+        ranks.require_same_model(session.entry.model(), session.optimizers)
+        session.ranks = ranks
 
     def merge_statistics(self) -> None:
         """End the window, and give each rank the statistics of all; the next begins with `start_tracking`.
@@ -98,81 +123,113 @@ class NeuronChanger(NeuronAdviser):
         Raises:
             SurgeryError: `attach_process_group` was not called.
         """
-        if self._ranks is None:
+        session = self._session
+        if session.ranks is None:
             raise SurgeryError("There are no ranks to merge: call attach_process_group first.")
-        observer = self._tracker.current.observer
+        observer = session.entry.observer
         self.stop_tracking()
-        if self._merged != observer.version:
-            self._ranks.merge_windows(observer)
-            self._merged = observer.version
+        if session.merged != observer.version:
+            session.ranks.merge_windows(observer)
+            session.merged = observer.version
 
-    def _met(self, model: nn.Module) -> None:
+    def _met(self, model: nn.Module, session: Session) -> None:
         watch_wrapper(model)
+        known = [o for other in self._sessions.values() for o in other.optimizers]
+        for optimizer in known:  # of another model, and of this one too
+            mine = any(o is optimizer for o in session.optimizers)
+            if not mine and holds(torch_optimizer(optimizer), session.models()):
+                session.optimizers.append(optimizer)
 
     def attach_follower(self, *models: nn.Module) -> None:
-        """Have these copies of the model (an EMA, say) change alike."""
-        self._followers += [m for m in models if not any(m is known for known in self._followers)]
+        """Have these copies of the current model (an EMA, say) change alike.
+
+        Raises:
+            SurgeryError: One is no copy of the current model; none was attached.
+        """
+        session = self._session
+        for follower in models:
+            follower_of(session.entry.model(), follower)
+        session.followers += [m for m in models if not any(m is f for f in session.followers)]
+
+    def detach_follower(self, *models: nn.Module) -> None:
+        """Let go of these copies of the current model: changes leave them as they are.
+
+        Raises:
+            SurgeryError: One does not follow it; none was detached.
+        """
+        session = self._session
+        for model in models:
+            if not any(model is f for f in session.followers):
+                raise SurgeryError(
+                    f"This {type(model).__name__} does not follow {session.entry.name!r}."
+                )
+        session.followers = [f for f in session.followers if not any(f is m for m in models)]
 
     @property
     def journal(self) -> Journal:
         """Every change of the current model so far, in order."""
-        return self._journals.setdefault(self._model_key(), Journal())
+        return self._session.journal if self._tracker.models else Journal()
 
-    def undo(self) -> None:
-        """Take the last change back, bit for bit: model, gradients, optimizer state, ids, statistics.
+    def undo(self) -> Receipt:
+        """Take the current model's last change back, bit for bit: gradients, optimizer state, ids, statistics too.
+
+        Returns:
+            The receipt of the way back: ids that come again in `added_ids`, those of neurons that were added in
+            `removed_ids`.
 
         Raises:
-            SurgeryError: There is no change to take back.
+            SurgeryError: There is no change of it to take back.
         """
-        if self._undo is None:
-            raise SurgeryError("There is no change to undo: only the last one can be taken back.")
-        self._undo.undo()
-        self._undo = None
+        session = self._session
+        change = session.last
+        if change is None or change.receipt is None:
+            raise SurgeryError(
+                f"There is no change of {session.entry.name!r} to undo: only the last one can be taken back."
+            )
+        session.last = None
+        change.log.undo()
+        return taken_back(change.receipt)
 
     def _together(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext() if self._ranks is None else self._ranks.together(what)
+        ranks = self._session.ranks
+        return nullcontext() if ranks is None else ranks.together(what)
 
     def _change(
         self, plan: Callable[[], tuple[Plan, list[str]]], *, dry_run: bool, verify: bool
     ) -> Receipt:
-        model, last, log = self._tracker.current.model(), self._undo, UndoLog()
-        try:
-            # What is made inside the caller's inference mode could not be written.
-            with torch.inference_mode(False):
-                with self._together("A change"):
-                    refuse_inside_a_pass(self._tracker)
-                    before = fingerprint(model)
-                    drawn, notes = plan()
-                if self._ranks is not None:
-                    self._ranks.agree(drawn)
-                with self._together("A change"):
-                    receipt, _ = carry_out(
-                        self._tracker,
-                        drawn,
-                        self._optimizers,
-                        self._followers,
-                        dry_run=dry_run,
-                        verify=verify,
-                        notes=notes,
-                        log=log,
-                    )
-                if self._ranks is not None:
-                    self._ranks.require_same_model(model, self._optimizers)
+        session = self._session
+        model, ranks = session.entry.model(), session.ranks
+        # What is made inside the caller's inference mode could not be written.
+        with torch.inference_mode(False), session.transaction() as change:
+            with self._together("A change"):
+                refuse_inside_a_pass(self._tracker)
+                before = fingerprint(model)
+                drawn, notes = plan()
+            if ranks is not None:
+                ranks.agree(drawn)
+            with self._together("A change"):
+                change.receipt, _ = carry_out(
+                    self._tracker,
+                    drawn,
+                    session.optimizers,
+                    session.followers,
+                    dry_run=dry_run,
+                    verify=verify,
+                    notes=notes,
+                    log=change.log,
+                )
+            if ranks is not None:
+                ranks.require_same_model(model, session.optimizers)
             if not dry_run:
-                self._note(drawn, receipt, (before, fingerprint(model)), log)
-                self._undo = log
-            return receipt
-        except BaseException:
-            log.undo()
-            self._undo = last
-            raise
+                self._note(drawn, change.receipt, (before, fingerprint(model)), change.log)
+        return change.receipt
 
     def _note(
         self, plan: Plan, receipt: Receipt, fingerprints: tuple[str, str], log: UndoLog
     ) -> None:
-        journal = self.journal
-        epochs = self.history.epochs
-        step = self._clock() if self._clock is not None else None
+        session = self._session
+        journal, epochs = session.journal, session.history.epochs
+        step = session.clock() if session.clock is not None else None
         when = When(len(journal) + 1, step, epochs[-1].epoch if epochs else None)
         entry = Entry.of(plan, receipt, fingerprints, when)
         log.add(lambda: journal.take_back(entry))
@@ -185,35 +242,40 @@ class NeuronChanger(NeuronAdviser):
         skipped: Sequence[str],
         *,
         dry_run: bool,
+        each: bool = False,
     ) -> Receipt:
-        """Several changes as one: all or none, undone together."""
+        """Several changes as one, undone together. What is refused of them is skipped or, with `each`, refuses all."""
         if not steps:
             why = "; ".join(skipped[:3]) or "they name nothing"
             raise SurgeryError(f"{operation}: there is nothing to do ({why}).")
-        before, whole = self._undo, UndoLog()
-        receipts: list[Receipt] = []
-        witness = Witness(self._tracker)
-        try:
+        with self._rehearsal() if dry_run else nullcontext(), self._session.transaction() as whole:
+            receipts: list[Receipt] = []
+            witness = Witness(self._tracker)
             for step in steps:
                 try:
                     receipts.append(step())
                 except SurgeryError as error:  # noqa: PERF203
+                    if each:
+                        raise SurgeryError(f"{operation}: {error}") from error
                     skipped = [*skipped, str(error)]
-                else:
-                    assert self._undo is not None
-                    whole.add(self._undo.undo)
             if not receipts:
                 raise SurgeryError(f"{operation}: nothing of it can be done ({skipped[-1]}).")
-            receipt = joined(operation, receipts, witness.difference(), skipped, dry_run=dry_run)
-        except BaseException:
-            whole.undo()
-            self._undo = before
-            raise
-        self._undo = whole
-        if dry_run:
-            self.undo()
-            self._undo = before
-        return receipt
+            difference = witness.difference()
+            whole.receipt = joined(operation, receipts, difference, skipped, dry_run=dry_run)
+        return whole.receipt
+
+    @contextmanager
+    def _rehearsal(self) -> Iterator[None]:
+        """Inside, the current model is a copy of what it is now, with a state of its own: for what is only tried."""
+        session = self._session
+        with rehearsing(self._tracker) as entry:
+            self._sessions[entry] = Session(
+                entry, session.history, ranks=session.ranks, calibration=session.calibration
+            )
+            try:
+                yield
+            finally:
+                del self._sessions[entry]
 
     def _places(self, neurons: Neurons) -> list[tuple[str, int]]:
         """(layer, local index) of neurons given by ids, or as {layer: local indices}."""

@@ -20,6 +20,7 @@ from tracker.journal.noise import here, restorer
 from tracker.journal.optimizers import check_ownership, load_optimizers
 from tracker.layers import find_layers
 from tracker.life import life
+from tracker.session import Session
 from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.newborn import watch
@@ -61,17 +62,6 @@ class NeuronEngine(NeuronSurgeon):
         8
     """
 
-    def __init__(
-        self,
-        activation_threshold: float = 0.01,
-        correlation_threshold: float = 0.9,
-        *,
-        observe: str = "reads",
-    ) -> None:
-        super().__init__(activation_threshold, correlation_threshold, observe=observe)
-        self._run: SelfModification | None = None
-        self._carried: set[int] = set()  # models whose state_dict carries the journal, by position
-
     def start_self_modification(self, policy: Policy | Phases | None = None) -> None:
         """Let the current model change itself while it trains, as the policy says; call `step` after each step.
 
@@ -85,33 +75,53 @@ class NeuronEngine(NeuronSurgeon):
                 f"A policy is a Policy or Phases, not {policy!r}. Policy.from_dict makes one of plain data."
             )
         self.stop_self_modification()
-        run = SelfModification(self, self._tracker.current.model(), policy or Policy())
-        self._run, self._clock = run, lambda: run.steps
+        session = self._session
+        session.run = run = SelfModification(self, policy or Policy())
+        session.clock = lambda: run.steps
 
-    def step(self, loss: torch.Tensor | float) -> Receipt | None:
-        """After each optimizer step: None, or the receipt of what was just changed.
+    def step(self, loss: torch.Tensor | float, *, model: nn.Module | None = None) -> Receipt | None:
+        """After each optimizer step: None, or the receipt of what was just changed or taken back.
+
+        Args:
+            loss: Of this step.
+            model: Which one took it. None: the one that modifies itself; of several, the current one.
 
         Raises:
-            SurgeryError: `start_self_modification` was not called, or the loss is not one number.
+            SurgeryError: `start_self_modification` was not called, several models modify themselves and none of them
+                is the current one, or the loss is not one number.
         """
-        if self._run is None:
-            raise SurgeryError("Nothing modifies itself yet: call start_self_modification(policy).")
-        tracker = self._tracker
-        before, tracker.current = tracker.current, tracker.tracked(self._run.model)
-        try:
-            return self._run.step(loss)  # of its own model, whichever was tracked since
-        finally:
-            tracker.current = before
+        session = self._that_runs(model)
+        with self._tracker.speaking_of(session.entry):
+            receipt: Receipt | None = session.run.step(loss)
+            return receipt
 
     def stop_self_modification(self) -> None:
-        """Change nothing any more; `life` stays."""
-        if self._run is not None:
-            self._run.stop()
+        """Have the current model change nothing any more; `life` stays."""
+        if self._own_run is not None:
+            self._own_run.stop()
 
     @property
     def life(self) -> list[Decision]:
-        """What was decided so far, and why: changes, refusals, and looks at which nothing was to be done."""
-        return [] if self._run is None else self._run.life
+        """What was decided of the current model: changes, refusals, and looks at which nothing was to be done."""
+        return [] if self._own_run is None else self._own_run.life
+
+    def _that_runs(self, model: nn.Module | None) -> Session:
+        """The session whose run takes a step."""
+        if model is not None:
+            running = [self._session_of(self._tracker.tracked(model))]
+        else:
+            running = [s for s in self._sessions.values() if s.run is not None]
+            live = [s for s in running if not s.run.stopped]
+            running = live or running
+            running = [s for s in running if s.entry is self._tracker.current] or running
+        if not running or running[0].run is None:
+            raise SurgeryError("Nothing modifies itself yet: call start_self_modification(policy).")
+        if len(running) > 1:
+            names = ", ".join(repr(s.entry.name) for s in running)
+            raise SurgeryError(
+                f"Several models modify themselves ({names}): say which, step(loss, model=model)."
+            )
+        return running[0]
 
     def log_epoch_statistics(
         self, epoch: int, train_loss: float | None = None, train_acc: float | None = None
@@ -159,8 +169,8 @@ class NeuronEngine(NeuronSurgeon):
     @property
     def _own_run(self) -> SelfModification | None:
         """The run of the current model."""
-        run = self._run
-        return run if run is not None and run.model is self._tracker.current.model() else None
+        run: SelfModification | None = self._session.run if self._tracker.models else None
+        return run
 
     def carry_journal(self) -> None:
         """Have the current model's `state_dict` carry its journal, and `load_state_dict` replay one.
@@ -168,10 +178,11 @@ class NeuronEngine(NeuronSurgeon):
         Call it after `track_model`, before the load. Then checkpoints of other frameworks load into freshly built
         models: architecture, weights and ids. Optimizer state is loaded by the framework, after the model's.
         """
-        model, key = self._tracker.current.model(), self._model_key()
-        if key not in self._carried:
-            self._carried.add(key)
-            journal, this, held = self.journal, weakref.ref(self), weakref.ref(model)
+        session = self._session
+        model = session.entry.model()
+        if not session.carried:
+            session.carried = True
+            journal, this, held = session.journal, weakref.ref(self), weakref.ref(model)
 
             def replay(entries: Sequence[Entry]) -> None:
                 engine, own = this(), held()
@@ -190,9 +201,10 @@ class NeuronEngine(NeuronSurgeon):
         Raises:
             CheckpointError: They do not fit what is tracked.
         """
-        tracker, plain = self._tracker, unwrapped(self._optimizers)
-        before, tracker.current = tracker.current, tracker.tracked(model)
-        try:
+        tracker = self._tracker
+        session = self._session_of(tracker.tracked(model))
+        plain = unwrapped(session.optimizers)
+        with tracker.speaking_of(session.entry):
             with _all_or_nothing("of the state dict") as log:
                 for part in _parts(entries):
                     become(model, twin_after(model, part), {}, part, log, plain)
@@ -209,9 +221,7 @@ class NeuronEngine(NeuronSurgeon):
                 for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
                     del optimizer.state[parameter]
                 watch(optimizer)  # the ages of young slots come with its state
-        finally:
-            tracker.current = before
-        self._undo = None
+        session.last = None
 
     def _move_ids(self, entry: Entry, log: UndoLog) -> None:
         tracker = self._tracker
@@ -245,7 +255,7 @@ class NeuronEngine(NeuronSurgeon):
         run = self._own_run
         content = memory.gather(
             self._tracker,
-            unwrapped(self._optimizers),
+            unwrapped(self._session.optimizers),
             self.history,
             self.journal,
             settings,
@@ -284,15 +294,17 @@ class NeuronEngine(NeuronSurgeon):
             history, seen = memory.load_tracker(engine._tracker, model, content)
             if facts["run"] is not None:
                 engine.start_self_modification(Policy.from_dict(facts["run"]["policy"]))
-                assert engine._run is not None
+                run = engine._own_run
+                assert run is not None
                 log.add(engine.stop_self_modification)
                 tables = content.tensors["statistics"]
                 look = {name: t for name, t in tables.items() if name.startswith("look.")}
-                engine._run.go_on(facts["run"], seen, look)
+                run.go_on(facts["run"], seen, look)
         engine.attach_optimizer(*optimizers)
-        engine._journals[engine._model_key()] = journal
+        session = engine._session
+        session.journal = journal
         if history is not None:
-            engine._histories[engine._model_key()] = history
+            session.history = history
         noise()
         return engine
 

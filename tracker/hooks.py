@@ -6,6 +6,7 @@ structure cannot tell, or when asked for, it is observed at its own layer's outp
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 import weakref
@@ -114,6 +115,16 @@ class Observer:
     def axes(self) -> dict[str, int]:
         """Along which axis of its output each layer's neurons lie, where that is known."""
         return {site.name: site.axis for site in self.sites if site.axis is not None}
+
+    def copied(self, model: nn.Module) -> Observer:
+        """The same of a copy of the model, of which nothing is observed."""
+        sites = {id(site): copy.copy(site) for site in self.sites}
+        for site in sites.values():
+            site.leader = None if site.leader is None else sites[id(site.leader)]
+        nothing = Observer(weakref.ref(model), list(sites.values()), self.threshold, self.batch_dim)
+        nothing.inputs, nothing.given, nothing.unread = self.inputs, self.given, self.unread
+        nothing.version = self.version
+        return nothing
 
     def clear(self) -> None:
         """Begin a fresh window."""

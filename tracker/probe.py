@@ -191,7 +191,10 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     flags = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    counted = tuple(b for b, _ in buffers if not b.is_inference())
+    # What was written is as before: a backward pass that is still to come need not know.
+    kept = torch.autograd._unsafe_preserve_version_counter(counted)
+    with kept, torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

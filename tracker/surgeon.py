@@ -30,7 +30,7 @@ from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.problem import Limits
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
-from tracker.surgery.transaction import refuse_inside_a_pass
+from tracker.surgery.transaction import refuse_inside_a_pass, unchanged
 from tracker.surgery.uniform import Key, plan_width, uneven
 
 
@@ -76,8 +76,9 @@ class NeuronSurgeon(NeuronCalibrator):
             SurgeryError: No norm keeps running statistics, or no batch reached one.
         """
         entry = self._tracker.current
-        with entry.observer.paused():
-            names, self._undo = reestimate(entry.model(), itertools.islice(batches, limit))
+        with entry.observer.paused(), self._session.transaction() as change:
+            names = reestimate(entry.model(), itertools.islice(batches, limit), change.log)
+            change.receipt = unchanged("reestimate_norms", entry)
         return names
 
     def prune_units(
@@ -255,14 +256,7 @@ class NeuronSurgeon(NeuronCalibrator):
             )
             for key, units in wanted.items()
         ]
-        last = self._undo
-        receipt = self._change_all(what, steps, [], dry_run=dry_run)
-        if receipt.skipped:
-            if not dry_run:
-                self.undo()
-                self._undo = last
-            raise SurgeryError(f"{what}: {receipt.skipped[0]}")
-        return receipt
+        return self._change_all(what, steps, [], dry_run=dry_run, each=True)
 
     def recycle_neurons(
         self, neuron_ids: Neurons, *, seed: int = 0, dry_run: bool = False, verify: bool = True
@@ -334,7 +328,9 @@ class NeuronSurgeon(NeuronCalibrator):
 
         def once(share: float) -> Receipt:
             if given is not None:
-                self._calibrate(Batches(given, hold_back=self._ranks is None), Objective(loss))
+                self._calibrate(
+                    Batches(given, hold_back=self._session.ranks is None), Objective(loss)
+                )
             plan = partial(
                 self._plan_compression,
                 share,

@@ -109,6 +109,19 @@ class ActivationTracker:
             )
         return entry
 
+    def living(self) -> list[TrackedModel]:
+        """The tracked models that still exist."""
+        return [entry for entry in self.models if entry.observer.model() is not None]
+
+    @contextmanager
+    def speaking_of(self, entry: TrackedModel) -> Iterator[None]:
+        """Inside, this model is the current one."""
+        before, self._current = self._current, entry
+        try:
+            yield
+        finally:
+            self._current = before
+
     def track(
         self,
         model: nn.Module,

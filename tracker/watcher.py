@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,10 +16,8 @@ from tracker.calls import ExampleInputs
 from tracker.errors import StatisticsError
 from tracker.history import TrainingHistory
 from tracker.observation import Observation
+from tracker.session import Session
 from tracker.tracker import ActivationTracker, TrackedModel
-
-if TYPE_CHECKING:
-    pass
 
 PathLike = str | os.PathLike[str]
 Findings = Mapping[str, LayerFindings]
@@ -51,7 +49,8 @@ class NeuronWatcher:
         self._activation_threshold = activation_threshold
         self.correlation_threshold = correlation_threshold
         self._tracker = ActivationTracker(activation_threshold, observe)
-        self._histories: dict[int, TrainingHistory] = {}  # by position of the model, -1 without one
+        self._sessions: dict[TrackedModel, Session] = {}
+        self._loaded: TrainingHistory | None = None  # before the first model was tracked
         self._cache: tuple[object, Observation, Findings] | None = None
 
     @property
@@ -93,10 +92,10 @@ class NeuronWatcher:
             StructureError: The forward pass with the example inputs failed.
         """
         entry = self._tracker.track(model, name, example_inputs, axes, batch_dim, assume_unread)
-        self._met(model)
+        self._met(model, self._session)
         return entry.neuron_map
 
-    def _met(self, model: nn.Module) -> None:
+    def _met(self, model: nn.Module, session: Session) -> None:
         """For those who want to know what was tracked, wrappers and all."""
 
     def get_neuron_info(self, neuron_id: int) -> tuple[str, int]:
@@ -255,12 +254,10 @@ class NeuronWatcher:
     @property
     def history(self) -> TrainingHistory:
         """The logged epochs of the current model (or what was loaded, without one)."""
-        key = self._model_key()
-        if key not in self._histories and -1 in self._histories:
-            self._histories[key] = self._histories.pop(
-                -1
-            )  # loaded before the first model was tracked
-        return self._histories.setdefault(key, TrainingHistory(self.activation_threshold))
+        if self._tracker.models:
+            return self._session.history
+        self._loaded = self._loaded or TrainingHistory(self.activation_threshold)
+        return self._loaded
 
     def log_epoch_statistics(
         self, epoch: int, train_loss: float | None = None, train_acc: float | None = None
@@ -288,7 +285,11 @@ class NeuronWatcher:
         Raises:
             StatisticsError: The file is missing, broken, or foreign.
         """
-        self._histories[self._model_key()] = loaded = TrainingHistory.load(path)
+        loaded = TrainingHistory.load(path)
+        if self._tracker.models:
+            self._session.history = loaded
+        else:
+            self._loaded = loaded
         return loaded
 
     def get_neuron_evolution(self, neuron_id: int) -> dict[str, list[Any]]:
@@ -307,7 +308,7 @@ class NeuronWatcher:
     def _window(self) -> object:
         """A key of all that is observed now: equal keys, equal findings."""
         current = self._tracker.current
-        return (id(current), current.observer.version, current.mode, len(current.layers))
+        return (current, current.observer.version, current.mode, len(current.layers))
 
     def _correlated(self) -> Findings:
         """Findings of the layers whose correlation was observed."""
@@ -333,6 +334,13 @@ class NeuronWatcher:
             )
         return threshold
 
-    def _model_key(self) -> int:
-        models: list[TrackedModel] = self._tracker.models
-        return models.index(self._tracker.current) if models else -1
+    @property
+    def _session(self) -> Session:
+        """All that belongs to the current model."""
+        return self._session_of(self._tracker.current)
+
+    def _session_of(self, entry: TrackedModel) -> Session:
+        if entry not in self._sessions:
+            history = self._loaded or TrainingHistory(self.activation_threshold)
+            self._sessions[entry], self._loaded = Session(entry, history), None
+        return self._sessions[entry]

@@ -14,7 +14,8 @@ from tracker.engine import NeuronEngine
 from tracker.errors import StructureError, SurgeryError
 from tracker.nested import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
-from tracker.surgery import Receipt, UndoLog
+from tracker.surgery import Receipt
+from tracker.surgery.transaction import unchanged
 from tracker.surgery.uniform import Key, key_of
 
 # Fields by which configurations name the width of an MLP, and the numbers of heads.
@@ -52,29 +53,17 @@ def save_pretrained_uniform(
             f"A {type(model).__name__} has no configuration to save. For models of other libraries: save_checkpoint, "
             "and apply_journal on a freshly built model."
         )
-    last, log = engine._undo, UndoLog()
-    try:
+    with engine._session.transaction() as change:
         receipt = engine.uniform_widths(shrink=shrink, seed=seed)
-        if receipt is not None:
-            assert engine._undo is not None
-            log.add(engine._undo.undo)
         fields = _fields(model, engine)
         missing = _short(model, engine, fields)
-        more = engine._to_widths(missing, "save_pretrained_uniform", seed=seed)
-        if more is not None:
-            assert engine._undo is not None
-            log.add(engine._undo.undo)
-        receipt = more or receipt
+        receipt = engine._to_widths(missing, "save_pretrained_uniform", seed=seed) or receipt
         _require_same_outputs(model, engine, fields)
         before = {name: getattr(model.config, name) for name in fields}
-        log.add(lambda: _set(model.config, before))
+        change.log.add(lambda: _set(model.config, before))
         _set(model.config, fields)
         model.save_pretrained(path)
-    except BaseException:
-        log.undo()
-        engine._undo = last
-        raise
-    engine._undo = log
+        change.receipt = receipt or unchanged("save_pretrained_uniform", tracker.current)
     return receipt
 
 

@@ -46,9 +46,10 @@ def light_copy(model: nn.Module) -> nn.Module:
     own: dict[int, Any] = {}
     for p in model.parameters():
         if type(p) is nn.Parameter:
-            data = p.detach()  # an inference tensor can take no part in what is tried
+            data = p.data  # not detached: that would count what is set in the copy as a write to p
             own[id(p)] = nn.Parameter(
-                data.clone() if data.is_inference() else data, p.requires_grad
+                data.clone() if data.is_inference() else data,
+                p.requires_grad,  # can take no part
             )
         else:
             own[id(p)] = p

@@ -19,11 +19,11 @@ from tracker.surgery.undo import UndoLog, writable
 Moments = dict[str, list[tuple[Tensor, Tensor]]]  # of each norm, batch by batch
 
 
-def reestimate(model: nn.Module, batches: Iterable[Any]) -> tuple[list[str], UndoLog]:
+def reestimate(model: nn.Module, batches: Iterable[Any], log: UndoLog) -> list[str]:
     """Give each norm the mean and the variance, over all `batches`, of what it reads.
 
     Returns:
-        The norms' names, and how to take it back.
+        The norms' names. How to take it back is noted in `log`.
 
     Raises:
         SurgeryError: No norm keeps running statistics, or none was reached by a batch.
@@ -41,19 +41,15 @@ def reestimate(model: nn.Module, batches: Iterable[Any]) -> tuple[list[str], Und
     if not seen:
         raise SurgeryError("No batch reached a norm: pass batches as the model takes them.")
     new = {name: _whole(parts) for name, parts in seen.items()}
-    own, log = _running(model), UndoLog()
-    try:
-        with writable():
-            for name, moments in new.items():
-                buffers = own[name].running_mean, own[name].running_var
-                for buffer, value in zip(buffers, moments, strict=True):
-                    assert buffer is not None
-                    log.add(partial(buffer.copy_, buffer.clone()))
-                    buffer.copy_(value)
-    except BaseException:
-        log.undo()
-        raise
-    return list(new), log
+    own = _running(model)
+    with writable():
+        for name, moments in new.items():
+            buffers = own[name].running_mean, own[name].running_var
+            for buffer, value in zip(buffers, moments, strict=True):
+                assert buffer is not None
+                log.add(partial(buffer.copy_, buffer.clone()))
+                buffer.copy_(value)
+    return list(new)
 
 
 def _running(model: nn.Module) -> dict[str, _NormBase]:

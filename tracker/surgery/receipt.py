@@ -68,6 +68,23 @@ class Receipt:
         return "\n".join(lines)
 
 
+def taken_back(receipt: Receipt) -> Receipt:
+    """The receipt of taking a change back."""
+    return Receipt(
+        operation="undo",
+        promise="exact" if receipt.promise == "exact" else "changed",
+        output_difference=None,
+        units=dict(receipt.units),
+        removed_ids=list(receipt.added_ids),
+        added_ids=list(receipt.removed_ids),
+        parameters_before=receipt.parameters_after,
+        parameters_after=receipt.parameters_before,
+        flops_before=receipt.flops_after,
+        flops_after=receipt.flops_before,
+        notes=[f"{receipt.operation} was taken back, bit for bit"],
+    )
+
+
 def joined(
     operation: str,
     receipts: Sequence[Receipt],

@@ -25,13 +25,14 @@ from tracker.structure.trace import Passes, plain_kernels
 from tracker.structure.trial import TOLERANCE, double, shuffled
 from tracker.structure.twins import liberate
 from tracker.surgery.apply import apply, require
+from tracker.surgery.attachments import follower_of
 from tracker.surgery.flops import flops
 from tracker.surgery.optimizers import unwrapped
 from tracker.surgery.outlook import Outlook
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import Receipt
 from tracker.surgery.undo import UndoLog
-from tracker.tracker import ActivationTracker, unwrap
+from tracker.tracker import ActivationTracker, TrackedModel
 
 # Outputs that a change leaves as they were may differ by the rounding of the rewritten weights.
 EXACT = 1e-6
@@ -61,7 +62,7 @@ def carry_out(
     """
     entry = tracker.current
     model, observer = entry.model(), entry.observer
-    copies = [_follower(f) for f in followers]
+    copies = [follower_of(model, f) for f in followers]
     for each in (model, *copies):
         require(plan, each)
     with observer.paused():
@@ -131,6 +132,18 @@ def refuse_inside_a_pass(tracker: ActivationTracker) -> None:
         raise SurgeryError(
             "A forward pass is under way. Change the model between steps, after optimizer.step()."
         )
+
+
+def unchanged(operation: str, entry: TrackedModel) -> Receipt:
+    """The receipt of an operation that leaves all sizes and ids as they are, and changes the outputs."""
+    model, calls = entry.model(), entry.observer.calls
+    size = count(model)
+    work = 0
+    if entry.structure is not None:
+        work = entry.structure.flops
+    elif calls:
+        work = flops(model, calls[0])[1]
+    return Receipt(operation, "changed", None, {}, [], [], size, size, work, work)
 
 
 class Witness:
@@ -291,9 +304,3 @@ def _as_expected(model: nn.Module, call: Call, expected: object) -> None:
             f"After the change the output differed by {difference:.1e} from that of the copy it was tried on. "
             "Everything was undone."
         )
-
-
-def _follower(model: nn.Module) -> nn.Module:
-    """The module that follows the tracked one, behind wrappers and `torch.optim.swa_utils.AveragedModel`."""
-    inner = model.module if isinstance(model, torch.optim.swa_utils.AveragedModel) else model
-    return unwrap(inner)

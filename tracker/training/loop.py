@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tracker.errors import SurgeryError, TrackerError
 from tracker.probe import Arguments, quiet_copy
 from tracker.reads import Read
+from tracker.session import Transaction
 from tracker.statistics import Covariance
-from tracker.surgery import Receipt, UndoLog
+from tracker.surgery import Receipt
 from tracker.surgery.depth import inserted_layers
 from tracker.surgery.flops import flops_by_weight
 from tracker.surgery.latency import latency
@@ -55,24 +56,34 @@ class Decision:
 class SelfModification:
     """One run of a policy on the current model of a surgeon."""
 
-    def __init__(self, surgeon: NeuronSurgeon, model: nn.Module, policy: Policy | Phases) -> None:
+    def __init__(self, surgeon: NeuronSurgeon, policy: Policy | Phases) -> None:
         self.policy, self.life = policy, list[Decision]()
         self.steps = 0
         self.losses: list[tuple[int, float]] = []  # (step, mean loss since the last entry)
         self.accuracies: list[tuple[int, float]] = []  # (step, as logged)
-        self._surgeon, self.model = surgeon, model
+        self._surgeon, self._session = surgeon, surgeon._session
         self._recent: list[Tensor] = []
         self._means: list[float] = []  # before each look
         self._blocked: dict[str, int] = {}
         self._watch: Look | None = None
         self._seen = Seen()  # in the last look, beside what consumers read
-        # A change that awaits its verdict: step, loss before, groups, and what would take it back.
-        self._open: tuple[int, float, tuple[str, ...], UndoLog | None] | None = None
+        # A change that awaits its verdict: step, loss before, groups, and the change itself.
+        self._open: tuple[int, float, tuple[str, ...], Transaction | None] | None = None
         self._stopped = False
         self._note("kept", "the beginning", float("nan"))
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that changes itself. It is not kept alive."""
+        return self._session.entry.model()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it does nothing any more."""
+        return self._stopped
+
     def step(self, loss: Tensor | float) -> Receipt | None:
-        """After each optimizer step; the receipt of what was changed just now, if anything was."""
+        """After each optimizer step; the receipt of what was changed or taken back just now, if anything was."""
         if self._stopped:
             return None
         start, policy = self.policy.at(self.steps)
@@ -83,16 +94,17 @@ class SelfModification:
         stretch = max(policy.every // POINTS, 1)
         if self.steps % stretch == 0:
             self.losses.append((self.steps, self._mean(stretch)))
+        taken_back = None
         if self._open is not None and self.steps >= self._open[0] + policy.settle:
-            self._judge()
+            taken_back = self._judge()
         if since >= 0 and phase == 0:
             try:
-                return self._look(policy)
+                return self._look(policy) or taken_back
             finally:
                 self._seen = Seen()  # it holds inputs of the model
         if since >= -policy.look and phase == policy.every - policy.look:
             self._begin_to_observe()
-        return None
+        return taken_back
 
     def gather(self) -> tuple[dict[str, Any], dict[str, Read], dict[str, Tensor]]:
         """Where the run is, as plain data, and what it observed since it began to look: reads, and other tensors.
@@ -155,7 +167,7 @@ class SelfModification:
         if self._watch is None:
             return None
         tracker = self._surgeon._tracker
-        reads, ranks = self._watch.stop(), self._surgeon._ranks
+        reads, ranks = self._watch.stop(), self._session.ranks
         tracker.current.reads = reads if ranks is None else ranks.merge_reads(reads)
         self._seen, self._watch = self._watch.seen, None
         if ranks is not None:
@@ -176,13 +188,13 @@ class SelfModification:
                 self._blocked[name] = policy.patience
             self._note("refused", str(error), loss)
             return None
-        self._open = (self.steps, lately, wanted.groups, self._surgeon._undo)
+        self._open = (self.steps, lately, wanted.groups, self._session.last)
         self._note(DONE[receipt.operation], wanted.why, loss)
         return receipt
 
     def _decided(self, policy: Policy) -> Requests:
         """What the policy wants; of several ranks, what the first one's wants."""
-        tracker, ranks = self._surgeon._tracker, self._surgeon._ranks
+        tracker, ranks = self._surgeon._tracker, self._session.ranks
         wanted = Requests("the first rank decides")
         with nullcontext() if ranks is None else ranks.together("A look"):
             if ranks is None or ranks.rank == 0:
@@ -246,26 +258,27 @@ class SelfModification:
             growth, seed=self.steps, directions=self._seen.directions(growth)
         )
 
-    def _judge(self) -> None:
+    def _judge(self) -> Receipt | None:
         """Whether the last change kept what it promised; if not, it is taken back with the steps since."""
         assert self._open is not None
         _, before, names, undo = self._open
         self._open = None
         _, policy = self.policy.at(self.steps - 1)
         after = self._mean(policy.settle // 2)
-        if after <= before * (1 + policy.regret) or self._surgeon._undo is not undo:
-            return  # it kept what it promised, or something else was changed since
-        self._surgeon.undo()
+        if after <= before * (1 + policy.regret) or self._session.last is not undo:
+            return None  # it kept what it promised, or something else was changed since
+        receipt = self._surgeon.undo()
         for name in names:
             self._blocked[name] = policy.patience
         self._note("undone", f"the loss rose from {before:.4f} to {after:.4f}", after)
+        return receipt
 
     def _mean(self, last: int | None = None) -> float:
         """Mean loss, over all ranks, of the last steps since the last look; one read for all of them."""
         taken = self._recent if last is None else self._recent[-last:]
         mean, ranks = (
             float(torch.stack(taken).mean()) if taken else float("nan"),
-            self._surgeon._ranks,
+            self._session.ranks,
         )
         return mean if ranks is None else ranks.mean(mean)
 
