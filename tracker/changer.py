@@ -184,7 +184,7 @@ class NeuronChanger(NeuronAdviser):
         change = session.last
         if change is None or change.receipt is None:
             raise SurgeryError(
-                f"There is no change of {session.entry.name!r} to undo: only the last one can be taken back."
+                f"There is no change to undo of {session.entry.name!r}: only its last one can be taken back."
             )
         session.last = None
         change.log.undo()

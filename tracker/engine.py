@@ -74,8 +74,9 @@ class NeuronEngine(NeuronSurgeon):
             raise SurgeryError(
                 f"A policy is a Policy or Phases, not {policy!r}. Policy.from_dict makes one of plain data."
             )
-        self.stop_self_modification()
         session = self._session
+        if session.run is not None:
+            session.run.stop()
         session.run = run = SelfModification(self, policy or Policy())
         session.clock = lambda: run.steps
 
@@ -96,14 +97,20 @@ class NeuronEngine(NeuronSurgeon):
             return receipt
 
     def stop_self_modification(self) -> None:
-        """Have the current model change nothing any more; `life` stays."""
-        if self._own_run is not None:
-            self._own_run.stop()
+        """Have no model change itself any more; `life` stays."""
+        for session in self._sessions.values():
+            if session.run is not None:
+                session.run.stop()
 
     @property
     def life(self) -> list[Decision]:
-        """What was decided of the current model: changes, refusals, and looks at which nothing was to be done."""
-        return [] if self._own_run is None else self._own_run.life
+        """What was decided so far, and why: changes, refusals, and looks at which nothing was to be done.
+
+        Of the current model, or of the one model that modified itself.
+        """
+        runs = [s.run for s in self._sessions.values() if s.run is not None]
+        run = self._own_run or (runs[0] if len(runs) == 1 else None)
+        return [] if run is None else run.life
 
     def _that_runs(self, model: nn.Module | None) -> Session:
         """The session whose run takes a step."""
