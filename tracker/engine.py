@@ -18,14 +18,13 @@ from tracker.journal import Entry, become, read_checkpoint, twin_after, write_ch
 from tracker.journal.carry import carry
 from tracker.journal.noise import here, restorer
 from tracker.journal.optimizers import check_ownership, load_optimizers
-from tracker.layers import find_layers
+from tracker.layers import find_layers, unwrap
 from tracker.life import life
 from tracker.session import Session
 from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import unwrapped
-from tracker.tracker import unwrap
 from tracker.training import Decision, Phases, Policy, SelfModification
 
 if TYPE_CHECKING:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from tracker.errors import NotTrackedError
 
 # A layer's neurons and their axis in its output; negative where that holds with and without a batch.
 Width = tuple[int, int]
@@ -124,3 +127,23 @@ _WIDTHS: tuple[tuple[Any, Callable[[Any], Width]], ...] = (
     (nn.RNNCellBase, lambda m: (m.hidden_size, -1)),
     (nn.MultiheadAttention, lambda m: (m.embed_dim, -1)),
 )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module behind `torch.compile`, DataParallel and DistributedDataParallel.
+
+    Raises:
+        NotTrackedError: Not a module, or one that runs no Python hooks.
+    """
+    inner: object = model
+    while isinstance(inner, nn.Module):  # wrappers may wrap wrappers
+        model = inner
+        is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = getattr(model, "module" if is_parallel else "_orig_mod", None)
+    if not isinstance(model, nn.Module):
+        raise NotTrackedError(f"A torch.nn.Module can be tracked, not {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotTrackedError(
+            "A scripted or traced module runs no Python hooks and cannot be tracked. Track the module it was made from."
+        )
+    return model

@@ -24,7 +24,7 @@ from tracker.hooks import (
     watch_inputs,
 )
 from tracker.identity import LayerIds, NeuronRegistry, layer_named
-from tracker.layers import find_layers
+from tracker.layers import find_layers, unwrap
 from tracker.observation import LayerObservation, Observation
 from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read, reslotted
@@ -404,26 +404,6 @@ class ActivationTracker:
         ids = self.registry.register(entry.name, site.name, site.neurons)
         entry.layers[site.name] = ids
         entry.neuron_map[site.name] = ids.ids
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module behind `torch.compile`, DataParallel and DistributedDataParallel.
-
-    Raises:
-        NotTrackedError: Not a module, or one that runs no Python hooks.
-    """
-    inner: object = model
-    while isinstance(inner, nn.Module):  # wrappers may wrap wrappers
-        model = inner
-        is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        inner = getattr(model, "module" if is_parallel else "_orig_mod", None)
-    if not isinstance(model, nn.Module):
-        raise NotTrackedError(f"A torch.nn.Module can be tracked, not {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise NotTrackedError(
-            "A scripted or traced module runs no Python hooks and cannot be tracked. Track the module it was made from."
-        )
-    return model
 
 
 def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tracker.errors import NotTrackedError, SurgeryError
+from tracker.layers import unwrap
 from tracker.surgery.optimizers import unwrapped
-from tracker.tracker import unwrap
 
 
 def torch_optimizer(given: Any) -> Optimizer:
