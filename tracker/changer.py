@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tracker.adviser import NeuronAdviser
-from tracker.distributed import Ranks, watch_wrapper
+from tracker.distributed import Meeting, Ranks, refuse_alone, watch_wrapper
 from tracker.errors import SurgeryError, UnknownNeuronError
 from tracker.identity import layer_named
 from tracker.journal import Entry, Journal, When, fingerprint
@@ -23,6 +23,7 @@ from tracker.surgery.latency import PASSES, latency
 from tracker.surgery.newborn import watch
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import joined, taken_back
+from tracker.surgery.stale import unattached
 from tracker.surgery.transaction import Witness, carry_out, count, refuse_inside_a_pass
 
 Neurons = Iterable[int] | Mapping[str, Sequence[int]]
@@ -116,6 +117,9 @@ class NeuronChanger(NeuronAdviser):
         ranks, session = Ranks(group), self._session
         ranks.require_same_model(session.entry.model(), session.optimizers)
         session.ranks = ranks
+        model = session.entry.model()
+        if not any(isinstance(hook, Meeting) for hook in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(Meeting(), prepend=True)
 
     def merge_statistics(self) -> None:
         """End the window, and give each rank the statistics of all; the next begins with `start_tracking`.
@@ -203,15 +207,20 @@ class NeuronChanger(NeuronAdviser):
         with torch.inference_mode(False), session.transaction() as change:
             with self._together("A change"):
                 refuse_inside_a_pass(self._tracker)
+                if not (dry_run or session.tried):
+                    refuse_alone(ranks)
                 before = fingerprint(model)
                 drawn, notes = plan()
             if ranks is not None:
                 ranks.agree(drawn)
+            optimizers = session.optimizers
+            if not (dry_run or session.tried):
+                notes = [*notes, *_not_attached(drawn, model, optimizers)]
             with self._together("A change"):
                 change.receipt, _ = carry_out(
                     self._tracker,
                     drawn,
-                    session.optimizers,
+                    optimizers,
                     session.followers,
                     dry_run=dry_run,
                     verify=verify,
@@ -270,7 +279,11 @@ class NeuronChanger(NeuronAdviser):
         session = self._session
         with rehearsing(self._tracker) as entry:
             self._sessions[entry] = Session(
-                entry, session.history, ranks=session.ranks, calibration=session.calibration
+                entry,
+                session.history,
+                ranks=session.ranks,
+                calibration=session.calibration,
+                tried=True,
             )
             try:
                 yield
@@ -304,3 +317,14 @@ class NeuronChanger(NeuronAdviser):
                 )
             places.append((entry.layer, index))
         return places
+
+
+def _not_attached(plan: Plan, model: nn.Module, optimizers: Sequence[Any]) -> list[str]:
+    """What to tell of optimizers that train what is about to change, and do not know it."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    touched = [held[name] for name in plan.touched if name in held]
+    return [
+        f"this {kind} holds parameters that changed and is not attached: its next step is refused, as its state is of "
+        "the old shapes. Call attach_optimizer(optimizer) before changes"
+        for kind in unattached(touched, map(torch_optimizer, optimizers))
+    ]

@@ -289,6 +289,37 @@ class Stale:
             )
 
 
+def refuse_alone(ranks: Ranks | None) -> None:
+    """Refuse a change of one replica where there are others.
+
+    Raises:
+        SurgeryError: Several processes run, and no group of them was attached.
+    """
+    if (
+        ranks is None
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    ):
+        raise SurgeryError(
+            f"{dist.get_world_size()} processes run (torch.distributed is initialised), and this one would change its "
+            "replica alone. Call engine.attach_process_group() on all of them; for a model that is only here, attach "
+            "a group of this process: attach_process_group(group), made by torch.distributed.new_group on all ranks."
+        )
+
+
+class Meeting:
+    """Stands at a module's door, and has the wrapper that first runs it refuse once its module changed shape."""
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        """Forward pre-hook."""
+        if torch.compiler.is_compiling():
+            return
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is not None and wrapper.module is module:
+            watch_wrapper(wrapper)
+
+
 def watch_wrapper(model: nn.Module) -> None:
     """Have a DistributedDataParallel, at the door or behind `torch.compile`, refuse once its module changed shape."""
     inner: object = model

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tracker import figures, memory, page
+from tracker.distributed import refuse_alone
 from tracker.errors import CheckpointError, StatisticsError, SurgeryError
 from tracker.journal import Entry, become, read_checkpoint, twin_after, write_checkpoint
 from tracker.journal.carry import carry
@@ -74,6 +75,7 @@ class NeuronEngine(NeuronSurgeon):
                 f"A policy is a Policy or Phases, not {policy!r}. Policy.from_dict makes one of plain data."
             )
         session = self._session
+        refuse_alone(session.ranks)
         if session.run is not None:
             session.run.stop()
         session.run = run = SelfModification(self, policy or Policy())

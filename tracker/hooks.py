@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from tracker.calls import Call
 from tracker.graphs import GraphHook, is_new_data
 from tracker.layers import Layer, width_of
-from tracker.nested import first_floating, tensors_in
+from tracker.nested import first_floating, replaced, tensors_in
 from tracker.slotmap import SlotMap
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch
 from tracker.structure import Tap
@@ -325,7 +326,7 @@ class EnterHook(Hook):
             return
         observer = self._observer()
         if observer is not None and observer.inputs is None:
-            observer.inputs = (args, kwargs)
+            observer.inputs = _without_graph(args), _without_graph(kwargs)
             observer.shown()
         if observer is not None and observer.recording:
             observer.training = module.training
@@ -351,6 +352,13 @@ class LeaveHook(Hook):
         if (observer := self.listener()) is not None:
             observer.training = observer.model_is_training()
             observer.end_pass(tensor, ())
+
+
+def _without_graph(value: Any) -> Any:
+    """The same example, which keeps nothing alive of what made it."""
+    if all(tensor.grad_fn is None for tensor in tensors_in(value)):
+        return value
+    return replaced(value, Tensor.detach)
 
 
 def attach(observer: Observer, model: nn.Module) -> list[RemovableHandle]:

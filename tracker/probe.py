@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -54,6 +56,24 @@ def forward_once(
 def is_probing() -> bool:
     """Whether the pass under way is one of ours, and no new data."""
     return _probes.get() > 0
+
+
+def is_running(model: nn.Module) -> bool:
+    """Whether a forward pass of the model, or of a module in it, is under way in any thread.
+
+    The stack tells, and not what hooks noted: a pass that was broken off leaves no trace.
+    """
+    own = {id(module) for module in model.modules()}
+    for frame in sys._current_frames().values():
+        inner: FrameType | None = frame
+        while inner is not None:
+            if inner.f_code is _CALL and id(inner.f_locals.get("self")) in own:
+                return True
+            inner = inner.f_back
+    return False
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

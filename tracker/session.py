@@ -44,6 +44,7 @@ class Session:
     run: Any = None  # the last one that was started
     clock: Callable[[], int] | None = None  # steps of the run, for the journal
     carried: bool = False  # its state_dict carries the journal
+    tried: bool = False  # of a copy, on which a change is only tried
     _open: Transaction | None = None
 
     def models(self) -> list[nn.Module]:

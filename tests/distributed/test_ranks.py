@@ -361,6 +361,38 @@ def test_sharded_models_are_gathered_changed_and_spread_anew(tmp_path: Path) -> 
             assert torch.allclose(a, b, atol=1e-5)
 
 
+def inner_module(rank: int, size: int) -> dict[str, Any]:
+    """Changes without a group; then with one, the module inside the wrapper being tracked."""
+    model = network()
+    engine = tracked(model)
+    x = torch.randn(4, 6)
+    told = []
+    for call in (lambda: engine.expand_layer("0", 2), engine.start_self_modification):
+        with pytest.raises(SurgeryError, match="attach_process_group") as caught:
+            call()
+        told.append(str(caught.value))
+    dry = engine.expand_layers({"0": 2}, dry_run=True).parameters_after
+    engine.attach_process_group()
+    wrapper = DistributedDataParallel(model)
+    wrapper(x).sum().backward()
+    engine.expand_layer("0", 2)
+    with pytest.raises(SurgeryError, match="renew"):
+        wrapper(x)
+    wrapper = renew(wrapper)
+    wrapper(x).sum().backward()
+    engine.undo()
+    with pytest.raises(SurgeryError, match="renew"):
+        wrapper(x)
+    return {"told": len(told), "dry": dry}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_no_rank_changes_alone_and_no_wrapper_goes_stale_unseen(tmp_path: Path) -> None:
+    for found in run(2, tmp_path, inner_module):
+        assert found["told"] == 2
+        assert found["dry"] > sum(p.numel() for p in network().parameters())
+
+
 def test_without_other_processes_it_says_so() -> None:
     engine = tracked(network())
     with pytest.raises(SurgeryError, match="init_process_group"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from tracker.calls import Call
 from tracker.errors import StructureError, SurgeryError, VerificationError
-from tracker.probe import forward_once, uninterrupted
+from tracker.probe import forward_once, is_running, uninterrupted
 from tracker.structure.lending import (
     InFloat64,
     borrowed,
@@ -128,7 +128,7 @@ def refuse_inside_a_pass(tracker: ActivationTracker) -> None:
     Raises:
         SurgeryError: A forward pass is under way.
     """
-    if tracker.current.observer.training is not None:
+    if is_running(tracker.current.model()):
         raise SurgeryError(
             "A forward pass is under way. Change the model between steps, after optimizer.step()."
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tracker.errors import SurgeryError
+from tracker.surgery.stale import resized
 
 Step = Callable[[], object]
 
@@ -42,14 +43,20 @@ def rewrite(tensor: Tensor, new: Tensor, gradient: Tensor | None, log: UndoLog) 
     def back() -> None:
         _refuse_earlier_graphs(tensor)
         tensor.grad = None  # its shape must fit at every moment
-        tensor.set_(old)  # type: ignore[call-overload]
+        _set(tensor, old)
         tensor.grad = old_gradient
 
     log.add(back)
     _refuse_earlier_graphs(tensor)
     tensor.grad = None
-    tensor.set_(new)  # type: ignore[call-overload]
+    _set(tensor, new)
     tensor.grad = gradient
+
+
+def _set(tensor: Tensor, new: Tensor) -> None:
+    if tensor.shape != new.shape:
+        resized(tensor, tensor.shape)
+    tensor.set_(new)  # type: ignore[call-overload]
 
 
 @contextmanager
