@@ -207,10 +207,10 @@ class NeuronChanger(NeuronAdviser):
         with torch.inference_mode(False), session.transaction() as change:
             with self._together("A change"):
                 refuse_inside_a_pass(self._tracker)
-                if not (dry_run or session.tried):
-                    refuse_alone(ranks)
                 before = fingerprint(model)
                 drawn, notes = plan()
+                if not (dry_run or session.tried):
+                    refuse_alone(ranks)
             if ranks is not None:
                 ranks.agree(drawn)
             optimizers = session.optimizers
