@@ -142,8 +142,8 @@ def test_layers_by_hand_and_layers_not_yet_seen(seen: bool, tmp_path: Path) -> N
 def test_one_of_several_models(tmp_path: Path) -> None:
     first, _, engine, _ = begun("mlp")
     second, opt, x = fresh("mlp", "Adam")
-    engine.attach_optimizer(opt)
     engine.track_model(second, "second", example_inputs=x)
+    engine.attach_optimizer(opt)
     engine.prune_neurons({"0": [1]})
     engine.save_checkpoint(tmp_path / "run")
     other, _, _ = fresh("mlp", "Adam")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracker.errors import SurgeryError
 
-_resized: dict[int, tuple[weakref.ref[Tensor], set[torch.Size]]] = {}  # by id: the shapes it had
+_resized = WeakTensorKeyDictionary()  # parameter → the shapes it had
 _stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that took a step
 
 
@@ -25,10 +26,7 @@ def resized(parameter: Tensor, shape: torch.Size) -> None:
     """Remember that a parameter had another shape."""
     if not isinstance(parameter, nn.Parameter):
         return
-    key = id(parameter)
-    if key not in _resized:
-        _resized[key] = weakref.ref(parameter, lambda _: _resized.pop(key, None)), set()
-    _resized[key][1].add(shape)
+    _resized.setdefault(parameter, set()).add(shape)
 
 
 def unattached(parameters: Iterable[Tensor], attached: Iterable[Optimizer]) -> list[str]:
@@ -54,7 +52,7 @@ def _refuse_stale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            _, shapes = _resized.get(id(parameter), (None, ()))
+            shapes = _resized.get(parameter, ())
             if not shapes:
                 continue
             for key, value in optimizer.state.get(parameter, {}).items():
