@@ -15,6 +15,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Tests are many small steps: one thread each is faster, and steady on a busy machine.
 TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
+# Two at a time; whoever has nothing left to do takes over from the other.
+PYTEST := $(TEST_RUN) -m pytest -q -n 2 --dist worksteal
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
 .PHONY: help demo test long kills check bench coverage clean
@@ -61,7 +63,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	@echo "Test: pytest"
-	@$(TEST_RUN) -m pytest -q || { echo "make test: pytest failed" >&2; exit 1; }
+	@$(PYTEST) || { echo "make test: pytest failed" >&2; exit 1; }
 	@for script in test_tracker.py demos/*_validation.py; do \
 	  echo "Test: $$script"; \
 	  $(TEST_RUN) $$script || { echo "make test: $$script failed" >&2; exit 1; }; \
@@ -84,7 +86,7 @@ check: $(VENV)/installed-dev
 	@echo "Check: types"
 	@$(RUN) -m mypy
 	@echo "Check: pytest"
-	@$(TEST_RUN) -m pytest -q
+	@$(PYTEST)
 
 bench: $(VENV)/installed
 	@echo "Benchmark: $(BENCHMARK)"
