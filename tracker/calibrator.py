@@ -10,7 +10,7 @@ from tracker.changer import NeuronChanger
 from tracker.surgery import Receipt
 from tracker.surgery.calibration import Consumer, collect, consumers
 from tracker.surgery.compression import plan_compression
-from tracker.surgery.held_back import Batches, with_all
+from tracker.surgery.held_back import Batches, measured, with_all
 from tracker.surgery.objective import Objective
 from tracker.surgery.plan import Plan
 from tracker.surgery.problem import Limits
@@ -33,6 +33,16 @@ class NeuronCalibrator(NeuronChanger):
     def _consumers(self) -> list[Consumer]:
         groups = [g for g in self.structure.groups if g.prunable]
         return consumers(self._tracker.current.model(), groups)[0]
+
+    def _measured(self, plan: Plan, notes: list[str]) -> tuple[Plan, list[str]]:
+        """The plan with the loss that was measured after it, where there are batches to measure on."""
+        session = self._session
+        calibration = session.calibration if session.ranks is None else None
+        if calibration is None or not calibration.batches:
+            return plan, notes
+        with session.entry.observer.paused():
+            plan, note = measured(session.entry.model(), plan, calibration)
+        return plan, [*notes, note]
 
     def _plan_compression(
         self, share: float, of: str, limits: Limits, **options: Any

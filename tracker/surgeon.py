@@ -133,16 +133,23 @@ class NeuronSurgeon(NeuronCalibrator):
         pairs: Iterable[tuple[int, int]] | None = None,
         *,
         tolerance: float = 1e-3,
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
         """Fold neurons into others: [(keep id, drop id), ...], each by the affine map that fits best.
+
+        The receipt tells the loss before and after, on calibration data that were held back: each fourth batch of
+        `batches` (after `calibrate`, they are of those that it saw).
 
         Args:
             pairs: None for those that correlate by the engine's `correlation_threshold` or more, no neuron in two of
                 them, in each group those first that cost its consumers least. Call `calibrate` before.
             tolerance: Of such pairs, the relative squared error of what a group's consumers compute (what their output
                 varies by, predicted) up to which they are folded.
+            batches: Calibration data, as for `calibrate`; without them, what was observed before.
+            loss: As for `calibrate`, of `batches`.
             dry_run: Only tell what would happen.
             verify: Compare with what is promised, on a copy in float64 and after the change.
 
@@ -150,11 +157,14 @@ class NeuronSurgeon(NeuronCalibrator):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
+        if batches is not None:
+            hold_back = self._session.ranks is None
+            self._calibrate(Batches(batches, hold_back=hold_back), Objective(loss))
 
         def plan() -> tuple[Plan, list[str]]:
             if pairs is None:
                 chosen = default_pairs(self._tracker, self.correlation_threshold, tolerance)
-                return plan_merge(self._tracker, chosen)
+                return self._measured(*plan_merge(self._tracker, chosen))
             try:
                 asked = [(keep, drop) for keep, drop in pairs]
             except (TypeError, ValueError) as error:
@@ -162,7 +172,8 @@ class NeuronSurgeon(NeuronCalibrator):
                     f"Pairs are [(keep id, drop id), ...], not {pairs!r}."
                 ) from error
             places = self._places([n for pair in asked for n in pair])
-            return plan_merge(self._tracker, list(zip(places[::2], places[1::2], strict=True)))
+            named = list(zip(places[::2], places[1::2], strict=True))
+            return self._measured(*plan_merge(self._tracker, named))
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 
@@ -370,10 +381,12 @@ class NeuronSurgeon(NeuronCalibrator):
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
-        """Remove a hidden layer of a chain, or a residual block; what is left is refitted by least squares.
+        """Remove a hidden layer of a chain, a residual block, or an activation; what is left is refitted.
 
-        The fit is over `batches` (what the model takes), by default the example inputs. The receipt's notes tell how
-        much of what the layer did is explained; too little is refused, unless forced.
+        The least-squares fit is over `batches` (what the model takes), by default the example inputs. The receipt's
+        notes tell how much of what the layer did is explained, on every fourth batch (of few: sample), which the fit
+        that is judged did not see; too little is refused, unless forced. What reads an activation is refitted where
+        only linear layers do; else the multiple of its input plus a constant that comes nearest stands in its place.
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -385,7 +398,8 @@ class NeuronSurgeon(NeuronCalibrator):
                 _ = self.structure  # tells what is missing
             assert observer.inputs is not None
             given = [Arguments(*observer.inputs)] if batches is None else map(arguments, batches)
-            return plan_layer_removal(self._tracker, layer_name, list(given), force)
+            drawn = plan_layer_removal(self._tracker, layer_name, list(given), force)
+            return self._measured(*drawn)
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 

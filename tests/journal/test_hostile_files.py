@@ -167,7 +167,7 @@ FILES = (
 )  # fmt: skip
 J, G, M = "journal.json", "engine.json", "manifest.json"
 FOREIGN = [["", ["__class__"], "__init__", None, 3]]
-BYPASS = {"kind": "Bypass", "returns": "tensor", "passes": "input"}
+BYPASS = {"kind": "Bypass", "returns": "tensor", "scale": 1.0, "shift": 0.0}
 BLOCK = {"kind": "ReluIdentity", "layer": "Linear", "width": 9}
 GIGANTIC = {"0.inserted": {"kind": "ReluIdentity", "layer": "Linear", "width": 10**9}}
 HOSTILE: dict[str, Callable[[Path], None]] = {
@@ -196,6 +196,10 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "a foreign attribute": edit(
         J, lambda d: put(d, "entries", 0, "attributes", value=FOREIGN)),
     "a foreign module": edit(J, lambda d: put(d, "entries", 0, "modules", value={"0.inserted": {"kind": "os.system"}})),
+    "a bypass that multiplies with NaN": edit(
+        J, lambda d: put(d, "entries", 0, "modules", value={"1": {**BYPASS, "scale": float("nan")}})),
+    "a bypass that adds text": edit(
+        J, lambda d: put(d, "entries", 0, "modules", value={"1": {**BYPASS, "shift": "1"}})),
     "a gigantic module": edit(J, lambda d: put(d, "entries", 0, "modules", value=GIGANTIC)),
     "another fingerprint": edit(J, lambda d: put(d, "entries", 0, "before", value="0" * 64)),
     "an entry left out": edit(J, lambda d: d["entries"].pop(0) and None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ NO_SIZES = (
     "padding_idx",
 )
 BLOCKS = ("ReluIdentity", "ResidualBlock")
+# What older journals say of a bypass: its scale and shift.
+PASSED = {"input": (1.0, 0.0), "zero": (0.0, 0.0)}
 
 
 def lasting(model: nn.Module) -> dict[str, Tensor]:
@@ -140,7 +143,12 @@ def become(
 def described(module: nn.Module) -> dict[str, Any]:
     """Plain data from which a module that came with a change can be made again."""
     if isinstance(module, Bypass):
-        return {"kind": "Bypass", "returns": module.returns, "passes": module.passes}
+        return {
+            "kind": "Bypass",
+            "returns": module.returns,
+            "scale": module.scale,
+            "shift": module.shift,
+        }
     if not isinstance(module, ReluIdentity | ResidualBlock):
         return {"kind": "Copy"}  # of the block that it stands behind
     layer: Any = module.linear if isinstance(module, ReluIdentity) else module.into
@@ -192,9 +200,11 @@ def _built(twin: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:
     if kind == "Bypass":
         if not name or _module(twin, name) is None:
             raise ValueError(f"there is no {name!r} to bypass")
-        if spec["returns"] not in ("tensor", "tuple") or spec["passes"] not in ("input", "zero"):
+        line = PASSED[spec["passes"]] if "passes" in spec else (spec["scale"], spec["shift"])
+        finite = all(type(value) is float and math.isfinite(value) for value in line)
+        if spec["returns"] not in ("tensor", "tuple") or not finite:
             raise ValueError("an unknown bypass")
-        return Bypass(spec["returns"], spec["passes"])
+        return Bypass(spec["returns"], *line)
     mate = _module(twin, path)
     if kind == "Copy":
         if child != INSERTED or mate is None or INSERTED in mate._modules or not is_block(mate):

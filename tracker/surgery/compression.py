@@ -275,7 +275,5 @@ def _best(
 def _told(name: str, outlook: Outlook, calibration: Calibration | None) -> list[str]:
     if calibration is None:
         return []
-    seen = "held back from" if calibration.unseen else "of"
     tried = ", ".join(f"{n}: {loss:.5g}" for n, loss in outlook.candidates.items())
-    count = len(calibration.batches)
-    return [f"chosen: {name}; measured on {count} batches {seen} the calibration data ({tried})"]
+    return [f"chosen: {name}; measured on {calibration.told()} ({tried})"]

@@ -1,4 +1,4 @@
-"""Depth: layers inserted without a trace, and layers removed, what reads them refitted to what is left.
+"""Depth: layers that are inserted without a trace, and what stands in the place of those that are removed.
 
 Names stay: an inserted layer is a child of the layer behind which it stands, a removed one is left as a bypass. So
 the keys of all other parameters, and everything that speaks of layers by name, stay as they are.
@@ -6,9 +6,7 @@ the keys of all other parameters, and everything that speaks of layers by name, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tracker.errors import StructureError, SurgeryError
+from tracker.errors import SurgeryError
 from tracker.layers import known_width
 from tracker.nested import tensors_in
 from tracker.probe import Arguments, forward_once, quiet_copy
-from tracker.slotmap import SlotMap
 from tracker.surgery.undo import UndoLog
 
 INSERTED = "inserted"
@@ -60,18 +57,24 @@ class ReluIdentity(nn.Module):
 
 
 class Bypass(nn.Module):
-    """What is left of a removed module: its first input goes through, or zero, where the sum stands outside of it.
+    """What is left of a removed module: scale · x + shift of its first input x.
 
-    returns: "tensor" or "tuple", as the module did. passes: "input" or "zero".
+    A scale of 0 gives zeros: those of a branch whose sum stands outside of it.
+
+    Args:
+        returns: "tensor" or "tuple", as the module did.
+        scale: What the input is multiplied with.
+        shift: What is added.
     """
 
-    def __init__(self, returns: str = "tensor", passes: str = "input") -> None:
+    def __init__(self, returns: str = "tensor", scale: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()
-        self.returns, self.passes = returns, passes
+        self.returns, self.scale, self.shift = returns, scale, shift
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         """x: the first input of the module that was here."""
-        y = x if self.passes == "input" else torch.zeros_like(x)
+        y = x if self.scale == 1 else x * self.scale if self.scale else torch.zeros_like(x)
+        y = y + self.shift if self.shift else y
         return (y,) if self.returns == "tuple" else y
 
 
@@ -236,212 +239,3 @@ def _regroup(
     log.add(lambda: group.__setitem__("params", params))
     lost = {id(p) for p in gone}
     group["params"] = [*(p for p in params if id(p) not in lost), *fresh]
-
-
-def first_input_and_output(
-    model: nn.Module, batches: Sequence[Arguments], names: Sequence[str]
-) -> dict[str, list[tuple[Tensor, Any]]]:
-    """What modules take and give over some batches; the tensors are float64 on the CPU."""
-    bench = quiet_copy(model)
-    seen: dict[str, list[tuple[Tensor, Any]]] = {name: [] for name in names}
-    for name in names:
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            given = tensors_in((args, kwargs))
-            made = tensors_in(output)
-            if given and made:
-                seen[name].append(
-                    (given[0].detach().double().cpu(), made[0].detach().double().cpu())
-                )
-
-        bench.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-    for batch in batches:
-        forward_once(bench, batch)
-    return seen
-
-
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """How a layer or a block can go: what stands in its place, and what makes up for it.
-
-    slots, added: For tensors of what reads it, or of what writes before it.
-    explained: Share of what the removed part did that the refit makes up for, on the calibration data.
-    """
-
-    instead: nn.Module
-    slots: Mapping[str, Mapping[int, SlotMap]]
-    added: Mapping[str, Tensor]
-    explained: float
-
-
-def removal_of(
-    model: nn.Module, name: str, readers: Sequence[str], batches: Sequence[Arguments]
-) -> Removal:
-    """How the module `name` can be removed.
-
-    A layer of a chain: its consumers (`readers`, linear) read what came before it, refitted by least squares. A
-    residual block: the last linear layer that writes into the stream before it takes over what it added.
-
-    Raises:
-        SurgeryError: It is neither.
-    """
-    module = dict(model.named_modules()).get(name)
-    if module is None or not name:
-        raise SurgeryError(f"There is no layer {name!r} to remove.")
-    seen = first_input_and_output(model, batches, [name])[name]
-    if not seen:
-        raise SurgeryError(f"{name!r} was not called on the calibration data.")
-    if len(seen) > len(batches):
-        raise SurgeryError(f"{name!r} is called several times: it cannot be removed.")
-    if known_width(module) is not None:
-        return _chain(model, name, readers, batches)
-    if seen[0][0].shape != seen[0][1].shape:
-        raise SurgeryError(
-            f"{name!r} turns {tuple(seen[0][0].shape)} into {tuple(seen[0][1].shape)}: only a block whose output "
-            "has the shape of its input can be bypassed."
-        )
-    return _block(model, name, batches, seen)
-
-
-def _chain(
-    model: nn.Module, name: str, readers: Sequence[str], batches: Sequence[Arguments]
-) -> Removal:
-    wrong = [r for r in readers if not isinstance(model.get_submodule(r), nn.Linear)]
-    if wrong or not readers or not isinstance(model.get_submodule(name), nn.Linear):
-        raise SurgeryError(
-            f"{name!r} is no linear layer that only linear layers read, nor a block with a residual connection: it "
-            "cannot be removed."
-        )
-    before = first_input_and_output(model, batches, readers)
-    bench = quiet_copy(model)
-    replace_module(bench, name, Bypass(), [], UndoLog())
-    probe = _InputsOnly(bench, readers)
-    for batch in batches:
-        probe.run(batch)
-    slots: dict[str, Mapping[int, SlotMap]] = {}
-    added: dict[str, Tensor] = {}
-    lost = total = 0.0
-    for reader in readers:
-        if len(probe.inputs[reader]) != len(before[reader]):
-            raise SurgeryError(
-                f"Without {name!r}, {reader!r} is not reached: what stands between does not take tensors as they are "
-                f"before {name!r}."
-            )
-        linear: Any = model.get_submodule(reader)
-        old = torch.cat([x.flatten(0, -2) for x, _ in before[reader]])
-        new = torch.cat([x.flatten(0, -2) for x in probe.inputs[reader]])
-        if len(old) != len(new):
-            raise SurgeryError(f"Without {name!r}, {reader!r} reads tensors of another shape.")
-        weight = linear.weight.detach().double().cpu()
-        target = old @ weight.T
-        fit, offset, residual = _least_squares(new, target, linear.bias is not None)
-        lost += float(residual.square().sum())
-        total += float((target - target.mean(0)).square().sum())
-        slots[f"{reader}.weight"] = {1: SlotMap((None,) * new.shape[1])}
-        added[f"{reader}.weight"] = fit.T
-        if linear.bias is not None:
-            added[f"{reader}.bias"] = offset
-    return Removal(Bypass(), slots, added, 1 - lost / total if total else 1.0)
-
-
-def _block(
-    model: nn.Module, name: str, batches: Sequence[Arguments], seen: Sequence[tuple[Tensor, Any]]
-) -> Removal:
-    returns = _returns(model, name, batches[0])
-    writer = _writer(model, name, batches[0], seen[0][0].shape)
-    into = torch.cat([x.flatten(0, -2) for x, _ in seen])
-    made = torch.cat([out.flatten(0, -2) for _, out in seen])
-    # A block that adds to its input itself puts out something near to it; a branch of a sum does not.
-    inside = float((made - into).square().sum()) < float(made.square().sum())
-    did = made - into if inside else made
-    instead = Bypass(returns, "input" if inside else "zero")
-    if writer is None:
-        return Removal(instead, {}, {}, 0.0)
-    read = first_input_and_output(model, batches, [writer])[writer]
-    hidden = torch.cat([x.flatten(0, -2) for x, _ in read])
-    linear: Any = model.get_submodule(writer)
-    fit, offset, residual = _least_squares(hidden, did, linear.bias is not None)
-    total = float((did - did.mean(0)).square().sum())
-    transposed = hasattr(linear, "nf")  # transformers' Conv1D
-    added = {f"{writer}.weight": fit if transposed else fit.T}
-    if linear.bias is not None:
-        added[f"{writer}.bias"] = offset
-    share = 1 - float(residual.square().sum()) / total if total else 1.0
-    return Removal(instead, {}, added, share)
-
-
-def _writer(model: nn.Module, name: str, batch: Arguments, shape: torch.Size) -> str | None:
-    """The last linear layer before the block whose output is added into its input, as it is."""
-    linears = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) or (hasattr(m, "nf") and hasattr(m, "weight"))
-        if not n.startswith(name + ".")
-    ]
-    bench = quiet_copy(model)
-    order: list[str] = []
-    entered: list[Tensor] = []
-    bench.get_submodule(name).register_forward_pre_hook(
-        lambda m, args, kwargs: entered.append(tensors_in((args, kwargs))[0]), with_kwargs=True
-    )
-    push = torch.randn(shape[-1], generator=torch.Generator().manual_seed(0))
-    pushed = [""]  # the layer whose output is pushed
-    for n in linears:
-
-        def hook(module: nn.Module, args: Any, output: Any, n: str = n) -> Any:
-            if not entered and isinstance(output, Tensor) and output.shape == shape:
-                order.append(n)
-            return output + push.to(output) if pushed[0] == n else None
-
-        bench.get_submodule(n).register_forward_hook(hook)
-    forward_once(bench, batch)
-    base, first = entered[0].double(), list(order)
-    for n in reversed(first):
-        entered.clear()
-        pushed[0] = n
-        forward_once(bench, batch)
-        moved = entered[0].double() - base
-        if float((moved - push.to(base)).abs().max()) < 1e-3 and first.count(n) == 1:
-            return n
-    return None
-
-
-def _returns(model: nn.Module, name: str, batch: Arguments) -> str:
-    bench = quiet_copy(model)
-    kinds: list[str] = []
-    bench.get_submodule(name).register_forward_hook(
-        lambda m, a, out: kinds.append("tuple" if isinstance(out, tuple) else "tensor")
-    )
-    forward_once(bench, batch)
-    return kinds[0]
-
-
-class _InputsOnly:
-    """The inputs of some modules, of which the code behind may fail."""
-
-    def __init__(self, bench: nn.Module, names: Sequence[str]) -> None:
-        self.bench, self.inputs = bench, {name: list[Tensor]() for name in names}
-        for name in names:
-            bench.get_submodule(name).register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: self.inputs[name].append(
-                    tensors_in((args, kwargs))[0].detach().double().cpu()
-                ),
-                with_kwargs=True,
-            )
-
-    def run(self, batch: Arguments) -> None:
-        # The widths do not fit yet: what counts has been seen before that shows.
-        with suppress(StructureError):
-            forward_once(self.bench, batch)
-
-
-def _least_squares(x: Tensor, y: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients (in, out), offset (out,), residual (n, out) of the ridge fit y ≈ x·B + c."""
-    mean_x = x.mean(0) if centred else torch.zeros(x.shape[1]).double()
-    mean_y = y.mean(0) if centred else torch.zeros(y.shape[1]).double()
-    a, b = x - mean_x, y - mean_y
-    gram = a.T @ a
-    ridge = 1e-4 if len(x) >= 4 * x.shape[1] else 1e-2
-    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
-    fit = torch.linalg.solve(gram, a.T @ b)
-    return fit, mean_y - mean_x @ fit, b - a @ fit

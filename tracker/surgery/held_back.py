@@ -1,4 +1,4 @@
-"""Calibration batches on their way, some of which are kept to measure on."""
+"""Calibration batches on their way, some of which are kept to measure changes on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 from torch import nn
 
 from tracker.reads import Read
+from tracker.structure.lending import borrowed
+from tracker.surgery.apply import apply
 from tracker.surgery.calibration import Consumer, collect
 from tracker.surgery.objective import Calibration, Objective
+from tracker.surgery.outlook import Outlook
+from tracker.surgery.plan import Plan
 
 EVERY, MOST = 4, 8  # each fourth batch is kept, of the first 32
 
@@ -36,6 +40,20 @@ class Batches:
         """What was kept, after all were passed on; of fewer than four batches the last one, which was."""
         unseen = self._hold_back and bool(self.kept)
         return Calibration(objective, tuple(self.kept or self._last), unseen)
+
+
+def measured(model: nn.Module, plan: Plan, calibration: Calibration) -> tuple[Plan, str]:
+    """The same plan with the loss before and after it, measured on a copy, and a note that says on what."""
+    with borrowed(model) as bench:
+        apply(plan, [bench], [])
+        before, after = calibration.value(model, model), calibration.value(bench, model)
+    outlook = replace(
+        plan.outlook or Outlook(),
+        loss=calibration.kind(model),
+        loss_before=before,
+        loss_after=after,
+    )
+    return replace(plan, outlook=outlook), f"measured on {calibration.told()}"
 
 
 def with_all(

@@ -12,6 +12,7 @@ from tracker.errors import SurgeryError
 from tracker.statistics import Covariance
 from tracker.surgery.calibration import consumers, reads_of
 from tracker.surgery.plan import Mix, Plan, plan_removal, units_of
+from tracker.surgery.refit import ENOUGH
 from tracker.surgery.takeover import gains
 from tracker.tracker import ActivationTracker
 
@@ -66,9 +67,11 @@ def plan_merge(
         target[where[drop]] = where[keep][1]
     able, problems = consumers(model, [group for group, _ in plan.choice])
     reads = reads_of(tracker, able)
-    mixes, exact = [], not problems
+    mixes, exact, few = [], not problems, list[str]()
     for one in able:
         covariance = reads[one.weight].of_features()
+        if int(covariance.count.max()) < ENOUGH * len(covariance.mean):
+            few.append(one.module)
         exact = exact and int(covariance.count.max()) >= SPARE
         source: list[int] = []
         into: list[int] = []
@@ -108,7 +111,12 @@ def plan_merge(
         gains=gains(model, plan.choice, mixes),
         promise="exact" if exact else "changed",
     )
-    return merged, [f"not folded: {problem}" for problem in problems]
+    notes = [f"not folded: {problem}" for problem in problems]
+    if few:
+        notes.append(
+            f"folded from few observations ({', '.join(few[:4])}): call calibrate(batches) first"
+        )
+    return merged, notes
 
 
 def _best(covariance: Covariance, keep: int, drop: int, affine: bool) -> tuple[float, float, float]:

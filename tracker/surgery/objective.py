@@ -131,6 +131,11 @@ class Calibration:
         """See `Objective.value`."""
         return self.objective.value(model, self.batches, original)
 
+    def told(self) -> str:
+        """What changes are measured on, for people."""
+        count, seen = len(self.batches), "held back from" if self.unseen else "of"
+        return f"{count} batch{'es' * (count != 1)} {seen} the calibration data"
+
     def kind(self, model: nn.Module) -> str:
         """What its values are."""
         inputs = self.objective.inputs(self.batches[0])

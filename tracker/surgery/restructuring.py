@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from tracker.errors import SurgeryError
 from tracker.probe import Arguments
 from tracker.structure.sizes import tensors
+from tracker.surgery.bypass import Removal, removal_of
 from tracker.surgery.copies import block_copy, counted, is_block
-from tracker.surgery.depth import INSERTED, block_for, can_follow, removal_of
+from tracker.surgery.depth import INSERTED, block_for, can_follow
 from tracker.surgery.plan import Plan
 from tracker.tracker import ActivationTracker
 
@@ -64,10 +65,10 @@ def plan_layer_removal(
         if role == "reads"
     )
     removal = removal_of(model, name, list(readers), batches)
-    if removal.explained < EXPLAINED and not force:
+    if not (removal.explained >= EXPLAINED or force):
         raise SurgeryError(
-            f"Without {name!r}, what is left explains only {removal.explained:.0%} of what it did. Pass force=True to "
-            "remove it nevertheless."
+            f"Without {name!r}, what is left explains only {max(removal.explained, 0):.0%} of what it did"
+            f"{_judged(removal)}. Pass force=True to remove it nevertheless."
         )
     plan = Plan(
         (),
@@ -80,4 +81,29 @@ def plan_layer_removal(
         fresh=removal.added,
         modules={name: removal.instead},
     )
-    return plan, [f"the refit explains {removal.explained:.1%} of what {name} did"]
+    return plan, _told(name, removal)
+
+
+def _told(name: str, removal: Removal) -> list[str]:
+    """What the receipt says of a removal."""
+    bypass = removal.instead
+    what = "what is left explains"
+    if removal.added:
+        what = "the refit explains"
+    elif bypass.scale and (bypass.scale, bypass.shift) != (1, 0):
+        what = (
+            f"{bypass.scale:.4g} · its input {bypass.shift:+.4g} stands in its place and explains"
+        )
+    notes = [f"{what} {removal.explained:.1%} of what {name} did{_judged(removal)}"]
+    if removal.few:
+        few = ", ".join(removal.few[:4])
+        notes.append(f"refitted from few observations ({few}): pass batches=")
+    return notes
+
+
+def _judged(removal: Removal) -> str:
+    if not removal.total:
+        return ""
+    if not removal.judged_on:
+        return ", on the rows that it was fitted to"
+    return f", on {removal.judged_on:,} rows that the fit did not see"

@@ -16,6 +16,7 @@ from tracker.structure.sizes import tensors
 from tracker.surgery.calibration import Consumer, consumers, reads_of
 from tracker.surgery.curvature import in_loss
 from tracker.surgery.plan import Mix, Plan
+from tracker.surgery.refit import ENOUGH
 from tracker.tracker import ActivationTracker
 
 Choice = Sequence[tuple[UnitGroup, Sequence[int]]]
@@ -55,7 +56,7 @@ def taken_over(tracker: ActivationTracker, plan: Plan) -> Takeover:
         rise = (
             None if rise is None or read.loss is None else rise + loss_change(one, read, held, mix)
         )
-        if int(read.covariance.count.max()) < 2 * len(read.covariance.mean):
+        if int(read.covariance.count.max()) < ENOUGH * len(read.covariance.mean):
             few.append(one.module)
     notes = [f"not compensated: {problem}" for problem in problems]
     if few:
