@@ -58,9 +58,7 @@ class Call:
         return Call.of(args, kwargs, self.method, self.training)
 
     def __str__(self) -> str:
-        given = [_short(a) for a in self.args] + [
-            f"{k}={_short(v)}" for k, v in self.kwargs.items()
-        ]
+        given = [short(a) for a in self.args] + [f"{k}={short(v)}" for k, v in self.kwargs.items()]
         mode = {True: " in train mode", False: " in eval mode", None: ""}[self.training]
         return f"{self.method}({', '.join(given)}){mode}"
 
@@ -128,7 +126,8 @@ def _several(example_inputs: object) -> list[Any]:
     return example_inputs
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value of a call, for people: a tensor by its shape."""
     if isinstance(value, Tensor):
         return f"Tensor{tuple(value.shape)}"
     plain = value is None or isinstance(value, bool | int | float | str)

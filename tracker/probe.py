@@ -25,13 +25,14 @@ def forward_once(
     within: AbstractContextManager[object] | None = None,
     *,
     heard: bool = False,
+    given: str = "the example inputs",
 ) -> object:
     """The output of one call of the model, without gradients, the call itself `within` a context.
 
     It is made in eval mode, unless it is a `Call` in train mode; there nothing is drawn at random.
 
     Training flags, buffers, and the random states of the devices are as before afterwards. No engine observes this
-    pass, unless it is to be `heard`.
+    pass, unless it is to be `heard`. `given`: what it is called with, for messages.
 
     Raises:
         StructureError: The forward pass failed.
@@ -47,9 +48,11 @@ def forward_once(
                 return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
         except Exception as error:
             raise StructureError(
-                f"{_the_pass(call)} of {type(model).__name__} with the example inputs failed "
-                f"({type(error).__name__}: {error}). Pass example_inputs that the model accepts: a tuple of "
-                "positional arguments, a dict of keyword arguments, one tensor, or a list of several calls."
+                f"{_the_pass(call)} of {type(model).__name__} with {given} failed ({type(error).__name__}: {error}). "
+                + _WAYS.get(
+                    given,
+                    "Pass batches that the model accepts, or say what it takes of them: `inputs=`.",
+                )
             ) from error
 
 
@@ -74,6 +77,10 @@ def is_running(model: nn.Module) -> bool:
 
 
 _CALL = nn.Module._call_impl.__code__
+_WAYS = {
+    "the example inputs": "Pass example_inputs that the model accepts: a tuple of positional arguments, a dict of "
+    "keyword arguments, one tensor, or a list of several calls."
+}
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

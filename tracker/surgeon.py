@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tracker.batches import Inputs, each
 from tracker.calibrator import NeuronCalibrator
 from tracker.calls import Arguments, arguments
 from tracker.changer import Neurons
@@ -20,66 +20,20 @@ from tracker.observation import Observation
 from tracker.surgery import Receipt
 from tracker.surgery.advice import requests
 from tracker.surgery.foresight import foretell
-from tracker.surgery.growth import Loss, gradient_directions, plan_expansion, plan_recycling
-from tracker.surgery.held_back import Batches
+from tracker.surgery.growth import gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
-from tracker.surgery.norms import reestimate
-from tracker.surgery.objective import Objective
+from tracker.surgery.objective import Loss, Objective
 from tracker.surgery.pairs import default_pairs
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.problem import Limits
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
-from tracker.surgery.transaction import refuse_inside_a_pass, unchanged
+from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.surgery.uniform import Key, plan_width, uneven
 
 
 class NeuronSurgeon(NeuronCalibrator):
     """All calls that change a model, on top of those that look."""
-
-    def calibrate(
-        self,
-        batches: Iterable[Any],
-        limit: int | None = None,
-        *,
-        loss: Loss | None = None,
-        patches: bool = False,
-    ) -> int:
-        """Observe what the consumers of prunable groups read, for changes that make up for what goes.
-
-        One pass in eval mode over `batches` (or the first `limit`); each is what the model takes: a tensor, a tuple of
-        positional arguments, or a dict of keyword arguments. Of an (inputs, targets) pair, as data loaders give, name
-        the inputs: `(x for x, _ in loader)`. Takes (columns)² numbers of 8 bytes for each consumer. With `patches`,
-        convolutions are fitted place by place of their kernels, not channel by channel: nearer, and slower, since
-        each channel is as many columns as the kernel has places.
-
-        Gradients of the first batches tell what errors of the consumers cost in `loss`: `loss(output, batch)`, as for
-        `expand_layer`, the batch's first entry is then what the model takes. Without one, the loss is the divergence
-        from the model's own predictions where its outputs are logits by name or log-probabilities, else the squared
-        change of its outputs. Where no gradients can be taken, errors count relative to what each consumer puts out.
-
-        Returns:
-            Consumers that were observed.
-        """
-        some = Batches(itertools.islice(batches, limit), hold_back=False)
-        return self._calibrate(some, Objective(loss), patches=patches)
-
-    def reestimate_norms(self, batches: Iterable[Any], limit: int | None = None) -> list[str]:
-        """Take the running statistics of batch norms anew, over `batches` as `calibrate` takes them; `undo` gives back.
-
-        After channels went, the old ones describe another network.
-
-        Returns:
-            Names of these norms.
-
-        Raises:
-            SurgeryError: No norm keeps running statistics, or no batch reached one.
-        """
-        entry = self._tracker.current
-        with entry.observer.paused(), self._session.transaction() as change:
-            names = reestimate(entry.model(), itertools.islice(batches, limit), change.log)
-            change.receipt = unchanged("reestimate_norms", entry)
-        return names
 
     def prune_units(
         self,
@@ -135,6 +89,8 @@ class NeuronSurgeon(NeuronCalibrator):
         tolerance: float = 1e-3,
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
+        inputs: Inputs | None = None,
+        progress: bool | None = None,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
@@ -150,6 +106,8 @@ class NeuronSurgeon(NeuronCalibrator):
                 varies by, predicted) up to which they are folded.
             batches: Calibration data, as for `calibrate`; without them, what was observed before.
             loss: As for `calibrate`, of `batches`.
+            inputs: As for `calibrate`, of `batches`.
+            progress: Whether a bar is shown; None: on terminals and in notebooks.
             dry_run: Only tell what would happen.
             verify: Compare with what is promised, on a copy in float64 and after the change.
 
@@ -157,9 +115,6 @@ class NeuronSurgeon(NeuronCalibrator):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        if batches is not None:
-            hold_back = self._session.ranks is None
-            self._calibrate(Batches(batches, hold_back=hold_back), Objective(loss))
 
         def plan() -> tuple[Plan, list[str]]:
             if pairs is None:
@@ -175,7 +130,10 @@ class NeuronSurgeon(NeuronCalibrator):
             named = list(zip(places[::2], places[1::2], strict=True))
             return self._measured(*plan_merge(self._tracker, named))
 
-        return self._change(plan, dry_run=dry_run, verify=verify)
+        with self._calibrating(dry_run=dry_run):
+            if batches is not None:
+                self._calibrate_by(batches, loss, inputs, progress)
+            return self._change(plan, dry_run=dry_run, verify=verify)
 
     def expand_layer(
         self,
@@ -184,16 +142,18 @@ class NeuronSurgeon(NeuronCalibrator):
         *,
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
+        inputs: Inputs | None = None,
         directions: Tensor | None = None,
         seed: int = 0,
+        progress: bool | None = None,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
         """Add neurons to a layer; the model's function stays. Their ids are in the receipt's `added_ids`.
 
         They are read with weights of zero at first. Their own weights are random directions or, where `batches` and
-        `loss` are given (`loss(output, batch)`, the batch's first entry is what the model takes), those by which the
-        loss falls fastest; or `directions` that are given, (1 or more, incoming features), best first.
+        `loss` are given (as for `calibrate`), those by which the loss falls fastest; or `directions` that are given,
+        (1 or more, incoming features), best first.
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -201,10 +161,15 @@ class NeuronSurgeon(NeuronCalibrator):
 
         def plan() -> tuple[Plan, list[str]]:
             layer_named(list(self._tracker.current.layers), layer_name)
-            best = directions
+            best, notes = directions, list[str]()
             if batches is not None and loss is not None:
-                best = gradient_directions(self._tracker, layer_name, batches, loss)
-            return plan_expansion(self._tracker, layer_name, count, best, seed), []
+                reader = self._reader(inputs, loss=loss)
+                some = map(reader.read, each(reader, batches, "Gradients", progress))
+                best = gradient_directions(self._tracker, layer_name, some, Objective(loss))
+                notes = reader.notes()
+            elif batches is not None:
+                notes = ["without a loss, `batches` say nothing of where new neurons should look"]
+            return plan_expansion(self._tracker, layer_name, count, best, seed), notes
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 
@@ -294,6 +259,7 @@ class NeuronSurgeon(NeuronCalibrator):
         *,
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
+        inputs: Inputs | None = None,
         rounds: int = 1,
         round_to: int = 1,
         floor: int | Mapping[str, int] = 1,
@@ -301,7 +267,7 @@ class NeuronSurgeon(NeuronCalibrator):
         criterion: str | Criterion = "reconstruction",
         compensate: bool = True,
         strict: bool = False,
-        progress: bool = True,
+        progress: bool | None = None,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
@@ -317,6 +283,7 @@ class NeuronSurgeon(NeuronCalibrator):
             of: "parameters" or "flops" of the model, or "neurons": units of the groups that can shrink.
             batches: Calibration data, as for `calibrate`; without them, what was observed before.
             loss: As for `calibrate`, of `batches`.
+            inputs: As for `calibrate`, of `batches`.
             rounds: In how many steps the budget is spent. After each, `batches` are observed anew: the errors of one
                 layer are the inputs of the next. Each is an entry of the journal; `undo` takes all back.
             round_to: Widths are to be multiples of it.
@@ -327,7 +294,7 @@ class NeuronSurgeon(NeuronCalibrator):
                 "random", one registered with `tracker.compensation.criterion`, or such a function itself.
             compensate: Whether the consumers take over what goes.
             strict: Refuse a budget that cannot be met to within 2%, as widths change in steps.
-            progress: Show a bar while units are weighed.
+            progress: Whether bars are shown; None: on terminals and in notebooks.
             dry_run: Only tell what would happen.
             verify: Compare with what is promised, on a copy in float64 and after the change.
 
@@ -339,9 +306,7 @@ class NeuronSurgeon(NeuronCalibrator):
 
         def once(share: float) -> Receipt:
             if given is not None:
-                self._calibrate(
-                    Batches(given, hold_back=self._session.ranks is None), Objective(loss)
-                )
+                self._calibrate_by(given, loss, inputs, progress)
             plan = partial(
                 self._plan_compression,
                 share,
@@ -354,9 +319,10 @@ class NeuronSurgeon(NeuronCalibrator):
             )
             return self._change(plan, dry_run=dry_run and rounds == 1, verify=verify)
 
-        if rounds == 1:
-            return once(keep)
-        return self._in_rounds(once, keep, rounds, of, dry_run=dry_run)
+        with self._calibrating(dry_run=dry_run):
+            if rounds == 1:
+                return once(keep)
+            return self._in_rounds(once, keep, rounds, of, dry_run=dry_run)
 
     def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
         """Insert a layer of the same width behind the layer `after`; the model's function stays.
@@ -377,13 +343,15 @@ class NeuronSurgeon(NeuronCalibrator):
         layer_name: str,
         *,
         batches: Iterable[Any] | None = None,
+        inputs: Inputs | None = None,
         force: bool = False,
+        progress: bool | None = None,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
         """Remove a hidden layer of a chain, a residual block, or an activation; what is left is refitted.
 
-        The least-squares fit is over `batches` (what the model takes), by default the example inputs. The receipt's
+        The least-squares fit is over `batches` (as for `calibrate`), by default the example inputs. The receipt's
         notes tell how much of what the layer did is explained, on every fourth batch (of few: sample), which the fit
         that is judged did not see; too little is refused, unless forced. What reads an activation is refitted where
         only linear layers do; else the multiple of its input plus a constant that comes nearest stands in its place.
@@ -397,9 +365,13 @@ class NeuronSurgeon(NeuronCalibrator):
             if observer.inputs is None:
                 _ = self.structure  # tells what is missing
             assert observer.inputs is not None
-            given = [Arguments(*observer.inputs)] if batches is None else map(arguments, batches)
-            drawn = plan_layer_removal(self._tracker, layer_name, list(given), force)
-            return self._measured(*drawn)
+            reader = self._reader(inputs)
+            calls = [Arguments(*observer.inputs)]
+            if batches is not None:
+                some = each(reader, batches, "Refitting", progress)
+                calls = [arguments(reader.read(batch).call) for batch in some]
+            plan, notes = plan_layer_removal(self._tracker, layer_name, calls, force)
+            return self._measured(plan, [*notes, *reader.notes()])
 
         return self._change(plan, dry_run=dry_run, verify=verify)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from tracker.calls import Call, arguments
+from tracker.batches import EXAMPLE, Batch
 from tracker.compensation.linear import EXACT
 from tracker.graphs import GraphHook, forget_compiled_graphs, is_new_data
 from tracker.nested import tensors_in
@@ -131,13 +131,15 @@ def reads_of(
             call
         ) in passes.recorded:  # of a head for training, say, only another call than the first tells
             missing = [c for c in missing if c.weight not in found]
-            found.update(collect(entry.model(), [call], missing) if missing else {})
+            found.update(
+                collect(entry.model(), [Batch(call, None, EXAMPLE)], missing) if missing else {}
+            )
     return found
 
 
 def collect(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     wanted: Iterable[Consumer],
     *,
     patches: bool = False,
@@ -147,7 +149,7 @@ def collect(
 
     patches: Convolutions see all that lies under their kernels, not channels alone.
     objective: Also take the curvature of this loss at the consumers' outputs, from gradients of the first GRADIENTS
-        batches; without one, batches are what the model takes.
+        batches.
     """
     wanted = list(wanted)
     with borrowed(model) if objective is not None else nullcontext(model) as lent:
@@ -155,13 +157,13 @@ def collect(
         watcher = Watcher(quiet, wanted, heard=True, patches=patches)
         if objective is None:
             for batch in batches:
-                forward_once(quiet, batch if isinstance(batch, Call) else arguments(batch))
+                forward_once(quiet, batch.call, given=batch.what)
             return watcher.stop()
         every = {one.weight: one for one in wanted}
         with CurvatureWatcher(quiet, every, watcher.taps, objective) as bent, eager():
             for number, batch in enumerate(batches):
-                with bent.expecting(batch if number < GRADIENTS else None):
-                    forward_once(quiet, objective.inputs(batch), bent.mode())
+                with bent.expecting(batch.given if number < GRADIENTS else None):
+                    forward_once(quiet, batch.call, bent.mode(), given=batch.what)
         reads = watcher.stop()
         known = bent.values({weight: read.covariance.mean for weight, read in reads.items()})
         return {weight: replace(read, loss=known.get(weight)) for weight, read in reads.items()}

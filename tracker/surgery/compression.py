@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from tracker.calls import Arguments
 from tracker.compensation import Path, Selection, allocate
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
+from tracker.progress import bar
 from tracker.structure import UnitGroup
 from tracker.structure.lending import borrowed
 from tracker.structure.sizes import tensors
@@ -101,7 +101,7 @@ def plan_compression(
     strict: bool = False,
     calibration: Calibration | None = None,
     chosen: Callable[[], None] = lambda: None,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> tuple[Plan, list[str]]:
     """The plan that keeps the share `keep` of the model's parameters, FLOPs, or prunable units.
 
@@ -132,7 +132,9 @@ def plan_compression(
     wanted = _candidates(market, keep * market.whole)
     usable, notes = _within(wanted, market, keep, strict=strict)
     measured = calibration if calibration is not None and calibration.batches else None
-    name, outlook = _best(tracker, market, usable, measured, compensate=compensate)
+    name, outlook = _best(
+        tracker, market, usable, measured, compensate=compensate, progress=progress
+    )
     units = market.units(usable[name])
     chosen()
     plan, more = plan_pruning(tracker, units, compensate)
@@ -150,16 +152,16 @@ def _market(
     of: str,
     criterion: str | Criterion,
     *,
-    progress: bool,
+    progress: bool | None,
 ) -> _Market:
     model = tracker.current.model()
     held, chosen = tensors(model), criterion != RECONSTRUCTION
-    bar = tqdm(problems, desc="Weighing units", unit="group", disable=not progress, leave=False)
+    weighed = bar(problems, "Weighing units", "group", progress)
     found: list[Selection] = []
     prices: list[list[float]] = []
     relative: list[list[float]] = []
     priced = problems.priced
-    for i, (group, problem) in enumerate(zip(groups, bar, strict=True)):
+    for i, (group, problem) in enumerate(zip(groups, weighed, strict=True)):
         if chosen:
             weight = problems.plain(i).weight
             selection = ordered(held, group, problem, criterion, weight)
@@ -249,6 +251,7 @@ def _best(
     calibration: Calibration | None,
     *,
     compensate: bool,
+    progress: bool | None,
 ) -> tuple[str, Outlook]:
     """The candidate after which the loss is least, each tried on a copy; the first where there is nothing to try on."""
     first = next(iter(usable))
@@ -258,7 +261,7 @@ def _best(
     model, losses = entry.model(), dict[str, float]()
     with entry.observer.paused():
         before = calibration.value(model, model)
-        for name, removed in usable.items():
+        for name, removed in bar(usable.items(), "Trying budgets", "candidate", progress):
             same = next((n for n in losses if usable[n] == removed), None)
             if same is not None:
                 losses[name] = losses[same]
@@ -276,4 +279,5 @@ def _told(name: str, outlook: Outlook, calibration: Calibration | None) -> list[
     if calibration is None:
         return []
     tried = ", ".join(f"{n}: {loss:.5g}" for n, loss in outlook.candidates.items())
-    return [f"chosen: {name}; measured on {calibration.told()} ({tried})"]
+    measured = f"measured on {calibration.told()}"
+    return [f"chosen: {name}; {measured} ({tried})", *calibration.reader.notes()]

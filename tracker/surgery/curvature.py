@@ -47,7 +47,6 @@ class CurvatureWatcher:
         self._sums = {name: _Sums(one, taps[name], model) for name, one in wanted.items()}
         self._batches, self._failed = 0, False
         self._batch: Any = None
-        self._refused: SurgeryError | None = None
         self._of_loss = False  # the gradients under way are those of the loss, not of a probe
         self._handles: list[Any] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []
@@ -74,9 +73,9 @@ class CurvatureWatcher:
         self._batch = batch
         try:
             yield
-        except StructureError:
-            if self._refused is not None:
-                raise self._refused from None
+        except StructureError as error:
+            if isinstance(error.__cause__, SurgeryError):  # of the loss
+                raise error.__cause__ from None
             raise
         finally:
             self._batch = None
@@ -104,11 +103,7 @@ class CurvatureWatcher:
         # Inside the pass: afterwards its buffers are written to.
         if not self._takes_gradients:
             return
-        try:
-            self._objective.check(output, self._batch)
-        except SurgeryError as error:  # a pass that fails would say something else
-            self._refused = error
-            raise
+        self._objective.check(output, self._batch)
         try:
             self._take(output, torch.Generator().manual_seed(self._batches))
             self._batches += 1

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tracker.calls import Arguments, arguments
-from tracker.errors import SurgeryError
+from tracker.batches import Batch
+from tracker.calls import Arguments
+from tracker.errors import StructureError, SurgeryError
 from tracker.nested import tensors_in
 from tracker.probe import forward_once, quiet_copy
 from tracker.slotmap import SlotMap
@@ -22,12 +23,10 @@ from tracker.structure.lending import light_copy
 from tracker.structure.sizes import tensors
 from tracker.surgery.apply import apply
 from tracker.surgery.directions import directions_of
+from tracker.surgery.objective import Objective
 from tracker.surgery.plan import Plan, plan_removal
 from tracker.surgery.takeover import taken_over
 from tracker.tracker import ActivationTracker
-
-# What a loss is made of: the model's output and the batch it came from.
-Loss = Callable[[Any, Any], Tensor]
 
 
 def plan_expansion(
@@ -203,7 +202,7 @@ def with_measured_norms(tracker: ActivationTracker, plan: Plan) -> Plan:
 
 
 def gradient_directions(
-    tracker: ActivationTracker, layer: str, batches: Iterable[Any], loss: Loss
+    tracker: ActivationTracker, layer: str, batches: Iterable[Batch], objective: Objective
 ) -> Tensor | None:
     """Incoming directions of new neurons of a linear layer by which the loss falls fastest: (rank, features).
 
@@ -224,24 +223,46 @@ def gradient_directions(
             lambda m, a, out, seen=seen: seen.append(tensors_in(out)[0])
         )
     product: Tensor | None = None
-    with tracker.current.observer.paused(), torch.enable_grad():
-        for batch in batches:
-            inputs.clear()
-            for seen in outputs.values():
-                seen.clear()
-            args = arguments(batch[0] if isinstance(batch, (tuple, list)) else batch)
-            value = loss(bench(*args.args, **args.kwargs), batch)
-            made = [seen[0] for seen in outputs.values() if seen]
-            if not made or not inputs:
-                return None
-            deltas = torch.autograd.grad(value, made, allow_unused=True)
-            x = inputs[0].flatten(0, -2).double()
-            rows = [d.flatten(0, -2).double() for d in deltas if d is not None]
-            if not rows or any(len(r) != len(x) for r in rows):
-                return None
-            step = torch.cat(rows, 1).T @ x
-            product = step if product is None else product + step
+    deltas: list[Tensor | None] = []
+    for batch in batches:
+        inputs.clear()
+        for seen in outputs.values():
+            seen.clear()
+        # Inside the pass: afterwards the buffers are put back, and the graph would have saved others.
+        sent = bench.register_forward_hook(_sent_back(objective, batch, outputs, deltas))
+        try:
+            with tracker.current.observer.paused():
+                forward_once(bench, batch.call, torch.enable_grad(), given=batch.what)
+        except StructureError as error:
+            if isinstance(error.__cause__, SurgeryError):  # of the loss
+                raise error.__cause__ from None
+            raise
+        sent.remove()
+        x = inputs[0].flatten(0, -2).double() if inputs else None
+        rows = [d.flatten(0, -2).double() for d in deltas if d is not None]
+        if x is None or not rows or any(len(r) != len(x) for r in rows):
+            return None
+        step = torch.cat(rows, 1).T @ x
+        product = step if product is None else product + step
     return None if product is None else directions_of(product)
+
+
+def _sent_back(
+    objective: Objective,
+    batch: Batch,
+    outputs: Mapping[str, list[Tensor]],
+    deltas: list[Tensor | None],
+) -> Callable[..., None]:
+    """A hook of the whole model that sets `deltas` to the gradients of its loss at these outputs."""
+
+    def hook(module: nn.Module, args: object, output: Any) -> None:
+        assert objective.loss is not None
+        objective.check(output, batch.given)
+        made = [seen[0] for seen in outputs.values() if seen]
+        value = objective.loss(output, batch.given)
+        deltas[:] = torch.autograd.grad(value, made, allow_unused=True) if made else []
+
+    return hook
 
 
 def appended(size: int, template: Sequence[int], count: int) -> SlotMap:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tracker.batches import Batch, BatchReader, each
 from tracker.reads import Read
 from tracker.structure.lending import borrowed
 from tracker.surgery.apply import apply
@@ -20,26 +21,38 @@ EVERY, MOST = 4, 8  # each fourth batch is kept, of the first 32
 
 
 class Batches:
-    """Passes batches on and keeps each fourth; with `hold_back` those are not passed on."""
+    """Passes batches on, read, and keeps each fourth; with `hold_back` those are not passed on."""
 
-    def __init__(self, batches: Iterable[Any], *, hold_back: bool) -> None:
-        self._batches, self._hold_back = batches, hold_back
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        reader: BatchReader,
+        *,
+        hold_back: bool,
+        limit: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self._batches, self._reader = batches, reader
+        self._hold_back, self._limit, self._progress = hold_back, limit, progress
         self.kept: list[Any] = []
         self._last: list[Any] = []
 
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self._batches):
+    def __iter__(self) -> Iterator[Batch]:
+        given_one_by_one = each(
+            self._reader, self._batches, "Calibrating", self._progress, self._limit
+        )
+        for number, given in enumerate(given_one_by_one):
             if number % EVERY == EVERY - 1 and len(self.kept) < MOST:
-                self.kept.append(batch)
+                self.kept.append(given)
                 if self._hold_back:
                     continue
-            self._last = [batch]
-            yield batch
+            self._last = [given]
+            yield self._reader.read(given)
 
     def calibration(self, objective: Objective) -> Calibration:
         """What was kept, after all were passed on; of fewer than four batches the last one, which was."""
         unseen = self._hold_back and bool(self.kept)
-        return Calibration(objective, tuple(self.kept or self._last), unseen)
+        return Calibration(objective, tuple(self.kept or self._last), self._reader, unseen)
 
 
 def measured(model: nn.Module, plan: Plan, calibration: Calibration) -> tuple[Plan, str]:
@@ -65,8 +78,7 @@ def with_all(
     """What consumers read in all batches, once those that were held back have served."""
     some = [one for one in wanted if one.weight in reads]
     taps = any(reads[one.weight].taps > 1 for one in some)
-    inputs = [calibration.objective.inputs(batch) for batch in calibration.batches]
-    more = collect(model, inputs, some, patches=taps)
+    more = collect(model, calibration.read(), some, patches=taps)
     known: dict[tuple[int, int], Any] = {}  # what some share, they go on sharing
     found = dict(reads)
     for weight, read in more.items():

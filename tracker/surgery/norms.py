@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tracker.calls import arguments
+from tracker.batches import A_BATCH, Batch
 from tracker.errors import SurgeryError
 from tracker.probe import forward_once, quiet_copy
 from tracker.surgery.undo import UndoLog, writable
@@ -19,7 +18,7 @@ from tracker.surgery.undo import UndoLog, writable
 Moments = dict[str, list[tuple[Tensor, Tensor]]]  # of each norm, batch by batch
 
 
-def reestimate(model: nn.Module, batches: Iterable[Any], log: UndoLog) -> list[str]:
+def reestimate(model: nn.Module, batches: Iterable[Batch], log: UndoLog) -> list[str]:
     """Give each norm the mean and the variance, over all `batches`, of what it reads.
 
     Returns:
@@ -37,7 +36,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any], log: UndoLog) -> list[s
         )
     seen: Moments = {}
     for batch in batches:
-        forward_once(bench, arguments(batch), within=_shown(norms, seen))
+        forward_once(bench, batch.call, within=_shown(norms, seen), given=A_BATCH)
     if not seen:
         raise SurgeryError("No batch reached a norm: pass batches as the model takes them.")
     new = {name: _whole(parts) for name, parts in seen.items()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracker.calls import Arguments, Call, arguments
+from tracker.batches import A_BATCH, Batch, BatchReader
 from tracker.errors import SurgeryError
 from tracker.nested import replaced, tensors_in
 from tracker.probe import forward_once, quiet_copy
@@ -37,20 +37,12 @@ class Probe:
 class Objective:
     """What an error of the model is measured by.
 
-    loss: `loss(output, batch)`, where the first entry of a batch that is a tuple is what the model takes. Without one,
-        batches are what the model takes, and the loss is the divergence (KL) from the model's own predictions where
-        the outputs are logits (an attribute or key `logits`) or log-probabilities; else the relative squared change.
+    loss: `loss(output, batch)`, with the batch as it was given, targets too. Without one, the loss is the divergence
+        (KL) from the model's own predictions where the outputs are logits (an attribute or key `logits`) or
+        log-probabilities; else the relative squared change.
     """
 
     loss: Loss | None = None
-
-    def inputs(self, batch: Any) -> Arguments | Call:
-        """What the model takes of a batch, or the call that it is."""
-        if isinstance(batch, Call):
-            return batch
-        if self.loss is not None and isinstance(batch, (tuple, list)) and batch:
-            return arguments(batch[0])
-        return arguments(batch)
 
     def check(self, output: Any, batch: Any) -> None:
         """See that the loss takes such outputs.
@@ -63,11 +55,11 @@ class Objective:
         try:
             with torch.no_grad():
                 value = self.loss(output, batch)
-            number = float(value)
+            number = float(value.detach() if isinstance(value, Tensor) else value)
         except Exception as error:
             raise SurgeryError(
                 f"loss(output, batch) failed ({type(error).__name__}: {error}). It is given what the model puts out, "
-                "and the batch as it was passed, whose first entry (of a tuple or list) is what the model takes."
+                "and the batch as it was passed, targets too."
             ) from error
         if not isinstance(value, Tensor):
             raise SurgeryError(f"loss(output, batch) gives a tensor of one number, not {number!r}.")
@@ -94,20 +86,20 @@ class Objective:
             for tensor in _measured(output)
         ]
 
-    def value(self, model: nn.Module, batches: Sequence[Any], original: nn.Module) -> float:
+    def value(self, model: nn.Module, batches: Iterable[Batch], original: nn.Module) -> float:
         """Mean loss of a model over batches; without a loss, how far its outputs are from those of the original."""
-        quiet, total = quiet_copy(model), 0.0
+        quiet, total, count = quiet_copy(model), 0.0, 0
         reference = None if self.loss is not None else quiet_copy(original)
         for batch in batches:
-            inputs = self.inputs(batch)
-            output = forward_once(quiet, inputs)
+            count += 1
+            output = forward_once(quiet, batch.call, given=A_BATCH)
             if self.loss is not None:
                 with torch.no_grad():
-                    total += float(self.loss(output, batch))
+                    total += float(self.loss(output, batch.given))
             else:
                 assert reference is not None
-                total += _apart(output, forward_once(reference, inputs))
-        return total / max(len(batches), 1)
+                total += _apart(output, forward_once(reference, batch.call, given=A_BATCH))
+        return total / max(count, 1)
 
     def kind(self, output: Any) -> str:
         """What its values are."""
@@ -120,16 +112,23 @@ class Objective:
 class Calibration:
     """What a model was calibrated by, and batches to measure the loss on.
 
+    batches: As they were given.
+    reader: Tells what the model takes of them.
     unseen: They are not among those whose statistics changes are computed from.
     """
 
     objective: Objective
     batches: tuple[Any, ...]
+    reader: BatchReader
     unseen: bool = False
+
+    def read(self) -> Iterator[Batch]:
+        """The batches, each on the model's device while it is used."""
+        return map(self.reader.read, self.batches)
 
     def value(self, model: nn.Module, original: nn.Module) -> float:
         """See `Objective.value`."""
-        return self.objective.value(model, self.batches, original)
+        return self.objective.value(model, self.read(), original)
 
     def told(self) -> str:
         """What changes are measured on, for people."""
@@ -138,8 +137,8 @@ class Calibration:
 
     def kind(self, model: nn.Module) -> str:
         """What its values are."""
-        inputs = self.objective.inputs(self.batches[0])
-        return self.objective.kind(forward_once(quiet_copy(model), inputs))
+        first = next(self.read())
+        return self.objective.kind(forward_once(quiet_copy(model), first.call, given=A_BATCH))
 
 
 def _curvature_of(
