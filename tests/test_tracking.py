@@ -215,7 +215,8 @@ def test_custom_layers_get_ids_with_example_inputs_or_at_the_first_pass() -> Non
     assert neuron_map == {"2": [0, 1]}
     late.start_tracking()
     model(x)
-    assert neuron_map == {"2": [0, 1], "0": list(range(2, 9))}
+    assert neuron_map == {"2": [0, 1]}  # what a call returned stays as it was
+    assert late.track_model(model) == {"2": [0, 1], "0": list(range(2, 9))}
     assert late.get_neuron_info(2) == ("0", 0)
 
 

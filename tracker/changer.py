@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from tracker.adviser import NeuronAdviser
 from tracker.distributed import Meeting, Ranks, refuse_alone, watch_wrapper
 from tracker.errors import SurgeryError, UnknownNeuronError
-from tracker.identity import layer_named
+from tracker.identity import NeuronId, layer_named
 from tracker.journal import Entry, Journal, When, fingerprint
 from tracker.probe import Arguments, quiet_copy
 from tracker.session import Session, rehearsing
@@ -291,25 +292,14 @@ class NeuronChanger(NeuronAdviser):
                 del self._sessions[entry]
 
     def _places(self, neurons: Neurons) -> list[tuple[str, int]]:
-        """(layer, local index) of neurons given by ids, or as {layer: local indices}."""
+        """(layer, local index) of neurons given by ids, or as {layer: ids or local indices}."""
         current = self._tracker.current
         places: list[tuple[str, int]] = []
         if isinstance(neurons, Mapping):
-            for layer, indices in neurons.items():
-                size = len(current.layers[layer_named(list(current.layers), layer)].ids)
-                wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < size]
-                if wrong:
-                    raise UnknownNeuronError(
-                        f"Layer {layer!r} has no neuron {wrong[0]!r}: its local indices are 0 to {size - 1}."
-                    )
-                places += [(layer, i) for i in indices]
+            for layer, listed in neurons.items():
+                places += [(layer, self._slot(layer, one)) for one in _several(listed)]
             return places
-        listed: object = neurons
-        if not isinstance(listed, Iterable) or isinstance(listed, str):
-            raise UnknownNeuronError(
-                f"Neurons are named by a list of ids, or as {{layer: [local indices]}}, not by {neurons!r}."
-            )
-        for neuron in neurons:
+        for neuron in _several(neurons):
             entry, index = self._tracker.registry.find(neuron)
             if current.layers.get(entry.layer) is not entry:
                 raise UnknownNeuronError(
@@ -317,6 +307,28 @@ class NeuronChanger(NeuronAdviser):
                 )
             places.append((entry.layer, index))
         return places
+
+    def _slot(self, layer: str, neuron: object) -> int:
+        """The local index that is meant by an id of the layer, or by a local index."""
+        current = self._tracker.current
+        ids = current.layers[layer_named(list(current.layers), layer)]
+        if isinstance(neuron, NeuronId):
+            entry, index = self._tracker.registry.find(neuron)
+            if entry is not ids:
+                raise UnknownNeuronError(
+                    f"Neuron {neuron} belongs to layer {entry.layer!r} of {entry.model!r}, not to {layer!r}."
+                )
+            return index
+        size = len(ids.ids)
+        try:
+            index = operator.index(neuron)  # type: ignore[arg-type]
+        except TypeError:
+            index = -1
+        if isinstance(neuron, bool) or not 0 <= index < size:
+            raise UnknownNeuronError(
+                f"Layer {layer!r} has no neuron {neuron!r}: its local indices are 0 to {size - 1}."
+            )
+        return index
 
 
 def _not_attached(plan: Plan, model: nn.Module, optimizers: Sequence[Any]) -> list[str]:
@@ -328,3 +340,20 @@ def _not_attached(plan: Plan, model: nn.Module, optimizers: Sequence[Any]) -> li
         "the old shapes. Call attach_optimizer(optimizer) before changes"
         for kind in unattached(touched, map(torch_optimizer, optimizers))
     ]
+
+
+def _several(neurons: object) -> list[Any]:
+    """The entries of what should be a list of neurons.
+
+    Raises:
+        UnknownNeuronError: It is none.
+    """
+    try:
+        if isinstance(neurons, str | bytes | nn.Module):
+            raise TypeError
+        return list(neurons)  # type: ignore[call-overload]
+    except (TypeError, RuntimeError):
+        raise UnknownNeuronError(
+            "Neurons are named by a list of ids, or as {layer: [ids or local indices]}, not by "
+            f"{type(neurons).__name__} {str(neurons)[:80]!r}."
+        ) from None

@@ -88,6 +88,8 @@ class NeuronEngine(NeuronSurgeon):
             loss: Of this step.
             model: Which one took it. None: the one that modifies itself; of several, the current one.
 
+        Without `start_self_modification` it does nothing: one script serves with and without.
+
         Raises:
             SurgeryError: `start_self_modification` was not called, several models modify themselves and none of them
                 is the current one, or the loss is not one number.

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tracker.errors import NotTrackedError, UnknownNeuronError
 from tracker.slotmap import SlotMap
+
+
+class NeuronId(int):
+    """The id of a neuron: an int that says so, wherever it is filtered, sorted or sliced to.
+
+    Where a layer's neurons are asked for, {layer name: [...]}, ids are read as ids and plain ints as local indices.
+    """
+
+    __slots__ = ()
+
+
+def named(ids: Iterable[int]) -> list[int]:
+    """These ids, each of which says that it is one: a list of the caller's own."""
+    return [NeuronId(i) for i in ids]
 
 
 @dataclass(slots=True)
@@ -51,7 +65,6 @@ class NeuronRegistry:
         fresh = LayerIds(entry.model, entry.layer, [])
         self._extend(fresh, slots.size - len(slots.known), owner=entry)
         births = iter(fresh.ids)
-        # In place: the map that track_model returned holds this list.
         entry.ids[:] = [next(births) if s is None else old[s] for s in slots.source]
         entry.index = {}
         return fresh.ids

@@ -252,7 +252,6 @@ def _give_ids(tracker: ActivationTracker, entry: TrackedModel, data: Mapping[str
     if {name: len(layer.ids) for name, layer in layers.items()} != widths:
         raise ValueError("layers have other widths")
     entry.layers = layers
-    entry.neuron_map = {name: layer.ids for name, layer in layers.items()}
 
 
 def _whole(value: Any) -> int:

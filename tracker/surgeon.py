@@ -69,7 +69,9 @@ class NeuronSurgeon(NeuronCalibrator):
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
-        """Remove neurons in place: ids, or {layer name: local indices}. Arguments as for `prune_units`.
+        """Remove neurons in place: ids, or {layer name: [ids or local indices]}. Arguments as for `prune_units`.
+
+        In such a mapping ids are those that an engine's call returned; plain ints are local indices.
 
         Raises:
             UnknownNeuronError: No neuron has such an id.

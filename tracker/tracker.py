@@ -43,7 +43,6 @@ class TrackedModel:
     name: str
     observer: Observer
     layers: dict[str, LayerIds] = field(default_factory=dict)  # in order of ids
-    neuron_map: dict[str, list[int]] = field(default_factory=dict)  # what track_model returned
     handles: list[RemovableHandle] = field(default_factory=list)
     hooked: bool = False  # its layers are
     structure: Structure | None = None  # as last traced
@@ -135,6 +134,8 @@ class ActivationTracker:
         model = unwrap(model)
         known = self._known(model)
         if known is not None:
+            if example_inputs is not None:
+                self._show(known, model, example_inputs)
             self._current = known
             return known
         sites = [Site(layer) for layer in find_layers(model, axes)]
@@ -171,6 +172,17 @@ class ActivationTracker:
         self.models.append(entry)
         self._current = entry
         return entry
+
+    def _show(self, entry: TrackedModel, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        """Take other example inputs for a model that is tracked: its structure is traced anew."""
+        observer = entry.observer
+        with observer.paused():
+            calls = calls_of(example_inputs)
+            for call in calls:
+                forward_once(model, call)
+        observer.given, observer.inputs = calls, (calls[0].args, calls[0].kwargs)
+        entry.structure, entry.traced = None, False
+        self._set_taps(entry)
 
     def hook(self, model: nn.Module | None = None) -> None:
         """Put hooks on a tracked model (the current one), and make it the current one."""
@@ -320,11 +332,9 @@ class ActivationTracker:
             for name, ids in before.items():
                 self.registry.restore(old_layers[name], ids)
             observer.sites[:] = old_sites
-            for table in (entry.layers, entry.neuron_map):
-                for layer in born:
-                    table.pop(layer.name, None)
+            for layer in born:
+                entry.layers.pop(layer.name, None)
             entry.layers.update(old_layers)
-            entry.neuron_map.update({name: old_layers[name].ids for name in before})
             entry.structure, entry.traced = old_structure, old_traced
             if entry.hooked:
                 attach_sites(observer, model)
@@ -334,7 +344,6 @@ class ActivationTracker:
         undo(back)
         for name in before:
             self.registry.reslot(entry.layers.pop(name), SlotMap(()), why)
-            entry.neuron_map.pop(name, None)
         order = list(layers)
         sites = [*(s for s in old_sites if s.name not in gone), *map(Site, born)]
         observer.sites[:] = sorted(sites, key=lambda site: order.index(site.name))
@@ -403,7 +412,6 @@ class ActivationTracker:
         assert site.neurons is not None
         ids = self.registry.register(entry.name, site.name, site.neurons)
         entry.layers[site.name] = ids
-        entry.neuron_map[site.name] = ids.ids
 
 
 def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:

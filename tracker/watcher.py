@@ -15,6 +15,7 @@ from tracker.analyzer import LayerFindings
 from tracker.calls import ExampleInputs
 from tracker.errors import StatisticsError
 from tracker.history import TrainingHistory
+from tracker.identity import NeuronId, named
 from tracker.observation import Observation
 from tracker.session import Session
 from tracker.tracker import ActivationTracker, TrackedModel
@@ -85,7 +86,8 @@ class NeuronWatcher:
             batch_dim: Dimension of the model's first input that counts samples.
 
         Returns:
-            {layer name: ids of its neurons}, in module order. The same model again: the same ids.
+            {layer name: ids of its neurons}, in module order, as they are now: later changes leave it as it is. The
+            same model again: the same ids.
 
         Raises:
             NotTrackedError: There is no layer with neurons, or the module runs no hooks.
@@ -93,7 +95,7 @@ class NeuronWatcher:
         """
         entry = self._tracker.track(model, name, example_inputs, axes, batch_dim, assume_unread)
         self._met(model, self._session)
-        return entry.neuron_map
+        return {name: named(layer.ids) for name, layer in entry.layers.items()}
 
     def _met(self, model: nn.Module, session: Session) -> None:
         """For those who want to know what was tracked, wrappers and all."""
@@ -189,7 +191,7 @@ class NeuronWatcher:
         """{neuron id: statistics} of all neurons that were observed."""
         observation, findings = self._findings()
         return {
-            neuron: analyzer.neuron_statistics(found, slot, observation.samples)
+            NeuronId(neuron): analyzer.neuron_statistics(found, slot, observation.samples)
             for found in findings.values()
             for slot, neuron in enumerate(found.layer.ids)
             if found.observed[slot] or found.unreliable[slot]
@@ -203,10 +205,13 @@ class NeuronWatcher:
     # Findings
 
     def get_dead_neurons(self) -> dict[str, list[int]]:
-        """{layer name: ids of its neurons that never fired}, for all layers that were observed."""
+        """{layer name: ids of its neurons that never fired}, for all layers that were observed.
+
+        `prune_neurons` and `recycle_neurons` take it as it is.
+        """
         _, findings = self._findings()
         return {
-            name: [found.layer.ids[slot] for slot in found.dead.nonzero().flatten().tolist()]
+            name: named(found.layer.ids[slot] for slot in found.dead.nonzero().flatten().tolist())
             for name, found in findings.items()
             if found.observed.any()
         }
@@ -222,7 +227,8 @@ class NeuronWatcher:
         threshold = self._threshold(correlation_threshold)
         return {
             name: [
-                (found.layer.ids[i], found.layer.ids[j], r) for i, j, r in found.pairs(threshold)
+                (NeuronId(found.layer.ids[i]), NeuronId(found.layer.ids[j]), r)
+                for i, j, r in found.pairs(threshold)
             ]
             for name, found in self._correlated().items()
         }
@@ -246,7 +252,7 @@ class NeuronWatcher:
         shares = {}
         for name, found in self._correlated().items():
             values = analyzer.explained_shares(found)
-            shares[name] = dict(zip(found.layer.ids, values, strict=True))
+            shares[name] = dict(zip(named(found.layer.ids), values, strict=True))
         return shares
 
     # History

@@ -82,7 +82,7 @@ def chain(pick: Pick) -> int:
     x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     engine = NeuronEngine()
-    neuron_map = engine.track_model(model, "chain", x)
+    engine.track_model(model, "chain", x)
     engine.attach_optimizer(optimizer)
     engine.start_tracking()
     before: dict[str, Tensor] | None = None
@@ -109,7 +109,7 @@ def chain(pick: Pick) -> int:
                 engine.prune_units({group.name: units})
                 assert relative_difference(model(x), expected) < 1e-9
             removals += 1
-        holds(model, optimizer, engine, neuron_map)
+        holds(model, optimizer, engine, engine.track_model(model))
     return removals
 
 
