@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -51,6 +51,7 @@ def test_dead_neurons_as_they_are_told_are_those_that_go(
     engine.start_tracking()
     model(x)
     dead = engine.get_dead_neurons()
+    assume(len(dead["2"]) < second)  # those of random weights may be silent by themselves
     asked = {n: keep_type(ids) for n, ids in dead.items() if n == "2"}
     engine.prune_neurons(asked, compensate=False)
     told = {i - first for i in dead["2"]}  # ids count up over the layers

@@ -91,10 +91,12 @@ class NeuronEngine(NeuronSurgeon):
         Without `start_self_modification` it does nothing: one script serves with and without.
 
         Raises:
-            SurgeryError: `start_self_modification` was not called, several models modify themselves and none of them
-                is the current one, or the loss is not one number.
+            SurgeryError: Several models modify themselves and none of them is the current one, or the loss is not one
+                number.
         """
         session = self._that_runs(model)
+        if session is None:
+            return None
         with self._tracker.speaking_of(session.entry):
             receipt: Receipt | None = session.run.step(loss)
             return receipt
@@ -115,8 +117,8 @@ class NeuronEngine(NeuronSurgeon):
         run = self._own_run or (runs[0] if len(runs) == 1 else None)
         return [] if run is None else run.life
 
-    def _that_runs(self, model: nn.Module | None) -> Session:
-        """The session whose run takes a step."""
+    def _that_runs(self, model: nn.Module | None) -> Session | None:
+        """The session whose run takes a step; None where nothing modifies itself."""
         if model is not None:
             running = [self._session_of(self._tracker.tracked(model))]
         else:
@@ -125,7 +127,7 @@ class NeuronEngine(NeuronSurgeon):
             running = live or running
             running = [s for s in running if s.entry is self._tracker.current] or running
         if not running or running[0].run is None:
-            raise SurgeryError("Nothing modifies itself yet: call start_self_modification(policy).")
+            return None
         if len(running) > 1:
             names = ", ".join(repr(s.entry.name) for s in running)
             raise SurgeryError(

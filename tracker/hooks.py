@@ -10,7 +10,7 @@ import copy
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from tracker.calls import Call
 from tracker.graphs import GraphHook, is_new_data
 from tracker.layers import Layer, width_of
 from tracker.nested import first_floating, replaced, tensors_in
+from tracker.probe import forward_once
 from tracker.slotmap import SlotMap
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch
 from tracker.structure import Tap
@@ -359,6 +360,21 @@ def _without_graph(value: Any) -> Any:
     if all(tensor.grad_fn is None for tensor in tensors_in(value)):
         return value
     return replaced(value, Tensor.detach)
+
+
+def resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:
+    """Make calls for layers to show how many neurons they have; nothing of them is counted."""
+    handles = attach(observer, model)
+    observer.recording = True
+    try:
+        for call in calls:
+            forward_once(model, call, heard=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        detach_sites(observer)
+        observer.recording = False
+        observer.clear()
 
 
 def attach(observer: Observer, model: nn.Module) -> list[RemovableHandle]:

@@ -77,12 +77,11 @@ def rehearsing(tracker: ActivationTracker) -> Iterator[TrackedModel]:
     """Inside, the current model is a copy of it, with ids and statistics of its own: nothing of it stays."""
     entry, registry = tracker.current, tracker.registry
     with borrowed(entry.model()) as bench:
-        tracker.registry, layers, names = copy.deepcopy((registry, entry.layers, entry.neuron_map))
+        tracker.registry, layers = copy.deepcopy((registry, entry.layers))
         tried = replace(
             entry,
             observer=entry.observer.copied(bench),
             layers=layers,
-            neuron_map=names,
             handles=[],
             hooked=False,
         )

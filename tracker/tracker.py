@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracker.calls import Call, ExampleInputs, calls_of
+from tracker.calls import ExampleInputs, calls_of
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
 from tracker.graphs import forget_compiled_graphs
 from tracker.hooks import (
@@ -21,6 +21,7 @@ from tracker.hooks import (
     attach,
     attach_sites,
     detach_sites,
+    resolve_widths,
     watch_inputs,
 )
 from tracker.identity import LayerIds, NeuronRegistry, layer_named
@@ -151,7 +152,7 @@ class ActivationTracker:
         if example_inputs is not None:
             observer.given = calls_of(example_inputs)
             observer.inputs = observer.given[0].args, observer.given[0].kwargs
-            _resolve_widths(observer, model, observer.given)
+            resolve_widths(observer, model, observer.given)
         else:
             entry.handles = [watch_inputs(observer, model)]
         for site in sites:
@@ -414,6 +415,7 @@ class ActivationTracker:
         entry.layers[site.name] = ids
 
 
+<<<<<<< HEAD
 def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:
     handles = attach(observer, model)
     observer.recording = True
@@ -426,6 +428,26 @@ def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call])
         detach_sites(observer)
         observer.recording = False
         observer.clear()
+=======
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module behind `torch.compile`, DataParallel and DistributedDataParallel.
+
+    Raises:
+        NotTrackedError: Not a module, or one that runs no Python hooks.
+    """
+    inner: object = model
+    while isinstance(inner, nn.Module):  # wrappers may wrap wrappers
+        model = inner
+        is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = getattr(model, "module" if is_parallel else "_orig_mod", None)
+    if not isinstance(model, nn.Module):
+        raise NotTrackedError(f"A torch.nn.Module can be tracked, not {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotTrackedError(
+            "A scripted or traced module runs no Python hooks and cannot be tracked. Track the module it was made from."
+        )
+    return model
+>>>>>>> 8447386 (Widths that a first call tells are found where the hooks are: small rooms)
 
 
 def _first_mode(observer: Observer) -> str:

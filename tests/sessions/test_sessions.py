@@ -84,7 +84,7 @@ def test_a_dry_run_leaves_no_trace(name: str) -> None:
         loss = model.train(mode)(X).square().mean()
         facts = [
             [(id(t), t._version, t.data_ptr()) for t in tensors],
-            {n: list(i) for n, i in engine._tracker.current.neuron_map.items()},
+            {n: list(x.ids) for n, x in engine._tracker.current.layers.items()},
             engine._tracker.registry._next,
             [id(m) for m in model.modules()],
             [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
@@ -99,7 +99,7 @@ def test_a_dry_run_leaves_no_trace(name: str) -> None:
         assert torch.equal(torch.get_rng_state(), noise)
         assert facts == [
             [(id(t), t._version, t.data_ptr()) for t in tensors],
-            {n: list(i) for n, i in engine._tracker.current.neuron_map.items()},
+            {n: list(x.ids) for n, x in engine._tracker.current.layers.items()},
             engine._tracker.registry._next,
             [id(m) for m in model.modules()],
             [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
