@@ -415,41 +415,6 @@ class ActivationTracker:
         entry.layers[site.name] = ids
 
 
-<<<<<<< HEAD
-def _resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) -> None:
-    handles = attach(observer, model)
-    observer.recording = True
-    try:
-        for call in calls:
-            forward_once(model, call, heard=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-        detach_sites(observer)
-        observer.recording = False
-        observer.clear()
-=======
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module behind `torch.compile`, DataParallel and DistributedDataParallel.
-
-    Raises:
-        NotTrackedError: Not a module, or one that runs no Python hooks.
-    """
-    inner: object = model
-    while isinstance(inner, nn.Module):  # wrappers may wrap wrappers
-        model = inner
-        is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        inner = getattr(model, "module" if is_parallel else "_orig_mod", None)
-    if not isinstance(model, nn.Module):
-        raise NotTrackedError(f"A torch.nn.Module can be tracked, not {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise NotTrackedError(
-            "A scripted or traced module runs no Python hooks and cannot be tracked. Track the module it was made from."
-        )
-    return model
->>>>>>> 8447386 (Widths that a first call tells are found where the hooks are: small rooms)
-
-
 def _first_mode(observer: Observer) -> str:
     seen = next(iter(observer.samples), None)
     if seen is None:
