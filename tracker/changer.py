@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import nn
 
 from tracker.adviser import NeuronAdviser
 from tracker.distributed import Meeting, Ranks, refuse_alone, watch_wrapper
-from tracker.errors import SurgeryError, UnknownNeuronError
+from tracker.errors import StructureError, SurgeryError, TrackerError, UnknownNeuronError
 from tracker.identity import NeuronId, layer_named
-from tracker.journal import Entry, Journal, When, fingerprint
+from tracker.journal import Journal, fingerprint
 from tracker.probe import Arguments, quiet_copy
 from tracker.session import Session, rehearsing
 from tracker.structure import Structure
@@ -40,6 +41,7 @@ class NeuronChanger(NeuronAdviser):
         Raises:
             StructureError: The model has not run yet and no example inputs were given, or it cannot be traced.
         """
+        self._require_known(self._session, StructureError)
         return self._tracker.structure()
 
     def count_parameters(self) -> int:
@@ -191,9 +193,16 @@ class NeuronChanger(NeuronAdviser):
             raise SurgeryError(
                 f"There is no change to undo of {session.entry.name!r}: only its last one can be taken back."
             )
+        self._require_known(session)
         session.last = None
+        before = session.ids()
         change.log.undo()
-        return taken_back(change.receipt)
+        after = session.ids()
+        return replace(
+            taken_back(change.receipt),
+            added_ids=sorted(after - before),
+            removed_ids=sorted(before - after),
+        )
 
     def _together(self, what: str) -> AbstractContextManager[None]:
         ranks = self._session.ranks
@@ -208,13 +217,14 @@ class NeuronChanger(NeuronAdviser):
         with torch.inference_mode(False), session.transaction() as change:
             with self._together("A change"):
                 refuse_inside_a_pass(self._tracker)
+                self._require_known(session)
                 before = fingerprint(model)
                 drawn, notes = plan()
                 if not (dry_run or session.tried):
                     refuse_alone(ranks)
             if ranks is not None:
                 ranks.agree(drawn)
-            optimizers = session.optimizers
+            optimizers, followers = session.attached()
             if not (dry_run or session.tried):
                 notes = [*notes, *_not_attached(drawn, model, optimizers)]
             with self._together("A change"):
@@ -222,14 +232,14 @@ class NeuronChanger(NeuronAdviser):
                     self._tracker,
                     drawn,
                     optimizers,
-                    session.followers,
+                    followers,
                     dry_run=dry_run,
                     verify=verify,
                     notes=notes,
                     log=change.log,
                 )
             if ranks is not None:
-                ranks.require_same_model(model, session.optimizers)
+                ranks.require_same_model(model, optimizers)
             if not dry_run:
                 self._note(drawn, change.receipt, (before, fingerprint(model)), change.log)
         return change.receipt
@@ -238,12 +248,23 @@ class NeuronChanger(NeuronAdviser):
         self, plan: Plan, receipt: Receipt, fingerprints: tuple[str, str], log: UndoLog
     ) -> None:
         session = self._session
-        journal, epochs = session.journal, session.history.epochs
-        step = session.clock() if session.clock is not None else None
-        when = When(len(journal) + 1, step, epochs[-1].epoch if epochs else None)
-        entry = Entry.of(plan, receipt, fingerprints, when)
-        log.add(lambda: journal.take_back(entry))
-        journal.add(entry)
+        session.know(log)
+        session.note(plan, receipt, fingerprints, log)
+        for other in () if session.tried else session.others():
+            other.take_in(plan, receipt, fingerprints, log)
+
+    def _require_known(self, session: Session, error: type[TrackerError] = SurgeryError) -> None:
+        """Refuse where the model is not what it was when this engine last saw it.
+
+        Raises:
+            TrackerError: It is not, of the given kind.
+        """
+        if how := session.changed_by_others():
+            raise error(
+                f"The model {session.entry.name!r} was changed since this engine last saw it: {how}. Ids and "
+                "statistics fit it no more. Take that change back, or go on with a new engine: "
+                "NeuronEngine().track_model(model)."
+            )
 
     def _change_all(
         self,
@@ -280,6 +301,7 @@ class NeuronChanger(NeuronAdviser):
         session = self._session
         with rehearsing(self._tracker) as entry:
             self._sessions[entry] = Session(
+                self._tracker,
                 entry,
                 session.history,
                 ranks=session.ranks,

@@ -222,6 +222,7 @@ class NeuronEngine(NeuronSurgeon):
                     become(model, twin_after(model, part), {}, part, log, plain)
                     for entry in part:
                         self._move_ids(entry, log)
+                session.know(log)
                 widths = {n: len(layer.ids) for n, layer in tracker.current.layers.items()}
                 for layer in find_layers(model):
                     if layer.neurons is not None and widths.get(layer.name) != layer.neurons:

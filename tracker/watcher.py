@@ -348,5 +348,5 @@ class NeuronWatcher:
     def _session_of(self, entry: TrackedModel) -> Session:
         if entry not in self._sessions:
             history = self._loaded or TrainingHistory(self.activation_threshold)
-            self._sessions[entry], self._loaded = Session(entry, history), None
+            self._sessions[entry], self._loaded = Session(self._tracker, entry, history), None
         return self._sessions[entry]

@@ -69,14 +69,14 @@ class Receipt:
 
 
 def taken_back(receipt: Receipt) -> Receipt:
-    """The receipt of taking a change back."""
+    """The receipt of taking a change back, without ids: those are the engine's that asks."""
     return Receipt(
         operation="undo",
         promise="exact" if receipt.promise == "exact" else "changed",
         output_difference=None,
         units=dict(receipt.units),
-        removed_ids=list(receipt.added_ids),
-        added_ids=list(receipt.removed_ids),
+        removed_ids=[],
+        added_ids=[],
         parameters_before=receipt.parameters_after,
         parameters_after=receipt.parameters_before,
         flops_before=receipt.flops_after,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -68,7 +69,9 @@ class SelfModification:
         self._watch: Look | None = None
         self._seen = Seen()  # in the last look, beside what consumers read
         # A change that awaits its verdict: step, loss before, groups, and the change itself.
-        self._open: tuple[int, float, tuple[str, ...], Transaction | None] | None = None
+        self._open: tuple[int, float, tuple[str, ...], weakref.ref[Transaction] | None] | None = (
+            None
+        )
         self._stopped = False
         self._note("kept", "the beginning", float("nan"))
 
@@ -188,7 +191,9 @@ class SelfModification:
                 self._blocked[name] = policy.patience
             self._note("refused", str(error), loss)
             return None
-        self._open = (self.steps, lately, wanted.groups, self._session.last)
+        change = self._session.last
+        held = None if change is None else weakref.ref(change)  # it holds the model
+        self._open = (self.steps, lately, wanted.groups, held)
         self._note(DONE[receipt.operation], wanted.why, loss)
         return receipt
 
@@ -261,11 +266,13 @@ class SelfModification:
     def _judge(self) -> Receipt | None:
         """Whether the last change kept what it promised; if not, it is taken back with the steps since."""
         assert self._open is not None
-        _, before, names, undo = self._open
+        _, before, names, held = self._open
         self._open = None
         _, policy = self.policy.at(self.steps - 1)
         after = self._mean(policy.settle // 2)
-        if after <= before * (1 + policy.regret) or self._session.last is not undo:
+        change = None if held is None else held()
+        kept = after <= before * (1 + policy.regret)
+        if kept or change is None or self._session.last is not change:
             return None  # it kept what it promised, or something else was changed since
         receipt = self._surgeon.undo()
         for name in names:
