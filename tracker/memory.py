@@ -13,7 +13,7 @@ from tracker.errors import CheckpointError, TrackerError
 from tracker.history import TrainingHistory
 from tracker.hooks import Site, Window
 from tracker.journal import Checkpoint, Journal, become, lasting, twin_after
-from tracker.journal.inputs import gather_inputs, inputs_from
+from tracker.journal.inputs import calls_from, gather_calls, gather_inputs, inputs_from
 from tracker.journal.noise import gather_noise
 from tracker.journal.optimizers import gather_optimizers
 from tracker.reads import Read, Sensitivity
@@ -55,6 +55,8 @@ def gather(
         "traced": entry.traced,
         "recording": observer.recording,
         "inputs": places,
+        "calls": None if places is None else gather_calls(observer.given, model, inputs),
+        "unread": list(observer.unread),
         "run": run[0],
         "samples": {str(int(flag)): n for flag, n in observer.samples.items()},
         "passes": {str(int(flag)): n for flag, n in observer.passes.items()},
@@ -205,7 +207,10 @@ def load_tracker(
         for site in observer.sites:
             _place(site, sites[site.name], model)
         _give_ids(tracker, entry, facts["registry"])
-        observer.inputs = inputs_from(content.tensors["statistics"], facts["inputs"])
+        tables = content.tensors["statistics"]
+        observer.inputs = inputs_from(tables, facts["inputs"])
+        observer.given = calls_from(tables, facts.get("calls"), observer.inputs, model)
+        observer.unread = tuple(map(_name, facts.get("unread", ())))
         observer.samples = {bool(int(k)): _whole(n) for k, n in facts["samples"].items()}
         observer.passes = {bool(int(k)): _whole(n) for k, n in facts.get("passes", {}).items()}
         entry.correlated = observer.correlate = bool(facts["correlated"])
@@ -257,6 +262,12 @@ def _give_ids(tracker: ActivationTracker, entry: TrackedModel, data: Mapping[str
 def _whole(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker import Call, NeuronEngine, StructureError, SurgeryError
+from tracker.journal.inputs import calls_from
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 
@@ -268,3 +270,30 @@ def test_what_only_train_mode_reads_is_compensated_too() -> None:
     receipt = engine.prune_neurons({"a": [3]}, compensate=True)
     assert receipt.promise == "exact"
     torch.testing.assert_close(model.other(model.h(x)).detach(), before)
+
+
+@pytest.mark.parametrize("assumed", [[], ["other"]], ids=["all calls", "assumed"])
+@cases
+def test_a_checkpoint_keeps_the_calls(
+    build: Callable[[], Net], calls: list[Call], assumed: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, engine = build(), NeuronEngine()
+    shown = calls[:1] if assumed else calls
+    engine.track_model(model, "m", example_inputs=shown, assume_unread=assumed)
+    fresh = build()  # kept: engines hold models weakly
+    loaded = NeuronEngine.load_checkpoint(engine.save_checkpoint(tmp_path / "c"), fresh)
+    assert str(loaded.structure.passes) == str(engine.structure.passes)
+    assert loaded.structure.unseen == engine.structure.unseen
+    assert str(loaded.structure) == str(engine.structure)
+    assert loaded.structure.assumed == engine.structure.assumed
+
+
+def test_a_file_names_no_method_of_every_module() -> None:
+    model = Method()
+    how: dict[str, Any] = {"how": [["forward", None], ["double", None]]}
+    how["more"] = {"list": [{"tuple": [{"tuple": []}, {"dict": {}}]}]}
+    with pytest.raises(ValueError, match="'double' is no call of the model"):
+        calls_from({}, how, ((X,), {}), model)
+    how["how"] = [["forward", None], ["reconstruct", None]]
+    assert [c.method for c in calls_from({}, how, ((X,), {}), model)] == ["forward", "reconstruct"]

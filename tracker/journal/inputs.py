@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tracker.calls import Call, calls_of
 
 Inputs = tuple[tuple[object, ...], dict[str, object]]
 
@@ -37,6 +39,51 @@ def inputs_from(tables: Mapping[str, Tensor], data: Any) -> Inputs | None:
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise ValueError("the example inputs are no arguments")
     return args, kwargs
+
+
+def gather_calls(
+    calls: Sequence[Call], model: nn.Module, tables: dict[str, Tensor]
+) -> dict[str, Any] | None:
+    """How each call is made, and the arguments of those after the first; their tensors are added to `tables`."""
+    more = [(call.args, dict(call.kwargs)) for call in calls[1:]]
+    added = dict(tables)
+    try:
+        places = _plain(more, added)
+    except TypeError:
+        return None
+    if not calls or not all(_is_method(model, call.method) for call in calls):
+        return None
+    tables.update(added)
+    return {"how": [[call.method, call.training] for call in calls], "more": places}
+
+
+def calls_from(
+    tables: Mapping[str, Tensor], data: Any, first: Inputs | None, model: nn.Module
+) -> tuple[Call, ...]:
+    """The calls of plain data; none, if none were saved.
+
+    Raises:
+        ValueError: They are no calls of the model.
+    """
+    if data is None or first is None:
+        return ()
+    more: Any = _built(data["more"], tables)
+    calls = []
+    for given, (method, training) in zip([first, *more], data["how"], strict=True):
+        args, kwargs = given
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise ValueError("the example calls have no arguments")
+        if not _is_method(model, method) or not (training is None or type(training) is bool):
+            raise ValueError(f"{method!r} is no call of the model")
+        calls.append(Call.of(args, kwargs, method, training))
+    return calls_of(calls)
+
+
+def _is_method(model: nn.Module, name: object) -> bool:
+    """Whether it is a method of the model's own: those of every module change it, or move it."""
+    if not isinstance(name, str) or (name != "forward" and hasattr(nn.Module, name)):
+        return False
+    return callable(getattr(type(model), name, None))
 
 
 def _plain(value: object, tables: dict[str, Tensor]) -> Any:
