@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tests.structure.oracle_masks import randomise
 from tracker import NeuronEngine, VerificationError
 from tracker.probe import arguments
+from tracker.structure.float64 import TOLERANCE, Precision
 from tracker.structure.integers import Integers
 from tracker.structure.lending import InFloat64, light_copy
 from tracker.structure.stream import Stream, differing
 from tracker.structure.structure import trace_structure
 from tracker.structure.trace import plain_kernels
-from tracker.structure.trial import TOLERANCE
 from tracker.surgery import transaction
 
 
@@ -114,7 +114,7 @@ def test_a_fault_of_the_solver_is_refused(name: str, monkeypatch: pytest.MonkeyP
     model, x, _, units = built(name)
     monkeypatch.setattr(Integers, "solve", lambda *_: {})
     monkeypatch.setattr(
-        "tracker.structure.structure.try_groups", lambda _, __, groups, *___: groups
+        "tracker.structure.structure.try_groups", lambda _, __, groups, *___: (groups, Precision())
     )
     with torch.no_grad():
         model.out.weight.zero_()

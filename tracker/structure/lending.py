@@ -19,6 +19,7 @@ from tracker.calls import Arguments, Call
 from tracker.errors import StructureError
 from tracker.nested import tensors_in
 from tracker.probe import copy_of, forward_once, tables_kept
+from tracker.structure.float64 import Float64Code, double, wider
 from tracker.structure.integers import Choice
 from tracker.structure.ints import Attribute
 from tracker.structure.sizes import adapt, tensors
@@ -107,12 +108,17 @@ def vivid(model: nn.Module) -> nn.Module:
 
 
 class InFloat64:
-    """A light copy of a model that runs in float64, whole, without some units, or with some masked."""
+    """A light copy of a model that runs in float64, whole, without some units, or with some masked.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    in_float64: False: in the dtypes that its code is written for, where it can run in no others.
+    """
+
+    def __init__(self, model: nn.Module, in_float64: bool = True) -> None:
+        self.model, self.in_float64 = model, in_float64
         if _has_strays(model):  # they cannot be lent
-            self.model = model = copy_of(model).double()
+            self.model = model = copy_of(model)
+            if in_float64:
+                model.double()
         self._awake = False
         self._cuts: dict[int, dict[int, Tensor]] = {}  # id → dimension → indices that stay
         self._masks: dict[int, list[tuple[int, Tensor]]] = {}
@@ -120,8 +126,11 @@ class InFloat64:
         doubles: dict[int, Tensor] = {}
         for module in model.modules():
             for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[key] = doubles.setdefault(id(buffer), buffer.double())
+                if buffer is not None:
+                    module._buffers[key] = doubles.setdefault(id(buffer), self._wider(buffer))
+            for key, value in vars(module).items():  # a constant that is no buffer
+                if type(value) is Tensor:
+                    vars(module)[key] = doubles.setdefault(id(value), self._wider(value))
             vars(module)["_parameters"] = _Table(module._parameters, self._lent)
             vars(module)["_apply"] = partial(self._cast, module)
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
@@ -129,11 +138,12 @@ class InFloat64:
     def run(
         self, inputs: Arguments | Call, within: AbstractContextManager[object] | None = None
     ) -> object:
-        """The output for inputs in float64, in eval mode or in that of the call, which is made `within` a context.
+        """The output for these inputs in float64, in eval mode or in that of the call, made `within` a context.
 
         Raises:
             StructureError: The forward pass failed.
         """
+        inputs = double(inputs) if self.in_float64 else inputs
         with ExitStack() as stack:
             return forward_once(self.model, inputs, within=_both(self._passing(stack), within))
 
@@ -212,7 +222,7 @@ class InFloat64:
         value = tensor.detach()
         for dim, stays in self._cuts.get(id(tensor), {}).items():
             value = value.index_select(dim, stays)
-        value = value.double() if value.is_floating_point() else value
+        value = self._wider(value)
         for dim, gone in self._masks.get(id(tensor), []):
             value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
             value.index_fill_(dim, gone, 0)
@@ -235,8 +245,10 @@ class InFloat64:
         """Between passes only sizes are asked for; parametrizations compute with what they find."""
         cuts = self._cuts.get(id(tensor), {})
         sizes = [len(cuts[d]) if d in cuts else n for d, n in enumerate(tensor.shape)]
-        one = tensor.detach().new_ones(())
-        return (one.double() if one.is_floating_point() else one).expand(sizes)
+        return self._wider(tensor.detach().new_ones(())).expand(sizes)
+
+    def _wider(self, tensor: Tensor) -> Tensor:
+        return wider(tensor) if self.in_float64 else tensor
 
     def _edit_buffers(self) -> None:
         edited: dict[int, Tensor] = {}
@@ -255,6 +267,8 @@ class InFloat64:
                 listed = module._flat_weights, module._flat_weight_refs
                 stack.callback(_put_lists, module, *listed)
                 module._init_flat_weights()
+            if self.in_float64:
+                stack.enter_context(Float64Code())
             yield
         finally:
             self._awake = False

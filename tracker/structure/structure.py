@@ -14,6 +14,7 @@ from torch import nn
 from tracker.calls import Arguments, Call, ExampleInputs, calls_of
 from tracker.errors import StructureError
 from tracker.probe import uninterrupted
+from tracker.structure.float64 import Precision
 from tracker.structure.integers import Integers, couple
 from tracker.structure.ints import shadow
 from tracker.structure.listen import Listener
@@ -47,6 +48,7 @@ class Structure:
     # The modules that these make up as a whole, else single parameters, and how many numbers each holds.
     unseen_modules: Mapping[str, int] = field(default_factory=dict, repr=False)
     assumed: tuple[str, ...] = ()  # those of them that the user says nothing runs
+    precision: Precision = field(default_factory=Precision)  # in which dtypes removals are tried
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
         """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
@@ -85,6 +87,8 @@ class Structure:
             "-" * 100,
         ]
         lines += [_row(group) for group in self.groups]
+        if not self.precision.in_float64:
+            lines += ["", f"compared {self.precision}"]
         reasons: dict[str, list[str]] = {}
         for f in self.frozen:
             reasons.setdefault(f.reason, []).append(f"{f.tensor}[{f.dim}]")
@@ -163,8 +167,9 @@ def trace_structure(
     unseen = unseen_in(trace)
     groups = refuse_unseen(model, groups, without(unseen, assume_unread))
     forecast = Forecast.of(trace, integers)
+    precision = Precision()
     if trial:
-        groups = try_groups(model, trace.passes.recorded, groups, integers, forecast)
+        groups, precision = try_groups(model, trace.passes.recorded, groups, integers, forecast)
     share, taps = coverage(model, groups), find_taps(trace)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     modules = {o: sum(map(sizes.__getitem__, ns)) for o, ns in owners(model, unseen).items()}
@@ -181,6 +186,7 @@ def trace_structure(
         unseen,
         modules,
         tuple(name for name in modules if not without([name], assume_unread)),
+        precision,
     )
 
 

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from tracker.calls import Call
 from tracker.errors import StructureError
 from tracker.nested import replaced, tensors_in
+from tracker.structure.float64 import Precision
 from tracker.structure.integers import Choice, Integers, UnsolvableError
-from tracker.structure.lending import InFloat64, is_finite, light_copy, vivid
+from tracker.structure.lending import InFloat64, is_finite, light_copy, relative_difference, vivid
 from tracker.structure.stream import Forecast, Stream, differing
 from tracker.structure.trace import plain_kernels
 from tracker.structure.units import Place, UnitGroup
 
 SHARE = 0.3  # of each group's units
-TOLERANCE = 1e-9  # relative, in float64: removing what is masked differs by rounding, about 1e-15
+# Of a model that does not run in float64: tolerance by how far its own rounding moves the output, and the loosest that
+# still tells a fault from rounding.
+ROUNDINGS, LOOSEST = 32, 1e-2
 
 
 def try_groups(
@@ -34,25 +37,68 @@ def try_groups(
     groups: Sequence[UnitGroup],
     integers: Integers | None = None,
     forecast: Forecast | None = None,
-) -> list[UnitGroup]:
-    """The groups, those that failed their trial not prunable, with the reason.
+) -> tuple[list[UnitGroup], Precision]:
+    """The groups, those that failed their trial not prunable, with the reason; and how closely they were compared.
 
     passes: Calls that were recorded, each in its mode: all are made without a part of the units.
     """
     integers, forecast = integers or Integers(), forecast or Forecast()
     groups = [_followed(group, integers) for group in groups]
+    precision = Precision()
     if not any(g.prunable for g in groups):
-        return list(groups)
-    bench = InFloat64(vivid(light_copy(model)))
-    trial = _Trial(bench, [double(call) for call in passes], integers, forecast)
+        return list(groups), precision
+    failed, why = _tried(model, passes, groups, integers, forecast, precision)
+    if why and (own := _own_precision(model, passes, why)) is not None:
+        precision = own
+        failed, _ = _tried(model, passes, groups, integers, forecast, own)
+    return [
+        replace(g, prunable=False, reason=failed[g.name]) if g.name in failed else g for g in groups
+    ], precision
+
+
+def _tried(
+    model: nn.Module,
+    passes: Sequence[Call],
+    groups: Sequence[UnitGroup],
+    integers: Integers,
+    forecast: Forecast,
+    precision: Precision,
+) -> tuple[dict[str, str], str]:
+    """Group -> why it cannot go; and why the whole model does not run so, or ""."""
+    bench = InFloat64(vivid(light_copy(model)), precision.in_float64)
+    trial = _Trial(bench, passes, integers, forecast, precision)
     with plain_kernels():
         for exact in (True, False):
             for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
                 trial.search(together)
-    failed = trial.failed
-    return [
-        replace(g, prunable=False, reason=failed[g.name]) if g.name in failed else g for g in groups
-    ]
+    return trial.failed, trial.why_not_float64
+
+
+def _own_precision(model: nn.Module, passes: Sequence[Call], why: str) -> Precision | None:
+    """How far rounding moves the outputs of a model that runs in its own dtypes only; None if it hides faults.
+
+    Measured: the outputs' answer to weights that are off by the last digit.
+    """
+    floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    for step in (0, eps):
+        bench = vivid(light_copy(model))
+        with torch.no_grad():
+            for p in bench.parameters() if step else ():
+                if p.is_floating_point():
+                    sign = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+                    p.data = p.data * (1 + step * sign)
+        try:
+            own = InFloat64(bench, in_float64=False)
+            with plain_kernels():
+                outputs.append([own.run(call) for call in passes])
+        except StructureError:
+            return None
+    moved = max(map(relative_difference, *outputs))
+    tolerance = ROUNDINGS * max(moved, eps)
+    return Precision(False, tolerance, why) if tolerance <= LOOSEST else None
 
 
 def _followed(group: UnitGroup, integers: Integers) -> UnitGroup:
@@ -85,10 +131,11 @@ class _Trial:
     passes: Sequence[Call]
     integers: Integers
     forecast: Forecast
+    precision: Precision
     failed: dict[str, str] = field(default_factory=dict)  # group → why
-    _whole: str | None = (
-        None  # why the whole model can be compared with nothing, or "", once it was asked
-    )
+    why_not_float64: str = ""  # where the whole model does not run
+    # Why the whole model can be compared with nothing, or "", once it was asked.
+    _whole: str | None = None
 
     def search(self, groups: Sequence[UnitGroup]) -> None:
         """All at once; where that fails, by halves, down to the groups that fail alone."""
@@ -136,8 +183,9 @@ class _Trial:
         call = self.passes[number]
         if not is_finite(found):
             return f"without some of its units the output{_of(call)} is not finite"
-        difference = self.model.difference_from_mask(call, choice, found, tolerance=TOLERANCE)
-        if difference <= TOLERANCE:
+        tolerance = self.precision.tolerance
+        difference = self.model.difference_from_mask(call, choice, found, tolerance=tolerance)
+        if difference <= tolerance:
             return ""
         return (
             f"without some of its units the output{_of(call)} differs from the masked model's by {difference:.1e}: "
@@ -161,9 +209,8 @@ class _Trial:
                 why = "the model's output on the example inputs is not finite: nothing can be compared"
                 self._whole = "" if finite else why
             except StructureError as error:
-                self._whole = (
-                    f"a copy of the model does not run in float64: {_place(error.__cause__)}"
-                )
+                self.why_not_float64 = _place(error.__cause__)
+                self._whole = f"a copy of the model does not run in float64: {self.why_not_float64}"
         return self._whole
 
 
@@ -201,17 +248,6 @@ def _shapes(value: object) -> list[torch.Size]:
 def _of(call: Call) -> str:
     """The pass, for people, where it is no plain one."""
     return "" if call.method == "forward" and not call.training else f" of {call}"
-
-
-def double(call: Call) -> Call:
-    """The same call, floating-point tensors in float64."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(torch.complex128)
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    return call.given(*replaced((call.args, call.kwargs), cast))
 
 
 def shuffled(call: Call) -> Call:
