@@ -132,6 +132,8 @@ def layer_statistics(findings: LayerFindings) -> dict[str, Any]:
         "avg_std_deviation": _mean(a.variance[seen].sqrt()),
         "is_output": layer.is_output,
         "problem": layer.problem,
+        "observed_at": layer.place,
+        "fallback": layer.fallback,
     }
 
 

@@ -104,6 +104,7 @@ class Observer:
     samples: dict[bool, int] = field(default_factory=dict)
     version: int = 0  # grows with every change of the statistics
     training: bool | None = None  # mode of the pass under way
+    fallback: str = ""  # why all layers are observed at their own outputs
     noting: bool = True  # whether this pass shows which layers' outputs the model returns
     scratch: Scratch = field(default_factory=Scratch)
     lock: threading.RLock = field(default_factory=threading.RLock)

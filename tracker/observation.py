@@ -18,6 +18,8 @@ class LayerObservation:
     covariance: Covariance | None  # None unless correlation analysis was on
     is_output: bool  # its output is the model's output
     problem: str  # why nothing was observed, or ""
+    place: str = "its own output"  # where its neurons were observed
+    fallback: str = ""  # why at its own output, where what reads it cannot be told of any layer
 
     @property
     def label(self) -> str:

@@ -174,6 +174,8 @@ def _notes(findings: Mapping[str, LayerFindings]) -> list[str]:
         notes.append(f"left alone, the model's output: {', '.join(outputs)}")
     if unseen := [f.layer.label for f in findings.values() if not f.observed.any()]:
         notes.append(f"not observed, so nothing is said of: {', '.join(unseen)}")
+    if why := next((la.fallback for la in layers if la.fallback), ""):
+        notes.append(f"observed at layers' own outputs, not where they are read: {why}")
     if all(la.covariance is None for la in layers):
         notes.append(
             "correlation was not observed, so no merges: start_tracking(enable_correlation_analysis=True)"

@@ -317,7 +317,10 @@ def _unobserved(findings: Mapping[str, LayerFindings]) -> list[str]:
         for f in findings.values()
         if not f.observed.any()
     ]
-    return ["", "NOT OBSERVED:", "-" * 40, *lines] if lines else []
+    lines = ["", "NOT OBSERVED:", "-" * 40, *lines] if lines else []
+    if why := next((f.layer.fallback for f in findings.values() if f.layer.fallback), ""):
+        lines += ["", f"Layers are observed at their own outputs, not where they are read: {why}"]
+    return lines
 
 
 def _totals(observation: Observation, findings: Mapping[str, LayerFindings]) -> str:

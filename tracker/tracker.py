@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from tracker.slotmap import SlotMap
 from tracker.statistics import Activity
 from tracker.structure import Passes, Structure, require_known, trace_structure
 
+log = logging.getLogger("tracker")
 OBSERVE = ("reads", "output")
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
 
@@ -379,7 +381,10 @@ class ActivationTracker:
             raise StatisticsError(f"mode is one of {', '.join(MODES)}, not {mode!r}.")
         flags = MODES[mode]
         sites = {site.name: site for site in observer.sites}
-        layers = tuple(_observed(ids, sites[name], flags) for name, ids in entry.layers.items())
+        layers = tuple(
+            _observed(ids, sites[name], flags, observer.fallback)
+            for name, ids in entry.layers.items()
+        )
         samples = sum(observer.samples.get(flag, 0) for flag in flags)
         # Without a pass through the model's own door, a layer's batch is all that is known.
         samples = samples or max((int(la.activity.observations.max()) for la in layers), default=0)
@@ -398,8 +403,15 @@ class ActivationTracker:
                 quiet = quiet_copy(model)
                 call, axes = observer.calls[0].modes()[0], observer.axes
                 taps = trace_structure(quiet, call, trial=False, axes=axes).taps
-        except Exception:  # a model that cannot be copied or traced can still be observed
+        except Exception as error:  # a model that cannot be copied or traced can still be observed
+            first = str(error).splitlines()[0] if str(error) else ""
+            observer.fallback = f"{type(error).__name__}: {first}"
+            log.warning(
+                "Layers of %r are observed at their own outputs, before their nonlinearities: where they are read "
+                "cannot be told (%s)", entry.name, observer.fallback, exc_info=error,
+            )  # fmt: skip
             return
+        observer.fallback = ""
         for site in observer.sites:
             tap = taps.get(site.name)
             if site.name not in entry.by_hand and tap != site.tap:
@@ -422,7 +434,9 @@ def _first_mode(observer: Observer) -> str:
     return "train" if seen else "eval"
 
 
-def _observed(ids: LayerIds, site: Site, flags: tuple[bool, ...]) -> LayerObservation:
+def _observed(
+    ids: LayerIds, site: Site, flags: tuple[bool, ...], fallback: str
+) -> LayerObservation:
     windows: list[Window] = [site.windows[flag] for flag in flags if flag in site.windows]
     activity = Activity.empty(len(ids.ids))
     covariance = None
@@ -432,6 +446,15 @@ def _observed(ids: LayerIds, site: Site, flags: tuple[bool, ...]) -> LayerObserv
             value = window.covariance.value()
             covariance = value if covariance is None else covariance.merge(value)
     problem = (site.leader or site).problem or ("" if windows else "never called in this window")
+    place = "its own output" if site.tap is None else f"the input of {site.tap.module}"
     return LayerObservation(
-        site.name, site.kind, tuple(ids.ids), activity.value(), covariance, site.is_output, problem
+        site.name,
+        site.kind,
+        tuple(ids.ids),
+        activity.value(),
+        covariance,
+        site.is_output,
+        problem,
+        place,
+        fallback,
     )

@@ -262,5 +262,5 @@ def test_the_rounding_of_a_deep_model_is_no_fault(monkeypatch: pytest.MonkeyPatc
         return done
 
     monkeypatch.setattr(transaction, "apply", faulty)
-    with pytest.raises(VerificationError, match="After the change the output .*differed"):
+    with pytest.raises(VerificationError, match=r"After the change the output .*differed"):
         engine.prune_units({"body.5": [0]})

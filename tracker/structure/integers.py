@@ -274,23 +274,24 @@ class _Solution:
 
 
 def couple(labels: Labels, equations: Sequence[Equation]) -> None:
-    """Axes whose sizes one attribute is must stay equal: they die alike, index by index.
+    """Axes whose sizes one attribute is, or one of which is made as large as the other, die alike, index by index.
 
-    Of the widths of queries and of values, say, where the code has one number for both, neither could go alone.
+    Of the widths of queries and of values, say, where the code has one number for both, neither could go alone; nor
+    could the width of what is written into a buffer that was made with the size of something else.
     """
     first: dict[Attribute, np.ndarray] = {}
     for equation in equations:
         name, axis = equation.expr, equation.axis
-        if not isinstance(name, Attribute) or axis is None or equation.or_more:
+        if axis is None or equation.or_more or not isinstance(name, Attribute | Rows):
             continue
-        other = first.setdefault(name, axis)
+        other = name.axis if isinstance(name, Rows) else first.setdefault(name, axis)
         if len(other) != len(axis):
             continue  # misheard
         pairs = zip(labels.rows(other), labels.rows(axis), strict=True)
         apart = [(x, y) for x, y in pairs if x != y]
         single = all(len(x) == len(y) == 1 for x, y in apart)
         if single and not all((x | y) & labels.frozen.keys() for x, y in apart):
-            labels.unify(other, axis, f"both are {name} {equation.source}")
+            labels.unify(other, axis, f"both are {text(name)} {equation.source}")
 
 
 def _numbered(expr: Expr, number: object) -> Expr:

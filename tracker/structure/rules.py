@@ -6,16 +6,21 @@ An operation without a rule freezes every axis that it touches: structure is nev
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
-from tracker.structure.trace import Op
+from tracker.structure.trace import Op, RuleFailure
 
 Rule = Callable[[Op], None]
 _RULES: dict[str, Rule] = {}
+_UNFIT = (ValueError, IndexError, KeyError, TypeError, AttributeError)
+log = logging.getLogger("tracker")
 _SUMS = ("aten::add", "aten::add_", "aten::sub", "aten::sub_")
 
 
@@ -43,8 +48,31 @@ def apply_rule(op: Op) -> None:
         found = pointwise if torch.Tag.pointwise in op.func.tags else unknown
     try:
         found(op)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError):
-        unknown(op)  # called in a way that its rule does not know
+    except Exception as error:
+        if getattr(found, "__module__", "").startswith("tracker."):
+            if not isinstance(error, _UNFIT):
+                raise
+            unknown(op)  # called in a way that its rule does not know
+        else:
+            failed(op, found, error)
+
+
+def failed(op: Op, rule: Rule, error: Exception) -> None:
+    """A user's rule raised: freeze all, and say what, where and why. The exception is kept."""
+    name = op.func._schema.name
+    file = getattr(getattr(rule, "__code__", None), "co_filename", "")
+    frames = traceback.extract_tb(error.__traceback__)
+    at = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+    why = (
+        f"the rule of {name} raised {type(error).__name__}: {error} "
+        f"({Path(at.filename).name}:{at.lineno}: {at.line})"
+    )
+    if all(name != failure.operation for failure in op.trace.failures):
+        log.warning("%s; all that the operation touches is frozen", why, exc_info=error)
+        op.trace.failures.append(RuleFailure(name, why, error))
+    for tensor in tensors_in([op.args, op.kwargs, op.result]):
+        for axis in op.axes(tensor):
+            op.labels.freeze(axis, op.why(why))
 
 
 def unknown(op: Op) -> None:
@@ -95,12 +123,17 @@ def same(op: Op) -> None:
 
 @rule(
     "aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::new_zeros", "aten::new_ones",
-    "aten::new_full", "aten::new_empty", "aten::zeros_like", "aten::ones_like", "aten::full_like",
-    "aten::empty_like",
+    "aten::new_full", "aten::new_empty",
 )  # fmt: skip
 def constant(op: Op) -> None:
     """Equal at every position, so any index may die."""
     op.give(op.out, [op.labels.fresh(n) if n > 1 else None for n in op.out.shape])
+
+
+@rule("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like")
+def like(op: Op) -> None:
+    """As many indices as the first input has, whatever is written there later: they die alike."""
+    op.give(op.out, op.axes(op.args[0]))
 
 
 @rule("aten::copy_")

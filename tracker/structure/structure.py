@@ -22,7 +22,7 @@ from tracker.structure.picture import draw
 from tracker.structure.rules import apply_rule
 from tracker.structure.stream import Forecast
 from tracker.structure.taps import Tap, find_taps
-from tracker.structure.trace import CallKey, Passes, Trace, record
+from tracker.structure.trace import CallKey, Passes, RuleFailure, Trace, record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
 from tracker.structure.unseen import owners, refuse_unseen, unseen_in, without
@@ -49,6 +49,7 @@ class Structure:
     unseen_modules: Mapping[str, int] = field(default_factory=dict, repr=False)
     assumed: tuple[str, ...] = ()  # those of them that the user says nothing runs
     precision: Precision = field(default_factory=Precision)  # in which dtypes removals are tried
+    failures: Sequence[RuleFailure] = ()  # users' rules that raised
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
         """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
@@ -89,6 +90,8 @@ class Structure:
         lines += [_row(group) for group in self.groups]
         if not self.precision.in_float64:
             lines += ["", f"compared {self.precision}"]
+        if self.failures:
+            lines += ["", *(f"not understood, because {failure.why}" for failure in self.failures)]
         reasons: dict[str, list[str]] = {}
         for f in self.frozen:
             reasons.setdefault(f.reason, []).append(f"{f.tensor}[{f.dim}]")
@@ -187,6 +190,7 @@ def trace_structure(
         modules,
         tuple(name for name in modules if not without([name], assume_unread)),
         precision,
+        tuple(trace.failures),
     )
 
 

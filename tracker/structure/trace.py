@@ -142,6 +142,15 @@ class Passes:
     failed: list[tuple[Call, str]] = field(default_factory=list)  # could not be made, and why
 
 
+@dataclass(frozen=True, slots=True)
+class RuleFailure:
+    """A user's rule that raised: for which operation, a sentence about it, and the exception itself."""
+
+    operation: str
+    why: str
+    error: Exception
+
+
 @dataclass(slots=True)
 class Trace:
     """What is known of the axes of a model's tensors, from one pass or several."""
@@ -156,6 +165,7 @@ class Trace:
     carries: set[str] = field(default_factory=set)  # tensors applied element by element
     order: list[str] = field(default_factory=list)  # tensors in the order of their first use
     names: dict[int, str] = field(default_factory=dict)  # id of a parameter or buffer → its key
+    failures: list[RuleFailure] = field(default_factory=list)  # of users' rules, the first of each
     operations: int = 0  # of the first pass
     flops: int = 0  # of the first pass
     doors: list[Door] = field(
