@@ -31,6 +31,7 @@ ORDER = [
     "reads",
     "graphs",
     "hooks",
+    "snapshot",
     "tracker",
     "analyzer",
     "recommend",

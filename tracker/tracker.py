@@ -18,7 +18,6 @@ from tracker.graphs import forget_compiled_graphs
 from tracker.hooks import (
     Observer,
     Site,
-    Window,
     attach,
     attach_sites,
     detach_sites,
@@ -27,11 +26,11 @@ from tracker.hooks import (
 )
 from tracker.identity import LayerIds, NeuronRegistry, layer_named
 from tracker.layers import find_layers, unwrap
-from tracker.observation import LayerObservation, Observation
+from tracker.observation import Observation
 from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read, reslotted
 from tracker.slotmap import SlotMap
-from tracker.statistics import Activity
+from tracker.snapshot import first_mode, observed_layer
 from tracker.structure import Passes, Structure, require_known, trace_structure
 
 log = logging.getLogger("tracker")
@@ -376,13 +375,13 @@ class ActivationTracker:
         """What the current window shows so far, frozen. `mode`: "train", "eval", "all", or None for the window's."""
         entry = self.current
         observer = entry.observer
-        mode = mode or entry.mode or _first_mode(observer)
+        mode = mode or entry.mode or first_mode(observer)
         if mode not in MODES:
             raise StatisticsError(f"mode is one of {', '.join(MODES)}, not {mode!r}.")
         flags = MODES[mode]
         sites = {site.name: site for site in observer.sites}
         layers = tuple(
-            _observed(ids, sites[name], flags, observer.fallback)
+            observed_layer(ids, sites[name], flags, observer.fallback)
             for name, ids in entry.layers.items()
         )
         samples = sum(observer.samples.get(flag, 0) for flag in flags)
@@ -425,36 +424,3 @@ class ActivationTracker:
         assert site.neurons is not None
         ids = self.registry.register(entry.name, site.name, site.neurons)
         entry.layers[site.name] = ids
-
-
-def _first_mode(observer: Observer) -> str:
-    seen = next(iter(observer.samples), None)
-    if seen is None:
-        seen = next((flag for site in observer.sites for flag in site.windows), False)
-    return "train" if seen else "eval"
-
-
-def _observed(
-    ids: LayerIds, site: Site, flags: tuple[bool, ...], fallback: str
-) -> LayerObservation:
-    windows: list[Window] = [site.windows[flag] for flag in flags if flag in site.windows]
-    activity = Activity.empty(len(ids.ids))
-    covariance = None
-    for window in windows:
-        activity = activity.merge(Activity(window.activity.value().table.cpu()))
-        if window.covariance is not None:
-            value = window.covariance.value()
-            covariance = value if covariance is None else covariance.merge(value)
-    problem = (site.leader or site).problem or ("" if windows else "never called in this window")
-    place = "its own output" if site.tap is None else f"the input of {site.tap.module}"
-    return LayerObservation(
-        site.name,
-        site.kind,
-        tuple(ids.ids),
-        activity.value(),
-        covariance,
-        site.is_output,
-        problem,
-        place,
-        fallback,
-    )

@@ -15,7 +15,8 @@ import torch
 
 from tracker.nested import tensors_in
 from tracker.structure.axes import Axis
-from tracker.structure.trace import Op, RuleFailure
+from tracker.structure.failures import RuleFailure
+from tracker.structure.trace import Op
 
 Rule = Callable[[Op], None]
 _RULES: dict[str, Rule] = {}

@@ -14,6 +14,7 @@ from torch import nn
 from tracker.calls import Arguments, Call, ExampleInputs, calls_of
 from tracker.errors import StructureError
 from tracker.probe import uninterrupted
+from tracker.structure.failures import RuleFailure
 from tracker.structure.float64 import Precision
 from tracker.structure.integers import Integers, couple
 from tracker.structure.ints import shadow
@@ -22,7 +23,7 @@ from tracker.structure.picture import draw
 from tracker.structure.rules import apply_rule
 from tracker.structure.stream import Forecast
 from tracker.structure.taps import Tap, find_taps
-from tracker.structure.trace import CallKey, Passes, RuleFailure, Trace, record
+from tracker.structure.trace import CallKey, Passes, Trace, record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
 from tracker.structure.unseen import owners, refuse_unseen, unseen_in, without

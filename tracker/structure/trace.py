@@ -29,6 +29,7 @@ from tracker.errors import StructureError
 from tracker.nested import tensors_in
 from tracker.probe import forward_once, tables_kept
 from tracker.structure.axes import Axis, Labels
+from tracker.structure.failures import RuleFailure
 from tracker.structure.paths import Glance, Path
 from tracker.structure.reading import Reading
 from tracker.structure.weights import Origin, Outputs, Weights, follow
@@ -140,15 +141,6 @@ class Passes:
     # That do what a recorded one does, to the same weights.
     alike: list[Call] = field(default_factory=list)
     failed: list[tuple[Call, str]] = field(default_factory=list)  # could not be made, and why
-
-
-@dataclass(frozen=True, slots=True)
-class RuleFailure:
-    """A user's rule that raised: for which operation, a sentence about it, and the exception itself."""
-
-    operation: str
-    why: str
-    error: Exception
 
 
 @dataclass(slots=True)
