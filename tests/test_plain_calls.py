@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +130,10 @@ def test_example_inputs_at_any_time() -> None:
 
 def test_a_step_without_a_run_is_none() -> None:
     assert NeuronEngine().step(1.0) is None
+
+
+def test_ids_are_saved_and_loaded_as_data(tmp_path: Path) -> None:
+    ids = tracked(network(), torch.randn(8, 6)).track_model(network())
+    torch.save(ids, tmp_path / "ids.pt")
+    assert torch.load(tmp_path / "ids.pt", weights_only=True) == ids
+    assert json.loads(json.dumps(ids)) == ids

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from tracker.errors import NotTrackedError, UnknownNeuronError
 from tracker.slotmap import SlotMap
 
@@ -16,9 +18,13 @@ class NeuronId(int):
     """The id of a neuron: an int that says so, wherever it is filtered, sorted or sliced to.
 
     Where a layer's neurons are asked for, {layer name: [...]}, ids are read as ids and plain ints as local indices.
+    A file of `torch.save` that holds ids loads with `weights_only=True` wherever this package is imported.
     """
 
     __slots__ = ()
+
+
+torch.serialization.add_safe_globals([NeuronId])
 
 
 def named(ids: Iterable[int]) -> list[int]:
