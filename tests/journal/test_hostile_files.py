@@ -341,10 +341,10 @@ def test_hostile_files_change_nothing(name: str, saved: Path, tmp_path: Path) ->
     train(model, opt, x)
     before, noise = copy.deepcopy(snapshot(model, opt)), states_of_noise()
     hooks, options = hooks_of(model, opt), copy.deepcopy(groups_of(opt))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError) as caught:
         NeuronEngine.load_checkpoint(folder, model, opt)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert str(caught.value)
     assert equal(snapshot(model, opt), before)
     assert equal(states_of_noise(), noise)
