@@ -209,8 +209,14 @@ class NeuronChanger(NeuronAdviser):
         return nullcontext() if ranks is None else ranks.together(what)
 
     def _change(
-        self, plan: Callable[[], tuple[Plan, list[str]]], *, dry_run: bool, verify: bool
+        self,
+        plan: Callable[[], tuple[Plan, list[str]]],
+        *,
+        dry_run: bool,
+        verify: bool,
+        skipped: Sequence[str] = (),
     ) -> Receipt:
+        """One change. `skipped`: What was asked and is not done; `plan` may fill it."""
         session = self._session
         model, ranks = session.entry.model(), session.ranks
         # What is made inside the caller's inference mode could not be written.
@@ -236,6 +242,7 @@ class NeuronChanger(NeuronAdviser):
                     dry_run=dry_run,
                     verify=verify,
                     notes=notes,
+                    skipped=skipped,
                     log=change.log,
                 )
             if ranks is not None:

@@ -25,7 +25,8 @@ from tracker.surgery.merging import plan_merge
 from tracker.surgery.objective import Loss, Objective
 from tracker.surgery.pairs import default_pairs
 from tracker.surgery.plan import Plan, units_of
-from tracker.surgery.problem import Limits
+from tracker.surgery.problem import Limits, limits_of
+from tracker.surgery.protection import Protect, protection
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
 from tracker.surgery.transaction import refuse_inside_a_pass
@@ -40,6 +41,7 @@ class NeuronSurgeon(NeuronCalibrator):
         units: Mapping[str, Sequence[int]],
         compensate: bool = False,
         *,
+        protect: Protect = (),
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
@@ -50,6 +52,9 @@ class NeuronSurgeon(NeuronCalibrator):
             compensate: The consumers take over what the other units explain of those that go, in least squares over
                 what was observed: by `calibrate`, else in a window with correlation, else on the example inputs. Else
                 they see zero in their place.
+            protect: What stays though it is among them, told in the receipt's `skipped`: names or patterns
+                ("encoder.*") of layers, modules or groups, and neuron ids; or {name or pattern: share of the units that
+                stays}. A name that matches nothing is an error.
             dry_run: Only tell what would happen.
             verify: Compare with what is promised, on a copy in float64 and after the change.
 
@@ -57,15 +62,32 @@ class NeuronSurgeon(NeuronCalibrator):
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
             VerificationError: The result would not have been (or was not) as promised; everything is as before.
         """
-        return self._change(
-            lambda: plan_pruning(self._tracker, units, compensate), dry_run=dry_run, verify=verify
-        )
+        return self._prune(lambda: units, compensate, protect, dry_run=dry_run, verify=verify)
+
+    def _prune(
+        self,
+        asked: Callable[[], Mapping[str, Sequence[int]]],
+        compensate: bool,
+        protect: Protect,
+        *,
+        dry_run: bool,
+        verify: bool,
+    ) -> Receipt:
+        skipped: list[str] = []
+
+        def plan() -> tuple[Plan, list[str]]:
+            protected = protection(self._tracker, protect)
+            units, skipped[:] = protected.allowed(self.structure, asked())
+            return plan_pruning(self._tracker, units, compensate)
+
+        return self._change(plan, dry_run=dry_run, verify=verify, skipped=skipped)
 
     def prune_neurons(
         self,
         neurons: Neurons,
         compensate: bool = True,
         *,
+        protect: Protect = (),
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
@@ -77,12 +99,13 @@ class NeuronSurgeon(NeuronCalibrator):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-
-        def plan() -> tuple[Plan, list[str]]:
-            units = units_of(self.structure, self._places(neurons))
-            return plan_pruning(self._tracker, units, compensate)
-
-        return self._change(plan, dry_run=dry_run, verify=verify)
+        return self._prune(
+            lambda: units_of(self.structure, self._places(neurons)),
+            compensate,
+            protect,
+            dry_run=dry_run,
+            verify=verify,
+        )
 
     def merge_neurons(
         self,
@@ -265,6 +288,7 @@ class NeuronSurgeon(NeuronCalibrator):
         rounds: int = 1,
         round_to: int = 1,
         floor: int | Mapping[str, int] = 1,
+        protect: Protect = (),
         inexact: bool = False,
         criterion: str | Criterion = "reconstruction",
         compensate: bool = True,
@@ -289,7 +313,9 @@ class NeuronSurgeon(NeuronCalibrator):
             rounds: In how many steps the budget is spent. After each, `batches` are observed anew: the errors of one
                 layer are the inputs of the next. Each is an entry of the journal; `undo` takes all back.
             round_to: Widths are to be multiples of it.
-            floor: Units that must stay in each group, or in some: {group name: units}.
+            floor: Units that must stay in each group, or in some: {name or pattern, as for `protect`: units}.
+            protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids;
+                or {name or pattern: share of its units that stays}. A name that matches nothing is an error.
             inexact: Whether groups may shrink that a norm runs over (the residual stream).
             criterion: Which units of a group go first: by what the consumers lose once the others take over, or, as
                 baselines, "magnitude", "taylor" (of the gradients that are there), "activity", "fluctuation",
@@ -303,22 +329,31 @@ class NeuronSurgeon(NeuronCalibrator):
         Raises:
             SurgeryError: It cannot be met, nothing was touched; the message says why.
         """
-        limits = Limits(round_to, floor, inexact)
+
+        def limits() -> Limits:
+            return limits_of(self._tracker, round_to, floor, protect, sizes, inexact=inexact)
+
+        with self._together("compress"):
+            refuse_inside_a_pass(self._tracker)
+            sizes = {g.name: g.size for g in self.structure.groups}
+            limits()  # refuses before data are gone through
         given = None if batches is None else list(batches) if rounds > 1 else batches
 
         def once(share: float) -> Receipt:
             if given is not None:
                 self._calibrate_by(given, loss, inputs, progress)
-            plan = partial(
-                self._plan_compression,
-                share,
-                of,
-                limits,
-                criterion=criterion,
-                compensate=compensate,
-                strict=strict,
-                progress=progress,
-            )
+
+            def plan() -> tuple[Plan, list[str]]:
+                return self._plan_compression(
+                    share,
+                    of,
+                    limits(),
+                    criterion=criterion,
+                    compensate=compensate,
+                    strict=strict,
+                    progress=progress,
+                )
+
             return self._change(plan, dry_run=dry_run and rounds == 1, verify=verify)
 
         with self._calibrating(dry_run=dry_run):

@@ -68,7 +68,7 @@ def ordered(
             f"The criterion gave {tuple(values.shape)} scores for the {group.size} units of {group.name!r}, or NaN "
             "among them: one number for each unit is needed."
         )
-    order = lowest(values, group.size)
+    order = lowest(values, group.size, problem.protected)
     ridge = default_ridge(problem.count, len(spread))
     return path(problem.covariance, problem.weight, problem.units, order, ridge=ridge)
 

@@ -75,6 +75,7 @@ def cheapest_pairs(
             price += gram[at, to] * left
     price[~alike] = torch.inf
     price.fill_diagonal_(torch.inf)
+    price[:, [u for u in problem.protected if u < size]] = torch.inf
     busy, pairs = set[int](), list[tuple[int, int]]()
     for place in price.flatten().argsort(stable=True).tolist():
         keep, drop = divmod(place, size)

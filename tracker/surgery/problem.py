@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tracker.compensation import Selection, backward, select, slope_along
 from tracker.compensation.linear import default_ridge, second_moment
+from tracker.errors import SurgeryError
 from tracker.reads import Read
 from tracker.structure import UnitGroup
 from tracker.structure.integers import UnsolvableError
@@ -18,6 +19,7 @@ from tracker.structure.sizes import tensors
 from tracker.structure.units import Place
 from tracker.surgery.calibration import Consumer, consumers, reads_of
 from tracker.surgery.curvature import in_loss
+from tracker.surgery.protection import NOTHING, Protect, Protection, matching, protection
 from tracker.tracker import ActivationTracker
 
 
@@ -27,15 +29,48 @@ class Limits:
 
     round_to: Widths are to be multiples of it. floor: Units that must stay in each group (int), or in some ({name: n}).
     inexact: Whether groups may shrink that a norm or softmax runs over (the residual stream); not compensated.
+    protected: What is left alone.
     """
 
     round_to: int = 1
     floor: int | Mapping[str, int] = 1
     inexact: bool = False
+    protected: Protection = NOTHING
 
     def of(self, group: UnitGroup) -> int:
         """Units of a group that must stay."""
-        return self.floor if isinstance(self.floor, int) else self.floor.get(group.name, 1)
+        own = self.floor if isinstance(self.floor, int) else self.floor.get(group.name, 1)
+        return max(own, self.protected.floor(group))
+
+
+def limits_of(
+    tracker: ActivationTracker,
+    round_to: int,
+    floor: int | Mapping[str, int],
+    protect: Protect,
+    sizes: Mapping[str, int],
+    *,
+    inexact: bool,
+) -> Limits:
+    """The limits that a user sets; of a floor, groups by name or pattern, as `protection` matches them.
+
+    sizes: Units of each group that shares are of.
+
+    Raises:
+        SurgeryError: A name matches nothing, or a number is none.
+    """
+    numbers = [round_to, *(floor.values() if isinstance(floor, Mapping) else [floor])]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise SurgeryError(
+            f"round_to and floors are numbers of units, 1 or more, not {round_to!r} and {floor!r}."
+        )
+    if isinstance(floor, Mapping):
+        own: dict[str, int] = {}
+        for pattern, units in floor.items():
+            for group in matching(tracker, pattern):
+                own[group.name] = max(own.get(group.name, 1), units)
+        floor = own
+    return Limits(round_to, floor, inexact, protection(tracker, protect, sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +124,15 @@ Part = tuple[list[Consumer], list[Read]]  # consumers that read the same, and wh
 class Problems(Sequence[Problem]):
     """The problems of several groups, each made when it is asked for: together they would fill the memory."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[UnitGroup], parts: Sequence[list[Part]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        parts: Sequence[list[Part]],
+        protected: Protection,
+    ):
         self._held, self._groups, self._parts = tensors(model), groups, parts
+        self._protected = protected
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -106,12 +148,18 @@ class Problems(Sequence[Problem]):
 
     def plain(self, index: int) -> Problem:
         """The same problem with what the consumers put out as it is, and not in the loss."""
-        return _problem(self._held, self._groups[index], self._parts[index], plain=True)
+        return self._problem(index, plain=True)
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             raise TypeError("one problem at a time")
-        return _problem(self._held, self._groups[index], self._parts[index])
+        return self._problem(index, plain=False)
+
+    def _problem(self, index: int, *, plain: bool) -> Problem:
+        group = self._groups[index]
+        found = _problem(self._held, group, self._parts[index], plain=plain)
+        pinned = self._protected.pinned_of(group)
+        return replace(found, protected=[*sorted(pinned), *found.protected]) if pinned else found
 
 
 def problems_of(
@@ -133,6 +181,9 @@ def problems_of(
             continue
         if group.size % group.multiple_of:
             left_out.append(f"{group.name}: {group.size} units, {group.multiple_of} at a time")
+            continue
+        if limits.protected.covers(group):
+            left_out.append(f"{group.name}: protected")
             continue
         if any(taken.get(place, set()) & indices for place, indices in lies.items()):
             continue
@@ -157,7 +208,7 @@ def problems_of(
             parts.append(found)
         else:
             left_out.append(f"{group.name}: what reads it was not observed")
-    return groups, Problems(model, groups, parts), left_out
+    return groups, Problems(model, groups, parts, limits.protected), left_out
 
 
 def _parts(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> list[Part]:

@@ -20,9 +20,11 @@ from tracker.surgery.depth import INSERTED, can_follow
 from tracker.surgery.pairs import cheapest_pairs
 from tracker.surgery.plan import Plan
 from tracker.surgery.problem import Limits, Problem, problems_of
+from tracker.surgery.protection import NOTHING, Protect, Protection, protects
 from tracker.surgery.restructuring import plan_layer_removal
 from tracker.tracker import ActivationTracker
-from tracker.training.policy import Bypass, Candidate, Policy, Size
+from tracker.training.choices import Bypass, Candidate, Size
+from tracker.training.policy import Policy
 
 if TYPE_CHECKING:
     from tracker.surgeon import NeuronSurgeon
@@ -40,11 +42,13 @@ class Prices:
         return Size(parameters, flops, flops * self.time)
 
 
-def candidates(surgeon: NeuronSurgeon, policy: Policy, price: Prices) -> list[Candidate]:
-    """The groups that can change by themselves, and what that is predicted to cost."""
+def candidates(
+    surgeon: NeuronSurgeon, policy: Policy, price: Prices, protected: Protection = NOTHING
+) -> list[Candidate]:
+    """The groups that can change by themselves, and what that is predicted to cost; those that may."""
     tracker = surgeon._tracker
     model = tracker.current.model()
-    groups, problems, _ = problems_of(tracker, Limits(floor=policy.floor))
+    groups, problems, _ = problems_of(tracker, Limits(floor=policy.floor, protected=protected))
     learnt = {name for name, _ in model.named_parameters()}
     held = {name: t.shape for name, t in tensors(model).items()}
     modules = dict(model.named_modules())
@@ -73,10 +77,11 @@ def candidates(surgeon: NeuronSurgeon, policy: Policy, price: Prices) -> list[Ca
                 tuple(u for u in selection.order if u < group.size),
                 tuple((selection.errors / total).tolist()),
                 price.size(parameters, flops),
-                _dead(problem, group.size),
+                tuple(u for u in _dead(problem, group.size) if u not in problem.protected),
                 pairs,
                 losses,
                 _deeper(modules.get(layer), layer, price) if policy.insert else None,
+                protected.floor(group),
             )
         )
     return found
@@ -87,6 +92,7 @@ def bypasses(
     able: Sequence[Candidate],
     inputs: Sequence[Arguments],
     price: Prices,
+    protect: Protect = (),
 ) -> list[Bypass]:
     """Layers and residual blocks that could go, as half of these inputs say when the other half was fitted."""
     if not inputs:
@@ -96,6 +102,8 @@ def bypasses(
     linear = [c.layer for c in able if isinstance(model.get_submodule(c.layer), nn.Linear)]
     found = []
     for name in [*linear, *_blocks(model, inputs[0])]:
+        if protects(tracker, protect, name):
+            continue
         try:
             plan, _ = plan_layer_removal(tracker, name, fitted, force=False)
             error = _error(model, plan, asked)

@@ -22,10 +22,12 @@ from tracker.surgery import Receipt
 from tracker.surgery.depth import inserted_layers
 from tracker.surgery.flops import flops_by_weight
 from tracker.surgery.latency import latency
+from tracker.surgery.protection import Protection, protection, protects
 from tracker.surgery.transaction import count
 from tracker.training.candidates import Prices, bypasses, candidates, grown, neurons_of
+from tracker.training.choices import Requests, Size
 from tracker.training.look import Look, Seen
-from tracker.training.policy import Phases, Policy, Requests, Size
+from tracker.training.policy import Phases, Policy
 
 if TYPE_CHECKING:
     from tracker.surgeon import NeuronSurgeon
@@ -67,12 +69,18 @@ class SelfModification:
         self._means: list[float] = []  # before each look
         self._blocked: dict[str, int] = {}
         self._watch: Look | None = None
+        self._sizes: dict[
+            str, int
+        ] = {}  # of each group, when it was first seen: shares are of these
         self._seen = Seen()  # in the last look, beside what consumers read
         # A change that awaits its verdict: step, loss before, groups, and the change itself.
         self._open: tuple[int, float, tuple[str, ...], weakref.ref[Transaction] | None] | None = (
             None
         )
         self._stopped = False
+        for part in policy.policies():  # a name that matches nothing is told now
+            if part.protect and self._session.entry.observer.calls:
+                protection(surgeon._tracker, part.protect)
         self._note("kept", "the beginning", float("nan"))
 
     @property
@@ -122,6 +130,7 @@ class SelfModification:
             "recent": [float(loss) for loss in self._recent],
             "means": list(self._means),
             "blocked": dict(self._blocked),
+            "sizes": dict(self._sizes),
             "life": [asdict(decision) for decision in self.life],
             "observes": self._watch is not None,
         }
@@ -148,6 +157,7 @@ class SelfModification:
         self._recent = [torch.tensor(float(loss)) for loss in data["recent"]]
         self._means = [float(mean) for mean in data["means"]]
         self._blocked = {str(n): operator.index(looks) for n, looks in data["blocked"].items()}
+        self._sizes = {str(n): operator.index(k) for n, k in data.get("sizes", {}).items()}
         self.life[:] = life
         if data["observes"]:
             self._begin_to_observe()
@@ -185,7 +195,7 @@ class SelfModification:
             self._note("kept", wanted.why, loss)
             return None
         try:
-            receipt = self._do(wanted)
+            receipt = self._do(wanted, policy)
         except TrackerError as error:
             for name in wanted.groups:
                 self._blocked[name] = policy.patience
@@ -211,7 +221,7 @@ class SelfModification:
                 time = latency(bench, Arguments(*inputs)) if policy.times else 0.0
                 now = Size(count(self.model), flops, time)
                 price = Prices(by_weight, time / max(flops, 1.0))
-                able = candidates(self._surgeon, policy, price)
+                able = candidates(self._surgeon, policy, price, self._protected(policy))
                 decide = partial(
                     policy.decide,
                     able,
@@ -222,24 +232,40 @@ class SelfModification:
                 )
                 wanted = decide()
                 if policy.drop and not (wanted.remove or wanted.merge or wanted.recycle):
-                    wanted = decide(bypasses=bypasses(tracker, able, self._seen.inputs, price))
+                    wanted = decide(
+                        bypasses=bypasses(tracker, able, self._seen.inputs, price, policy.protect)
+                    )
         return wanted if ranks is None else Requests(**ranks.of_first(asdict(wanted)))
 
-    def _do(self, wanted: Requests) -> Receipt:
+    def _protected(self, policy: Policy) -> Protection:
+        """What the policy leaves alone, whatever it decides."""
+        tracker = self._surgeon._tracker
+        for group in tracker.structure().groups:
+            self._sizes.setdefault(group.name, group.size)
+        return protection(tracker, policy.protect, self._sizes, strict=False)
+
+    def _do(self, wanted: Requests, policy: Policy) -> Receipt:
         surgeon, tracker = self._surgeon, self._surgeon._tracker
+        protected = self._protected(policy)
+        protected.refuse(surgeon.structure, wanted.recycle, wanted.expand)
         if wanted.remove:
-            units = {name: list(gone) for name, gone in wanted.remove.items()}
+            units, _ = protected.allowed(surgeon.structure, wanted.remove)
             return surgeon.prune_units(units, compensate=True)
         if wanted.insert:
             return surgeon.insert_layer(wanted.insert[0])
         if wanted.drop:
+            if protects(tracker, policy.protect, wanted.drop[0]):
+                raise SurgeryError(f"{wanted.drop[0]!r} is protected: it is not removed.")
             return surgeon.remove_layer(wanted.drop[0], batches=self._seen.inputs)
         groups = {g.name: g for g in surgeon.structure.groups}
         if wanted.merge:
+            drops = {name: [d for _, d in folded] for name, folded in wanted.merge.items()}
+            able, _ = protected.allowed(surgeon.structure, drops)
             pairs = [
                 ids
                 for name, folded in wanted.merge.items()
                 for keep, drop in folded
+                if drop in able.get(name, ())
                 for ids in zip(
                     neurons_of(tracker, groups[name], keep),
                     neurons_of(tracker, groups[name], drop),

@@ -3,92 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from tracker.errors import SurgeryError
+from tracker.surgery.protection import Protect, wanted
+from tracker.training.choices import Bypass, Candidate, Requests, Size
 from tracker.training.subclasses import name_of, subclass_named
 
 CLASS = "class"  # key of a subclass's name in plain data
-
-
-class Size(NamedTuple):
-    """Of a network, or of one unit of it.
-
-    flops: Of one forward pass of the example inputs.
-    latency: Of such a pass, in milliseconds; 0 where no budget asks for it. A unit's is its share of the FLOPs.
-    """
-
-    parameters: float
-    flops: float
-    latency: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What is known of one group of units when the policy looks.
-
-    size: Units.
-    errors: Predicted relative error of its consumers once 1, 2, … units are gone, in `order`.
-    cost: Of one unit.
-    dead: Units of which the consumers read a constant.
-    pairs: (unit that stays, unit that is folded into it), each unit in one part only.
-    merge_errors: Predicted relative error of the consumers once 1, 2, … pairs are folded, in the order of `pairs`.
-    deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
-    """
-
-    name: str
-    layer: str
-    size: int
-    order: tuple[int, ...]
-    errors: tuple[float, ...]
-    cost: Size
-    dead: tuple[int, ...] = ()
-    pairs: tuple[tuple[int, int], ...] = ()
-    merge_errors: tuple[float, ...] = ()
-    deeper: Size | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Bypass:
-    """A layer, or a residual block, that could be removed.
-
-    error: Relative error of the model's outputs without it, what is left refitted; of inputs that the fit did not see.
-    cost: What would be saved.
-    """
-
-    name: str
-    error: float
-    cost: Size
-
-
-@dataclass(frozen=True, slots=True)
-class Requests:
-    """What a policy wants done, and why, or why nothing.
-
-    remove, recycle: Group name → units. expand: Group name → units to add. merge: Group name → (keep, drop) units.
-    insert: Layers behind which one is inserted. drop: Layers and blocks that are removed.
-    """
-
-    why: str
-    remove: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    recycle: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    expand: Mapping[str, int] = field(default_factory=dict)
-    merge: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
-    insert: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """All that is to change, groups and layers by their names."""
-        return (
-            *self.remove,
-            *self.recycle,
-            *self.expand,
-            *self.merge,
-            *self.insert,
-            *self.drop,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +42,8 @@ class Policy:
     settle: Steps after a change over which its effect is measured.
     regret: Relative rise of the loss, against that before the change, from which on it is undone.
     patience: At which look from then on a group is tried again after a change of it was undone.
+    protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids; or
+        {name or pattern: share that stays} of the units that a group had at the first look.
     """
 
     warm_up: int = 200
@@ -145,6 +70,7 @@ class Policy:
     settle: int = 50
     regret: float = 0.1
     patience: int = 3
+    protect: Protect = ()
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -156,6 +82,9 @@ class Policy:
                 f"A policy that looks for {self.look} steps and settles for {self.settle} cannot do so every "
                 f"{self.every} steps. Make `every` larger."
             )
+        names, ids = wanted(self.protect)
+        if not isinstance(self.protect, Mapping):
+            object.__setattr__(self, "protect", (*names, *sorted(ids)))
         if not 0 < self.at_most < 1:
             raise SurgeryError(f"at_most is a share between 0 and 1, not {self.at_most!r}.")
         if self.insert < 0 or not self.drop >= 0:
@@ -175,6 +104,10 @@ class Policy:
     def at(self, step: int) -> tuple[int, Policy]:
         """The step from which a policy holds at `step`, and that policy: always this one."""
         return 0, self
+
+    def policies(self) -> tuple[Policy, ...]:
+        """All policies that may hold: this one."""
+        return (self,)
 
     def decide(
         self,
@@ -257,7 +190,7 @@ class Policy:
     ) -> dict[str, tuple[tuple[int, int], ...]]:
         left, merge = self._bounds(now, least=True), dict[str, tuple[tuple[int, int], ...]]()
         for one in free:
-            most = min(int(self.at_most * one.size), one.size - self.floor)
+            most = min(int(self.at_most * one.size), one.size - max(self.floor, one.floor))
             count = sum(e <= self.tolerance for e in one.merge_errors[: max(most, 0)])
             count = min(count, *_fits(left, one.cost))
             if count > 0:
@@ -312,7 +245,8 @@ class Policy:
             return {}, "nothing is to shrink"
         left, counts = self._bounds(now, least=True), dict[str, int]()
         most = {
-            c.name: min(int(self.at_most * c.size), c.size - self.floor, len(c.order)) for c in free
+            c.name: min(int(self.at_most * c.size), c.size - max(self.floor, c.floor), len(c.order))
+            for c in free
         }
         for one in free:
             count = sum(error <= self.tolerance for error in one.errors[: max(most[one.name], 0)])
@@ -411,6 +345,10 @@ class Phases:
         """The step from which a policy holds at `step`, and that policy."""
         return [part for part in self.parts if part[0] <= step][-1]
 
+    def policies(self) -> tuple[Policy, ...]:
+        """All policies, in order."""
+        return tuple(policy for _, policy in self.parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; `Policy.from_dict` reads it."""
         return {"phases": [[step, policy.to_dict()] for step, policy in self.parts]}
@@ -424,8 +362,8 @@ def _policy(data: Mapping[str, Any]) -> Policy:
         raise SurgeryError(f"A policy has no {sorted(unknown)[0]!r}.")
     usual = Policy()
     for name, value in data.items():
-        if not hasattr(usual, name):
-            continue  # a field of a subclass, which its own __post_init__ checks
+        if not hasattr(usual, name) or name == "protect":
+            continue  # `__post_init__` checks it, of a subclass its own
         known = type(getattr(usual, name))
         fits = type(value) is known or (known is float and type(value) is int)
         if known is type(None):  # a bound

@@ -1,0 +1,88 @@
+"""What a policy is given when it decides, and what it gives: plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """Of a network, or of one unit of it.
+
+    flops: Of one forward pass of the example inputs.
+    latency: Of such a pass, in milliseconds; 0 where no budget asks for it. A unit's is its share of the FLOPs.
+    """
+
+    parameters: float
+    flops: float
+    latency: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is known of one group of units when the policy looks.
+
+    size: Units.
+    errors: Predicted relative error of its consumers once 1, 2, … units are gone, in `order`.
+    cost: Of one unit.
+    dead: Units of which the consumers read a constant.
+    pairs: (unit that stays, unit that is folded into it), each unit in one part only.
+    merge_errors: Predicted relative error of the consumers once 1, 2, … pairs are folded, in the order of `pairs`.
+    deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
+    floor: Units that must stay, as the policy protects them.
+    """
+
+    name: str
+    layer: str
+    size: int
+    order: tuple[int, ...]
+    errors: tuple[float, ...]
+    cost: Size
+    dead: tuple[int, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    merge_errors: tuple[float, ...] = ()
+    deeper: Size | None = None
+    floor: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """A layer, or a residual block, that could be removed.
+
+    error: Relative error of the model's outputs without it, what is left refitted; of inputs that the fit did not see.
+    cost: What would be saved.
+    """
+
+    name: str
+    error: float
+    cost: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What a policy wants done, and why, or why nothing.
+
+    remove, recycle: Group name → units. expand: Group name → units to add. merge: Group name → (keep, drop) units.
+    insert: Layers behind which one is inserted. drop: Layers and blocks that are removed.
+    """
+
+    why: str
+    remove: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    recycle: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    expand: Mapping[str, int] = field(default_factory=dict)
+    merge: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    insert: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """All that is to change, groups and layers by their names."""
+        return (
+            *self.remove,
+            *self.recycle,
+            *self.expand,
+            *self.merge,
+            *self.insert,
+            *self.drop,
+        )
