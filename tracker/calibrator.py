@@ -17,6 +17,7 @@ from tracker.surgery.norms import reestimate
 from tracker.surgery.objective import Loss, Objective
 from tracker.surgery.plan import Plan
 from tracker.surgery.problem import Limits
+from tracker.surgery.shortfall import Asked
 from tracker.surgery.transaction import unchanged
 
 
@@ -168,7 +169,13 @@ class NeuronCalibrator(NeuronChanger):
         )
 
     def _in_rounds(
-        self, once: Callable[[float], Receipt], keep: float, rounds: int, of: str, *, dry_run: bool
+        self,
+        once: Callable[[float, Asked], Receipt],
+        keep: float,
+        rounds: int,
+        of: str,
+        *,
+        dry_run: bool,
     ) -> Receipt:
         """The same share each time, so that together they come to `keep`; all or none."""
         left = 1.0
@@ -177,7 +184,8 @@ class NeuronCalibrator(NeuronChanger):
             nonlocal left
             goal = keep ** ((number + 1) / rounds)
             before = sum(g.size for g in self.structure.groups if g.prunable)
-            receipt = once(min(goal / left, 1 - 1e-6))
+            asked = Asked(keep, left, last=number + 1 == rounds)
+            receipt = once(min(goal / left, 1 - 1e-6), asked)
             after = sum(g.size for g in self.structure.groups if g.prunable)
             pairs = {
                 "parameters": (receipt.parameters_after, receipt.parameters_before),

@@ -29,6 +29,7 @@ from tracker.surgery.problem import Limits, limits_of
 from tracker.surgery.protection import Protect, protection
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
+from tracker.surgery.shortfall import Asked
 from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.surgery.uniform import Key, plan_width, uneven
 
@@ -339,7 +340,7 @@ class NeuronSurgeon(NeuronCalibrator):
             limits()  # refuses before data are gone through
         given = None if batches is None else list(batches) if rounds > 1 else batches
 
-        def once(share: float) -> Receipt:
+        def once(share: float, asked: Asked | None = None) -> Receipt:
             if given is not None:
                 self._calibrate_by(given, loss, inputs, progress)
 
@@ -352,6 +353,7 @@ class NeuronSurgeon(NeuronCalibrator):
                     compensate=compensate,
                     strict=strict,
                     progress=progress,
+                    asked=asked,
                 )
 
             return self._change(plan, dry_run=dry_run and rounds == 1, verify=verify)

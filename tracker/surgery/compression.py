@@ -34,6 +34,7 @@ from tracker.surgery.outlook import Outlook
 from tracker.surgery.plan import Plan
 from tracker.surgery.problem import Limits, Problem, Problems, chosen_units, problems_of
 from tracker.surgery.removal import plan_pruning
+from tracker.surgery.shortfall import UNITS, Asked, refusal
 from tracker.tracker import ActivationTracker
 
 PRICED, EVEN, NEURONS, MIXED = "priced", "even", "even, neurons only", "half priced, half even"
@@ -102,6 +103,7 @@ def plan_compression(
     calibration: Calibration | None = None,
     chosen: Callable[[], None] = lambda: None,
     progress: bool | None = False,
+    asked: Asked | None = None,
 ) -> tuple[Plan, list[str]]:
     """The plan that keeps the share `keep` of the model's parameters, FLOPs, or prunable units.
 
@@ -113,6 +115,7 @@ def plan_compression(
     strict: Refuse a budget that cannot be met to within 2%, rather than take the nearest below.
     calibration: What the loss is, and what it is measured on.
     chosen: Called when that has been, before the plan is drawn.
+    asked: What the user asked for, if `keep` is a part of it: for messages.
 
     Raises:
         SurgeryError: It cannot be met; the message says why.
@@ -123,14 +126,15 @@ def plan_compression(
         raise SurgeryError(f"keep is a share between 0 and 1, not {keep!r}.")
     check_criterion(criterion)
     groups, problems, left_out = problems_of(tracker, limits)
+    asked = asked or Asked(keep)
     if not groups:
         raise SurgeryError(
-            "There is nothing to compress: no group can be pruned whose consumers were seen to read. "
-            + "; ".join(left_out[:3])
+            "There is nothing to compress: no group may be pruned whose consumers were seen to read. "
+            + refusal(tracker, limits, of, asked, [])
         )
     market = _market(tracker, groups, problems, limits, of, criterion, progress=progress)
     wanted = _candidates(market, keep * market.whole)
-    usable, notes = _within(wanted, market, keep, strict=strict)
+    usable, notes = _within(wanted, market, keep, asked, limits, strict=strict)
     measured = calibration if calibration is not None and calibration.batches else None
     name, outlook = _best(
         tracker, market, usable, measured, compensate=compensate, progress=progress
@@ -222,7 +226,13 @@ def _is_neurons(group: UnitGroup) -> bool:
 
 
 def _within(
-    found: Mapping[str, tuple[float, list[int]]], market: _Market, keep: float, *, strict: bool
+    found: Mapping[str, tuple[float, list[int]]],
+    market: _Market,
+    keep: float,
+    asked: Asked,
+    limits: Limits,
+    *,
+    strict: bool,
 ) -> tuple[dict[str, list[int]], list[str]]:
     """The candidates that meet the budget; where none does, the nearest below."""
     usable = {
@@ -230,18 +240,21 @@ def _within(
     }
     if usable:
         return usable, []
-    off, removed = min(found.values(), key=lambda pair: abs(pair[0]))
+    _, removed = min(found.values(), key=lambda pair: abs(pair[0]))
     target = keep * market.whole
     less = below(removed, market.paths, market.cost, target)
     left = market.left(less)
     if strict or left > target * (1 + 1e-6) or not any(less):
+        nearest = [keep + off for off, _ in found.values()]
         raise SurgeryError(
-            f"Of the {market.of}, {keep:.1%} cannot be kept: with the floors, and as widths change in steps, the "
-            f"nearest is off by {abs(off):.1%} of the whole. Lower `round_to` or the floors, or ask for another share."
+            refusal(market.tracker, limits, market.of, asked, [*nearest, left / market.whole])
         )
-    share = left / market.whole
-    note = f"{keep:.1%} of the {market.of} was asked; as widths change in steps, {share:.1%} is the nearest below"
-    return {PRICED: less}, [note]
+    share = asked.left * left / market.whole
+    note = (
+        f"{asked.keep:.1%} of the {UNITS[market.of]} was asked; as widths change in steps, {share:.1%} is the nearest "
+        "below"
+    )
+    return {PRICED: less}, [note] if asked.last else []
 
 
 def _best(
