@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from tracker.batches import BatchReader, Inputs, each
 from tracker.changer import NeuronChanger
+from tracker.compensation.criteria import Criterion
 from tracker.surgery import Receipt
 from tracker.surgery.calibration import Consumer, collect, consumers
 from tracker.surgery.compression import plan_compression
@@ -16,9 +17,10 @@ from tracker.surgery.held_back import Batches, measured, with_all
 from tracker.surgery.norms import reestimate
 from tracker.surgery.objective import Loss, Objective
 from tracker.surgery.plan import Plan
-from tracker.surgery.problem import Limits
+from tracker.surgery.problem import Limits, limits_of
+from tracker.surgery.protection import Protect
 from tracker.surgery.shortfall import Asked
-from tracker.surgery.transaction import unchanged
+from tracker.surgery.transaction import refuse_inside_a_pass, unchanged
 
 
 class NeuronCalibrator(NeuronChanger):
@@ -91,6 +93,91 @@ class NeuronCalibrator(NeuronChanger):
             names = reestimate(entry.model(), some, change.log)
             change.receipt = unchanged("reestimate_norms", entry)
         return names
+
+    def compress(
+        self,
+        keep: float = 0.5,
+        of: str = "parameters",
+        *,
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        inputs: Inputs | None = None,
+        rounds: int = 1,
+        round_to: int = 1,
+        floor: int | Mapping[str, int] = 1,
+        protect: Protect = (),
+        inexact: bool = False,
+        criterion: str | Criterion = "reconstruction",
+        compensate: bool = True,
+        strict: bool = False,
+        progress: bool | None = None,
+        dry_run: bool = False,
+        verify: bool = True,
+    ) -> Receipt:
+        """Shrink the whole model to a share of its parameters, FLOPs, or prunable units ("neurons").
+
+        One budget over all groups, and then one change, in which the consumers take over what goes. Units are priced by
+        what the loss is predicted to rise by. Before anything is touched, that allocation, even shares, and one half
+        way between are tried on copies, and the best on calibration data that were held back is taken: each fourth
+        batch of `batches` (after `calibrate`, they are of those that it saw). The receipt says what was measured.
+
+        Args:
+            keep: The share that stays, met to within 2% of the whole, or by the nearest below.
+            of: "parameters" or "flops" of the model, or "neurons": units of the groups that can shrink.
+            batches: Calibration data, as for `calibrate`; without them, what was observed before.
+            loss: As for `calibrate`, of `batches`.
+            inputs: As for `calibrate`, of `batches`.
+            rounds: In how many steps the budget is spent. After each, `batches` are observed anew: the errors of one
+                layer are the inputs of the next. Each is an entry of the journal; `undo` takes all back.
+            round_to: Widths are to be multiples of it.
+            floor: Units that must stay in each group, or in some: {name or pattern, as for `protect`: units}.
+            protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids;
+                or {name or pattern: share of its units that stays}. A name that matches nothing is an error.
+            inexact: Whether groups may shrink that a norm runs over (the residual stream).
+            criterion: Which units of a group go first: by what the consumers lose once the others take over, or, as
+                baselines, "magnitude", "taylor" (of the gradients that are there), "activity", "fluctuation",
+                "random", one registered with `tracker.compensation.criterion`, or such a function itself.
+            compensate: Whether the consumers take over what goes.
+            strict: Refuse a budget that cannot be met to within 2%, as widths change in steps.
+            progress: Whether bars are shown; None: on terminals and in notebooks.
+            dry_run: Only tell what would happen.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+
+        Raises:
+            SurgeryError: It cannot be met, nothing was touched; the message says why.
+        """
+
+        def limits() -> Limits:
+            return limits_of(self._tracker, round_to, floor, protect, sizes, inexact=inexact)
+
+        with self._together("compress"):
+            refuse_inside_a_pass(self._tracker)
+            sizes = {g.name: g.size for g in self.structure.groups}
+            limits()  # refuses before data are gone through
+        given = None if batches is None else list(batches) if rounds > 1 else batches
+
+        def once(share: float, asked: Asked | None = None) -> Receipt:
+            if given is not None:
+                self._calibrate_by(given, loss, inputs, progress)
+
+            def plan() -> tuple[Plan, list[str]]:
+                return self._plan_compression(
+                    share,
+                    of,
+                    limits(),
+                    criterion=criterion,
+                    compensate=compensate,
+                    strict=strict,
+                    progress=progress,
+                    asked=asked,
+                )
+
+            return self._change(plan, dry_run=dry_run and rounds == 1, verify=verify)
+
+        with self._calibrating(dry_run=dry_run):
+            if rounds == 1:
+                return once(keep)
+            return self._in_rounds(once, keep, rounds, of, dry_run=dry_run)
 
     def _calibrate(self, batches: Batches, objective: Objective, *, patches: bool = False) -> int:
         entry = self._tracker.current

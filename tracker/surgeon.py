@@ -13,7 +13,6 @@ from tracker.batches import Inputs, each
 from tracker.calibrator import NeuronCalibrator
 from tracker.calls import Arguments, arguments
 from tracker.changer import Neurons
-from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
 from tracker.observation import Observation
@@ -25,11 +24,9 @@ from tracker.surgery.merging import plan_merge
 from tracker.surgery.objective import Loss, Objective
 from tracker.surgery.pairs import default_pairs
 from tracker.surgery.plan import Plan, units_of
-from tracker.surgery.problem import Limits, limits_of
 from tracker.surgery.protection import Protect, protection
 from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
-from tracker.surgery.shortfall import Asked
 from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.surgery.uniform import Key, plan_width, uneven
 
@@ -43,6 +40,10 @@ class NeuronSurgeon(NeuronCalibrator):
         compensate: bool = False,
         *,
         protect: Protect = (),
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        inputs: Inputs | None = None,
+        progress: bool | None = None,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
@@ -56,6 +57,11 @@ class NeuronSurgeon(NeuronCalibrator):
             protect: What stays though it is among them, told in the receipt's `skipped`: names or patterns
                 ("encoder.*") of layers, modules or groups, and neuron ids; or {name or pattern: share of the units that
                 stays}. A name that matches nothing is an error.
+            batches: Calibration data, as for `calibrate`, of which each fourth is held back to measure the loss on;
+                without them, what was observed before.
+            loss: As for `calibrate`, of `batches`.
+            inputs: As for `calibrate`, of `batches`.
+            progress: Whether a bar is shown; None: on terminals and in notebooks.
             dry_run: Only tell what would happen.
             verify: Compare with what is promised, on a copy in float64 and after the change.
 
@@ -63,14 +69,18 @@ class NeuronSurgeon(NeuronCalibrator):
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
             VerificationError: The result would not have been (or was not) as promised; everything is as before.
         """
-        return self._prune(lambda: units, compensate, protect, dry_run=dry_run, verify=verify)
+        with self._calibrating(dry_run=dry_run):
+            if batches is not None:
+                self._calibrate_by(batches, loss, inputs, progress)
+            new = batches is not None
+            return self._prune(lambda: units, compensate, protect, new, dry_run, verify)
 
     def _prune(
         self,
         asked: Callable[[], Mapping[str, Sequence[int]]],
         compensate: bool,
         protect: Protect,
-        *,
+        measured: bool,
         dry_run: bool,
         verify: bool,
     ) -> Receipt:
@@ -79,7 +89,8 @@ class NeuronSurgeon(NeuronCalibrator):
         def plan() -> tuple[Plan, list[str]]:
             protected = protection(self._tracker, protect)
             units, skipped[:] = protected.allowed(self.structure, asked())
-            return plan_pruning(self._tracker, units, compensate)
+            drawn = plan_pruning(self._tracker, units, compensate)
+            return self._measured(*drawn) if measured else drawn
 
         return self._change(plan, dry_run=dry_run, verify=verify, skipped=skipped)
 
@@ -89,6 +100,10 @@ class NeuronSurgeon(NeuronCalibrator):
         compensate: bool = True,
         *,
         protect: Protect = (),
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        inputs: Inputs | None = None,
+        progress: bool | None = None,
         dry_run: bool = False,
         verify: bool = True,
     ) -> Receipt:
@@ -100,13 +115,15 @@ class NeuronSurgeon(NeuronCalibrator):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        return self._prune(
-            lambda: units_of(self.structure, self._places(neurons)),
-            compensate,
-            protect,
-            dry_run=dry_run,
-            verify=verify,
-        )
+
+        def units() -> Mapping[str, Sequence[int]]:
+            return units_of(self.structure, self._places(neurons))
+
+        with self._calibrating(dry_run=dry_run):
+            if batches is not None:
+                self._calibrate_by(batches, loss, inputs, progress)
+            new = batches is not None
+            return self._prune(units, compensate, protect, new, dry_run, verify)
 
     def merge_neurons(
         self,
@@ -206,6 +223,7 @@ class NeuronSurgeon(NeuronCalibrator):
         directions: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         dry_run: bool = False,
+        verify: bool = True,
     ) -> Receipt:
         """Add neurons to several layers ({layer name: count}) as one change; see `expand_layer`.
 
@@ -217,13 +235,15 @@ class NeuronSurgeon(NeuronCalibrator):
             order = list(self._tracker.current.layers)
             names.sort(key=lambda n: -order.index(n) if n in order else 0)
         steps = [
-            partial(self.expand_layer, n, counts[n], directions=best.get(n), seed=seed)
+            partial(
+                self.expand_layer, n, counts[n], directions=best.get(n), seed=seed, verify=verify
+            )
             for n in names
         ]
         return self._change_all("expand_layer", steps, [], dry_run=dry_run)
 
     def uniform_widths(
-        self, *, shrink: bool = False, seed: int = 0, dry_run: bool = False
+        self, *, shrink: bool = False, seed: int = 0, dry_run: bool = False, verify: bool = True
     ) -> Receipt | None:
         """Make groups of one kind in repeated blocks (the MLPs of all decoder layers, say) equally wide, as one change.
 
@@ -240,10 +260,16 @@ class NeuronSurgeon(NeuronCalibrator):
         with self._together("uniform_widths"):
             refuse_inside_a_pass(self._tracker)
             wanted = uneven(self.structure, self._tracker.current.model(), widest=not shrink)
-        return self._to_widths(wanted, "uniform_widths", seed=seed, dry_run=dry_run)
+        return self._to_widths(wanted, "uniform_widths", seed=seed, dry_run=dry_run, verify=verify)
 
     def _to_widths(
-        self, wanted: Mapping[Key, int], what: str, *, seed: int = 0, dry_run: bool = False
+        self,
+        wanted: Mapping[Key, int],
+        what: str,
+        *,
+        seed: int = 0,
+        dry_run: bool = False,
+        verify: bool = True,
     ) -> Receipt | None:
         """Give groups these widths, all or none."""
         if not wanted:
@@ -254,18 +280,25 @@ class NeuronSurgeon(NeuronCalibrator):
                 self._change,
                 partial(plan_width, self._tracker, key, units, seed),
                 dry_run=False,
-                verify=True,
+                verify=verify,
             )
             for key, units in wanted.items()
         ]
         return self._change_all(what, steps, [], dry_run=dry_run, each=True)
 
     def recycle_neurons(
-        self, neuron_ids: Neurons, *, seed: int = 0, dry_run: bool = False, verify: bool = True
+        self,
+        neurons: Neurons = (),
+        *,
+        seed: int = 0,
+        dry_run: bool = False,
+        verify: bool = True,
+        neuron_ids: Neurons | None = None,
     ) -> Receipt:
         """Give neurons a new start in their places: fresh weights, read with zero; others take over what they did.
 
-        The function stays where they are dead or constant. The new neurons have new ids.
+        The function stays where they are dead or constant. The new neurons have new ids. `neuron_ids` is the former
+        name of `neurons`.
 
         Raises:
             UnknownNeuronError: No neuron has such an id.
@@ -273,95 +306,12 @@ class NeuronSurgeon(NeuronCalibrator):
         """
 
         def plan() -> tuple[Plan, list[str]]:
-            units = units_of(self.structure, self._places(neuron_ids))
+            units = units_of(
+                self.structure, self._places(neurons if neuron_ids is None else neuron_ids)
+            )
             return plan_recycling(self._tracker, units, seed)
 
         return self._change(plan, dry_run=dry_run, verify=verify)
-
-    def compress(
-        self,
-        keep: float = 0.5,
-        of: str = "parameters",
-        *,
-        batches: Iterable[Any] | None = None,
-        loss: Loss | None = None,
-        inputs: Inputs | None = None,
-        rounds: int = 1,
-        round_to: int = 1,
-        floor: int | Mapping[str, int] = 1,
-        protect: Protect = (),
-        inexact: bool = False,
-        criterion: str | Criterion = "reconstruction",
-        compensate: bool = True,
-        strict: bool = False,
-        progress: bool | None = None,
-        dry_run: bool = False,
-        verify: bool = True,
-    ) -> Receipt:
-        """Shrink the whole model to a share of its parameters, FLOPs, or prunable units ("neurons").
-
-        One budget over all groups, and then one change, in which the consumers take over what goes. Units are priced by
-        what the loss is predicted to rise by. Before anything is touched, that allocation, even shares, and one half
-        way between are tried on copies, and the best on calibration data that were held back is taken: each fourth
-        batch of `batches` (after `calibrate`, they are of those that it saw). The receipt says what was measured.
-
-        Args:
-            keep: The share that stays, met to within 2% of the whole, or by the nearest below.
-            of: "parameters" or "flops" of the model, or "neurons": units of the groups that can shrink.
-            batches: Calibration data, as for `calibrate`; without them, what was observed before.
-            loss: As for `calibrate`, of `batches`.
-            inputs: As for `calibrate`, of `batches`.
-            rounds: In how many steps the budget is spent. After each, `batches` are observed anew: the errors of one
-                layer are the inputs of the next. Each is an entry of the journal; `undo` takes all back.
-            round_to: Widths are to be multiples of it.
-            floor: Units that must stay in each group, or in some: {name or pattern, as for `protect`: units}.
-            protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids;
-                or {name or pattern: share of its units that stays}. A name that matches nothing is an error.
-            inexact: Whether groups may shrink that a norm runs over (the residual stream).
-            criterion: Which units of a group go first: by what the consumers lose once the others take over, or, as
-                baselines, "magnitude", "taylor" (of the gradients that are there), "activity", "fluctuation",
-                "random", one registered with `tracker.compensation.criterion`, or such a function itself.
-            compensate: Whether the consumers take over what goes.
-            strict: Refuse a budget that cannot be met to within 2%, as widths change in steps.
-            progress: Whether bars are shown; None: on terminals and in notebooks.
-            dry_run: Only tell what would happen.
-            verify: Compare with what is promised, on a copy in float64 and after the change.
-
-        Raises:
-            SurgeryError: It cannot be met, nothing was touched; the message says why.
-        """
-
-        def limits() -> Limits:
-            return limits_of(self._tracker, round_to, floor, protect, sizes, inexact=inexact)
-
-        with self._together("compress"):
-            refuse_inside_a_pass(self._tracker)
-            sizes = {g.name: g.size for g in self.structure.groups}
-            limits()  # refuses before data are gone through
-        given = None if batches is None else list(batches) if rounds > 1 else batches
-
-        def once(share: float, asked: Asked | None = None) -> Receipt:
-            if given is not None:
-                self._calibrate_by(given, loss, inputs, progress)
-
-            def plan() -> tuple[Plan, list[str]]:
-                return self._plan_compression(
-                    share,
-                    of,
-                    limits(),
-                    criterion=criterion,
-                    compensate=compensate,
-                    strict=strict,
-                    progress=progress,
-                    asked=asked,
-                )
-
-            return self._change(plan, dry_run=dry_run and rounds == 1, verify=verify)
-
-        with self._calibrating(dry_run=dry_run):
-            if rounds == 1:
-                return once(keep)
-            return self._in_rounds(once, keep, rounds, of, dry_run=dry_run)
 
     def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
         """Insert a layer of the same width behind the layer `after`; the model's function stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +19,10 @@ class Receipt:
     predicted_loss_change: What the loss is predicted to rise by, from gradients that `calibrate` took; None without.
     loss: Which loss `compress` measured; None where nothing was. loss_before, loss_after: On the same batches.
     candidates: Ways to spend the budget that it tried on copies, and the loss after each.
+    kinds: By group of `units`, what its units are: "neuron", "channel", "head", ... (see `UnitGroup.kind`).
+    widths: Of layers that became wider or narrower, neurons [before, after]; norms are left out.
+    modules: Names of layers and blocks that were inserted, or in whose place something else stands now.
+    samples: In the example inputs, of whose forward pass the FLOPs are; None where unknown.
     """
 
     operation: str
@@ -38,6 +43,10 @@ class Receipt:
     loss_before: float | None = None
     loss_after: float | None = None
     candidates: dict[str, float] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    widths: dict[str, list[int]] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    samples: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -45,20 +54,20 @@ class Receipt:
 
     def __str__(self) -> str:
         """For people."""
-        parts = [f"{len(u)} of {g}" for g, u in self.units.items()]
-        if self.removed_ids:
-            parts.append(f"{len(self.removed_ids)} neurons gone")
-        if self.added_ids:
-            parts.append(f"{len(self.added_ids)} neurons new")
         did = "would be" if self.dry_run else "done"
         difference = self.output_difference
         measured = "not measured" if difference is None else f"{difference:.1e}"
-        lines = [
-            f"{self.operation} ({did}): {', '.join(parts) or 'no neurons'}",
+        each, of = (self.samples, " of one sample") if self.samples else (1, "")
+        lines = [f"{self.operation} ({did}): {', '.join(_parts(self)) or 'no neurons'}"]
+        if self.widths:
+            widths = [f"{n} {a:,} -> {b:,}" for n, (a, b) in self.widths.items()]
+            lines.append(f"  neurons of {_some(widths)}")
+        lines += [
             f"  parameters {self.parameters_before:,} -> {self.parameters_after:,}, "
-            f"FLOPs {self.flops_before:,} -> {self.flops_after:,}",
-            f"  promise: {self.promise}, difference from it: {measured}",
+            f"FLOPs{of} {self.flops_before / each:,.0f} -> {self.flops_after / each:,.0f}",
         ]
+        if self.operation != "undo":
+            lines.append(f"  promise: {self.promise}, difference from it: {measured}")
         if self.predicted_loss_change is not None:
             lines.append(f"  predicted change of the loss: {self.predicted_loss_change:+.3g}")
         if self.loss_before is not None and self.loss_after is not None:
@@ -66,6 +75,49 @@ class Receipt:
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  skipped: {reason}" for reason in self.skipped]
         return "\n".join(lines)
+
+
+def _parts(receipt: Receipt) -> list[str]:
+    """What went and what came: units by their kinds, and neurons where these are not the same."""
+    counts = Counter[str]()
+    for group, units in receipt.units.items():
+        counts[receipt.kinds.get(group, "unit")] += len(units)
+    back = receipt.operation == "undo"
+    parts, gone, new = list(receipt.modules), len(receipt.removed_ids), len(receipt.added_ids)
+    if receipt.dry_run and not receipt.units:  # new ones have no ids yet
+        new = new or sum(max(after - before, 0) for before, after in receipt.widths.values())
+    if counts:
+        parts += [
+            f"{n:,} {_WORDS.get(k, k) if n > 1 else k.replace('_', ' ')}" for k, n in counts.items()
+        ]
+        parts[-1] += " back" if back else " gone"
+        plain, neurons = {"neuron", "channel", "unit"}, new if back else gone
+        if neurons and (neurons != sum(counts.values()) or not counts.keys() <= plain):
+            rest = "with those of norms and shortcuts" if counts.keys() <= plain else "in all"
+            parts.append(f"{neurons:,} neurons {rest}")
+        gone, new = (gone, 0) if back else (0, new)
+    if gone:
+        parts.append(f"{gone:,} neuron{'s' * (gone > 1)} gone")
+    if new:
+        parts.append(f"{new:,} neuron{'s' * (new > 1)} {'back' if back else 'new'}")
+    return parts
+
+
+_WORDS = {
+    "neuron": "neurons",
+    "channel": "channels",
+    "head": "heads",
+    "head_dim": "dimensions of heads",
+    "group": "groups of channels",
+    "hidden": "hidden units",
+    "residual": "dimensions of the residual stream",
+    "embedding": "dimensions of embeddings",
+    "unit": "units",
+}
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:6]) + (f", and {len(texts) - 6} layers more" if len(texts) > 6 else "")
 
 
 def taken_back(receipt: Receipt) -> Receipt:
@@ -82,6 +134,10 @@ def taken_back(receipt: Receipt) -> Receipt:
         flops_before=receipt.flops_after,
         flops_after=receipt.flops_before,
         notes=[f"{receipt.operation} was taken back, bit for bit"],
+        kinds=dict(receipt.kinds),
+        widths={name: [after, before] for name, (before, after) in receipt.widths.items()},
+        modules=list(receipt.modules),
+        samples=receipt.samples,
     )
 
 
@@ -102,6 +158,10 @@ def joined(
     for receipt in receipts:
         for group, gone in receipt.units.items():
             units.setdefault(group, []).extend(gone)
+    widths: dict[str, list[int]] = {}
+    for receipt in receipts:
+        for name, (before, after) in receipt.widths.items():
+            widths[name] = [widths.get(name, [before])[0], after]
     return Receipt(
         operation=operation,
         promise="exact" if promises == {"exact"} else "changed",
@@ -121,6 +181,10 @@ def joined(
         loss_before=first.loss_before,
         loss_after=last.loss_after,
         candidates=last.candidates,
+        kinds={group: kind for r in receipts for group, kind in r.kinds.items()},
+        widths={name: pair for name, pair in widths.items() if pair[0] != pair[1]},
+        modules=list(dict.fromkeys(name for r in receipts for name in r.modules)),
+        samples=first.samples,
     )
 
 

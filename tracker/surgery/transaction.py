@@ -11,6 +11,7 @@ from torch import nn
 
 from tracker.calls import Call
 from tracker.errors import StructureError, SurgeryError, VerificationError
+from tracker.nested import tensors_in
 from tracker.probe import forward_once, is_running, uninterrupted
 from tracker.structure import Structure
 from tracker.structure.float64 import Precision
@@ -106,6 +107,10 @@ def carry_out(
             notes=[*notes, *gaps, *_said(precision if verify else Precision())],
             skipped=list(skipped),
             dry_run=dry_run,
+            kinds={group.name: group.kind for group, units in plan.choice if units},
+            widths=_widths(plan, entry),
+            modules=list(plan.modules),
+            samples=_samples(entry),
             **asdict(plan.outlook or Outlook()),
         )
         if dry_run:
@@ -151,7 +156,26 @@ def unchanged(operation: str, entry: TrackedModel) -> Receipt:
         work = entry.structure.flops
     elif calls:
         work = flops(model, calls[0])[1]
-    return Receipt(operation, "changed", None, {}, [], [], size, size, work, work)
+    samples = _samples(entry)
+    return Receipt(operation, "changed", None, {}, [], [], size, size, work, work, samples=samples)
+
+
+def _widths(plan: Plan, entry: TrackedModel) -> dict[str, list[int]]:
+    """Neurons [before, after] of layers that become wider or narrower, and make units of their own."""
+    structure = entry.structure
+    groups = [] if structure is None else structure.groups
+    made = {layer for group in groups for layer in group.layers}
+    pairs = {n: [len(entry.layers[n].ids), len(slots.source)] for n, slots in plan.layers.items()}
+    return {n: p for n, p in pairs.items() if p[0] != p[1] and (n in made or not made)}
+
+
+def _samples(entry: TrackedModel) -> int | None:
+    """How many samples the example inputs have."""
+    observer = entry.observer
+    first = next((t for call in observer.calls for t in tensors_in((call.args, call.kwargs))), None)
+    if first is None or first.ndim <= observer.batch_dim:
+        return None
+    return first.shape[observer.batch_dim] or None
 
 
 class Witness:
