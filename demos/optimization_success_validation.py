@@ -82,8 +82,8 @@ busy = [frequencies[neuron_map[c["layer_name"]]].mean() for c in expand]
 checks.close("its activity", [c["avg_activity"] for c in expand], busy, 1e-9)
 checks.check(
     "expanded layers are above the threshold",
-    min(busy, default=0) >= SATURATION,
-    f"{min(busy, default=0):.3f}",
+    min((c["saturation"] for c in expand), default=0) >= SATURATION,
+    str([round(c["saturation"], 3) for c in expand]),
 )
 
 folded = [c["neuron_pair"][1] for c in merge]

@@ -37,7 +37,8 @@ class NeuronAdviser(NeuronWatcher):
         Args:
             pruning_threshold: Firing frequency below which a neuron is recommended to be pruned.
             redundancy_threshold: |correlation| from which on a pair is recommended to be merged.
-            saturation_threshold: Average firing frequency from which on a layer is recommended to be expanded.
+            saturation_threshold: Share of its neurons that its consumers need from which on a layer is recommended to
+                be expanded; where correlation was not observed, average firing frequency.
         """
         redundancy = self._threshold(redundancy_threshold)
         observation, findings = self._findings()

@@ -27,7 +27,9 @@ class Thresholds:
 
     pruning: float = 0.01  # firing frequency below which a neuron is a candidate
     redundancy: float = 0.9  # |correlation| from which on a pair is
-    saturation: float = 0.95  # average firing frequency from which on a layer is
+    saturation: float = (
+        0.95  # share of its neurons that its consumers need from which on a layer is
+    )
 
     def __post_init__(self) -> None:
         """Refuse what is not a share."""
@@ -147,7 +149,7 @@ def merge_layer(found: LayerFindings, threshold: float, gone: set[int]) -> list[
 def expand_layer(
     found: LayerFindings, threshold: float, activation_threshold: float
 ) -> list[dict[str, Any]]:
-    """A layer all of whose neurons are busy could use more."""
+    """A layer all of whose neurons are busy could use more; who knows what its consumers read knows better."""
     activity = float(found.layer.activity.firing_frequency[found.observed].mean())
     if activity < threshold:
         return []
@@ -178,7 +180,8 @@ def _notes(findings: Mapping[str, LayerFindings]) -> list[str]:
         notes.append(f"observed at layers' own outputs, not where they are read: {why}")
     if all(la.covariance is None for la in layers):
         notes.append(
-            "correlation was not observed, so no merges: start_tracking(enable_correlation_analysis=True)"
+            "correlation was not observed, so no merges, and of growth only firing tells: "
+            "start_tracking(enable_correlation_analysis=True)"
         )
     return notes
 

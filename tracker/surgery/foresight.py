@@ -16,6 +16,7 @@ from tracker.compensation import explained_share, explained_units
 from tracker.observation import Observation
 from tracker.structure import UnitGroup
 from tracker.surgery.problem import Limits, Problem, problems_of
+from tracker.surgery.saturation import expansion, gain, saturation
 from tracker.tracker import ActivationTracker
 
 WIDEST = 2048  # columns: wider groups would take seconds
@@ -39,8 +40,10 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
     gone = {(c["layer_name"], c["local_index"]): c for c in advice["prune"]}
     folded = {(c["layer_name"], c["local_indices"][1]): c for c in advice["merge"]}
     touched = {(c["layer_name"], i) for c in advice["merge"] for i in c["local_indices"]}
-    grown = {c["layer_name"]: c for c in advice["expand"]}
     found: list[dict[str, Any]] = []
+    layers = {layer.name: layer for layer in seen.layers}
+    threshold = advice["metadata"]["thresholds"]["saturation"]
+    judged, full = set[str](), dict[str, dict[str, Any]]()
     for i, group in enumerate(groups):
         if problems.columns(i) > WIDEST:
             continue
@@ -59,14 +62,19 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
                 keep = at.get((entry["layer_name"], entry["local_indices"][0]))
                 if keep is not None:
                     entry["predicted_output_change"] = _folded(problem, keep, at[neuron])
-        for layer in group.layers:
-            if layer in grown and (share := _mean_share(problem, group.size)) is not None:
-                grown[layer]["mean_explained_share"] = share
+        judged |= set(group.layers)
+        need = saturation(problem, group.size, threshold)
+        if need is not None and (entry := expansion(group, layers, need, gain(problems[i]))):
+            full[entry["layer_name"]] = entry
+            if (share := _mean_share(problem, group.size)) is not None:
+                entry["mean_explained_share"] = share
         if touched.isdisjoint(n for mine in neurons for n in mine):
             found += _explained(seen, group, problem, neurons, gone)
     advice["prune"] += found
-    losing = {c["layer_name"] for c in found}
-    advice["expand"] = [c for c in advice["expand"] if c["layer_name"] not in losing]
+    losing = {c["layer_name"] for c in (*advice["prune"], *advice["merge"])}
+    busy = [c for c in advice["expand"] if c["layer_name"] not in judged]
+    most = sorted(full.values(), key=lambda c: -c.get("predicted_gain", 0.0))
+    advice["expand"] = [c for c in (*most, *busy) if c["layer_name"] not in losing]
     advice["statistics"]["total_prunable_neurons"] = len(advice["prune"])
     advice["statistics"]["layers_needing_expansion"] = len(advice["expand"])
 
