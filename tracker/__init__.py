@@ -20,14 +20,16 @@ from tracker.journal import Entry, Journal
 from tracker.sharded import gather_sharded, shard_anew
 from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
 from tracker.surgery import Receipt
-from tracker.training import Decision, Phases, Policy
+from tracker.training import Bypass, Candidate, Decision, Phases, Policy, Requests, Size
 
 NeuronTracker = NeuronEngine
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bypass",
     "Call",
+    "Candidate",
     "CheckpointError",
     "Decision",
     "Entry",
@@ -39,6 +41,8 @@ __all__ = [
     "Phases",
     "Policy",
     "Receipt",
+    "Requests",
+    "Size",
     "Slice",
     "StatisticsError",
     "Structure",

@@ -26,7 +26,7 @@ from tracker.surgeon import NeuronSurgeon
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.newborn import watch
 from tracker.surgery.optimizers import unwrapped
-from tracker.training import Decision, Phases, Policy, SelfModification
+from tracker.training import Decision, Policy, SelfModification, as_policy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,23 +62,23 @@ class NeuronEngine(NeuronSurgeon):
         8
     """
 
-    def start_self_modification(self, policy: Policy | Phases | None = None) -> None:
+    def start_self_modification(self, policy: Any = None) -> None:
         """Let the current model change itself while it trains, as the policy says; call `step` after each step.
 
         Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.
 
+        Args:
+            policy: A Policy, Phases, a function or an object with `decide` (see `Policy.of`); None for the default one.
+
         Raises:
-            SurgeryError: The policy is none.
+            SurgeryError: `policy` is none of these, or protects what is not there.
         """
-        if policy is not None and not isinstance(policy, Policy | Phases):
-            raise SurgeryError(
-                f"A policy is a Policy or Phases, not {policy!r}. Policy.from_dict makes one of plain data."
-            )
+        chosen = Policy() if policy is None else as_policy(policy)
         session = self._session
         refuse_alone(session.ranks)
         if session.run is not None:
             session.run.stop()
-        session.run = run = SelfModification(self, policy or Policy())
+        session.run = run = SelfModification(self, chosen)
         session.clock = lambda: run.steps
 
     def step(self, loss: torch.Tensor | float, *, model: nn.Module | None = None) -> Receipt | None:

@@ -43,9 +43,16 @@ class Prices:
 
 
 def candidates(
-    surgeon: NeuronSurgeon, policy: Policy, price: Prices, protected: Protection = NOTHING
+    surgeon: NeuronSurgeon,
+    policy: Policy,
+    price: Prices,
+    protected: Protection = NOTHING,
+    gradients: Mapping[str, float] | None = None,
 ) -> list[Candidate]:
-    """The groups that can change by themselves, and what that is predicted to cost; those that may."""
+    """The groups that can change by themselves, and what that is predicted to cost; those that may.
+
+    gradients: Mean square of the loss's gradient by parameter, where it was observed.
+    """
     tracker = surgeon._tracker
     model = tracker.current.model()
     groups, problems, _ = problems_of(tracker, Limits(floor=policy.floor, protected=protected))
@@ -82,6 +89,8 @@ def candidates(
                 losses,
                 _deeper(modules.get(layer), layer, price) if policy.insert else None,
                 protected.floor(group),
+                *_spread(problem, group.size),
+                _norm(group, gradients or {}),
             )
         )
     return found
@@ -126,6 +135,23 @@ def neurons_of(tracker: ActivationTracker, group: UnitGroup, unit: int) -> list[
     layer, _ = grown(tracker, group)
     ids = tracker.current.layers[layer].ids
     return [ids[i] for name, i in group.neurons(unit) if name == layer]
+
+
+def _spread(problem: Problem, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and variance of what the consumers read of each unit."""
+    mean = problem.mean.tolist() if problem.mean is not None else [0.0] * len(problem.covariance)
+    variance = problem.covariance.diagonal().tolist()
+    units = problem.units[:size]
+    return (
+        tuple(sum(mean[c] for c in unit) / max(len(unit), 1) for unit in units),
+        tuple(sum(variance[c] for c in unit) for unit in units),
+    )
+
+
+def _norm(group: UnitGroup, gradients: Mapping[str, float]) -> float:
+    """Of the gradient by what makes the units; `gradients`: mean squares by parameter."""
+    made = {name for (name, _), role in group.roles.items() if role == "produces"}
+    return sum(gradients.get(name, 0.0) for name in made) ** 0.5
 
 
 def _dead(problem: Problem, size: int) -> tuple[int, ...]:

@@ -31,6 +31,9 @@ class Candidate:
     merge_errors: Predicted relative error of the consumers once 1, 2, … pairs are folded, in the order of `pairs`.
     deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
     floor: Units that must stay, as the policy protects them.
+    means, variances: Of what the consumers read of each unit; of several columns (a head) the mean and the sum.
+    gradient: Norm of the loss's gradient by the weights that make the units, root mean square over the look's passes;
+        0.0 where none came, and unless a policy of the user's own decides.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Candidate:
     merge_errors: tuple[float, ...] = ()
     deeper: Size | None = None
     floor: int = 0
+    means: tuple[float, ...] = ()
+    variances: tuple[float, ...] = ()
+    gradient: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,8 @@ class Bypass:
 @dataclass(frozen=True, slots=True)
 class Requests:
     """What a policy wants done, and why, or why nothing.
+
+    One kind of change is made at a time: the first that is not empty of remove, insert, drop, merge, recycle, expand.
 
     remove, recycle: Group name → units. expand: Group name → units to add. merge: Group name → (keep, drop) units.
     insert: Layers behind which one is inserted. drop: Layers and blocks that are removed.

@@ -20,7 +20,8 @@ from tracker.tracker import ActivationTracker
 from tracker.training.candidates import grown
 from tracker.training.policy import Policy
 
-PRODUCT, INPUT = "look.product/", "look.input/"  # keys of tensors in a checkpoint
+# Keys of tensors in a checkpoint.
+PRODUCT, INPUT, NORM = "look.product/", "look.input/", "look.norm/"
 
 
 @dataclass(slots=True)
@@ -28,10 +29,17 @@ class Seen:
     """What a look saw beside what consumers read.
 
     products: By layer, Σ δᵀx over its passes: see `directions_of`. inputs: Of the model's passes, in order.
+    norms: By parameter, (2,): Σ ‖gradient‖² over its backward passes, and their number.
     """
 
     products: dict[str, Tensor] = field(default_factory=dict)
     inputs: list[Arguments] = field(default_factory=list)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    def gradients(self) -> dict[str, float]:
+        """Mean square of the gradient by parameter, of those that got one."""
+        pairs = {name: value.tolist() for name, value in self.norms.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
 
     def directions(self, layers: Iterable[str]) -> dict[str, Tensor]:
         """Incoming weights for new units, best first, of those layers of which the gradients tell."""
@@ -42,6 +50,7 @@ class Seen:
         """Tensors by key, and where the inputs stand among them."""
         tables, places = gather_inputs((tuple(tuple(pair) for pair in self.inputs), {}))
         products = {PRODUCT + name: value for name, value in self.products.items()}
+        products |= {NORM + name: value.cpu() for name, value in self.norms.items()}
         return {**products, **{INPUT + key: value for key, value in tables.items()}}, places
 
     def go_on(self, tables: Mapping[str, Tensor], places: Any) -> None:
@@ -56,6 +65,8 @@ class Seen:
                 if self.products[name].shape != value.shape:
                     raise ValueError(f"the gradients of {name} have another shape")
                 self.products[name].copy_(value)
+            if key.startswith(NORM):
+                self.norms[key.removeprefix(NORM)].copy_(value.view(2))
         mine = {k.removeprefix(INPUT): v for k, v in tables.items() if k.startswith(INPUT)}
         passes = inputs_from(mine, places)
         self.inputs[:] = [Arguments(*pair) for pair in passes[0]] if passes is not None else []  # type: ignore[misc]
@@ -80,6 +91,8 @@ class Look:
                     readers[layer] = sorted({t.rpartition(".")[0] for t in reads})
             self._gradients = GradientWatcher(model, readers, self.seen.products)
             self._handles += self._gradients.handles
+        if type(policy).decide is not Policy.decide:
+            self._handles += _norm_hooks(model, self.seen.norms)
         if policy.drop:
             hook = _InputHook(self.seen.inputs)
             self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
@@ -100,6 +113,24 @@ class Look:
         """Have seen this already; see `Seen.gather`."""
         self._watcher.go_on(reads)
         self.seen.go_on(tables, places)
+
+
+def _norm_hooks(model: nn.Module, norms: dict[str, Tensor]) -> list[Any]:
+    """Hooks that add up squares of the gradients of all parameters, each as a backward pass brings it."""
+    handles = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        sums = norms[name] = torch.zeros(2, device=parameter.device)
+
+        def arrived(gradient: Tensor, sums: Tensor = sums) -> None:
+            with torch.no_grad():
+                dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+                sums[0] += dense.detach().float().square().sum()
+                sums[1] += 1
+
+        handles.append(parameter.register_hook(arrived))
+    return handles
 
 
 class _InputHook(GraphHook):

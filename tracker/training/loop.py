@@ -27,6 +27,7 @@ from tracker.surgery.transaction import count
 from tracker.training.candidates import Prices, bypasses, candidates, grown, neurons_of
 from tracker.training.choices import Requests, Size
 from tracker.training.look import Look, Seen
+from tracker.training.own import taken_by
 from tracker.training.policy import Phases, Policy
 
 if TYPE_CHECKING:
@@ -221,15 +222,11 @@ class SelfModification:
                 time = latency(bench, Arguments(*inputs)) if policy.times else 0.0
                 now = Size(count(self.model), flops, time)
                 price = Prices(by_weight, time / max(flops, 1.0))
-                able = candidates(self._surgeon, policy, price, self._protected(policy))
-                decide = partial(
-                    policy.decide,
-                    able,
-                    now,
-                    self._means,
-                    self._blocked,
-                    inserted=inserted_layers(self.model),
-                )
+                protected, gradients = self._protected(policy), self._seen.gradients()
+                able = candidates(self._surgeon, policy, price, protected, gradients)
+                more: dict[str, Any] = {"inserted": inserted_layers(self.model), "step": self.steps}
+                more = taken_by(policy.decide, more)  # of a subclass, what it knows
+                decide = partial(policy.decide, able, now, self._means, self._blocked, **more)
                 wanted = decide()
                 if policy.drop and not (wanted.remove or wanted.merge or wanted.recycle):
                     wanted = decide(
@@ -247,6 +244,10 @@ class SelfModification:
     def _do(self, wanted: Requests, policy: Policy) -> Receipt:
         surgeon, tracker = self._surgeon, self._surgeon._tracker
         protected = self._protected(policy)
+        known = {g.name for g in surgeon.structure.groups}
+        named = {*wanted.remove, *wanted.merge, *wanted.recycle, *wanted.expand}
+        if named - known:
+            raise SurgeryError(f"There is no group {sorted(named - known)[0]!r}.")
         protected.refuse(surgeon.structure, wanted.recycle, wanted.expand)
         if wanted.remove:
             units, _ = protected.allowed(surgeon.structure, wanted.remove)

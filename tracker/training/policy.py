@@ -153,6 +153,25 @@ class Policy:
         grown = self._growth(free, now, losses, why)
         return grown if grown.groups else self._insertion(free, now, losses, inserted, grown)
 
+    @staticmethod
+    def of(rule: Any, **settings: Any) -> Policy:
+        """A policy that decides by a function, or by an object with `decide`: see docs/self_modification.md.
+
+        Args:
+            rule: `rule(candidates, now, losses, blocked)` → Requests, or None for nothing to do.
+            settings: Fields of a Policy: when to look, what is looked for (`grow`, `merge`, `drop`, `insert`), what is
+                protected, when a change is taken back.
+
+        Raises:
+            SurgeryError: It cannot decide, or a setting makes no sense.
+        """
+        from tracker.training.own import OwnPolicy
+
+        unknown = sorted(set(settings) - {f.name for f in fields(Policy)})
+        if unknown:
+            raise SurgeryError(f"A policy has no {unknown[0]!r}.")
+        return OwnPolicy(rule=rule, **settings)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; of a subclass with the name of its class, which `from_dict` looks for."""
         return asdict(self) | ({} if type(self) is Policy else {CLASS: name_of(type(self))})
@@ -324,14 +343,17 @@ class Policy:
 class Phases:
     """Policies one after the other, each with steps, looks and warm-up counted from its own beginning.
 
-    parts: (the step at which it begins, policy), in order; the first begins at 0.
+    parts: (the step at which it begins, policy, or what `Policy.of` takes), in order; the first begins at 0.
     """
 
     parts: tuple[tuple[int, Policy], ...]
 
-    def __init__(self, parts: Iterable[tuple[int, Policy]]) -> None:
+    def __init__(self, parts: Iterable[tuple[int, Any]]) -> None:
+        from tracker.training.own import as_policy
+
         try:
-            object.__setattr__(self, "parts", tuple((step, policy) for step, policy in parts))
+            made = tuple((step, as_policy(policy)) for step, policy in parts)
+            object.__setattr__(self, "parts", made)
         except (TypeError, ValueError) as error:
             raise SurgeryError(f"Phases are [(step, policy), ...], not {parts!r}.") from error
         starts = [step for step, _ in self.parts]
@@ -356,6 +378,12 @@ class Phases:
 
 def _policy(data: Mapping[str, Any]) -> Policy:
     data = dict(data)
+    if "rule" in data and CLASS not in data:
+        from tracker.training.own import rule_named
+
+        rule = rule_named(data.pop("rule"))
+        settings = _policy(data)
+        return Policy.of(rule, **{f.name: getattr(settings, f.name) for f in fields(Policy)})
     kind = subclass_named(data.pop(CLASS), Policy) if CLASS in data else Policy
     unknown = set(data) - {f.name for f in fields(kind) if f.init}
     if unknown:
