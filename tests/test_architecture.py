@@ -54,6 +54,7 @@ ORDER = [
     "page",
     "engine",
     "integrations",
+    "export",
     "inspection",
     "__main__",
     "__init__",
