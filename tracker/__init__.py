@@ -8,6 +8,7 @@ from tracker.distributed import renew
 from tracker.engine import NeuronEngine, apply_journal
 from tracker.errors import (
     CheckpointError,
+    ExportError,
     NotTrackedError,
     StatisticsError,
     StructureError,
@@ -31,6 +32,7 @@ __all__ = [
     "Call",
     "Candidate",
     "CheckpointError",
+    "ExportError",
     "Decision",
     "Entry",
     "Frozen",

@@ -38,3 +38,7 @@ class VerificationError(TrackerError):
 
 class CheckpointError(TrackerError):
     """A checkpoint is damaged, foreign, or belongs to another model; nothing was changed."""
+
+
+class ExportError(TrackerError):
+    """A model cannot be written in a format; nothing was written."""

@@ -1,5 +1,7 @@
 """Ways out: a changed model as other tools take it, each run and compared with the model in memory."""
 
+from tracker.export.onnx import to_onnx
 from tracker.export.plain import to_plain
+from tracker.export.record import Exported
 
-__all__ = ["to_plain"]
+__all__ = ["Exported", "to_onnx", "to_plain"]
