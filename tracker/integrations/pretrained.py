@@ -55,26 +55,26 @@ def save_pretrained_uniform(
         )
     with engine._session.transaction() as change:
         receipt = engine.uniform_widths(shrink=shrink, seed=seed)
-        fields = _fields(model, engine)
+        fields = fields_of(model, engine)
         missing = _short(model, engine, fields)
         receipt = engine._to_widths(missing, "save_pretrained_uniform", seed=seed) or receipt
         _require_same_outputs(model, engine, fields)
         before = {name: getattr(model.config, name) for name in fields}
-        change.log.add(lambda: _set(model.config, before))
-        _set(model.config, fields)
+        change.log.add(lambda: set_fields(model.config, before))
+        set_fields(model.config, fields)
         model.save_pretrained(path)
         change.receipt = receipt or unchanged("save_pretrained_uniform", tracker.current)
     return receipt
 
 
-def _fields(model: Any, engine: NeuronEngine) -> dict[str, Any]:
+def fields_of(model: Any, engine: NeuronEngine) -> dict[str, Any]:
     """Fields of the configuration, set anew one after the other as long as fewer tensors differ in shape."""
     found: dict[str, Any] = {}
-    least = len(_differences(model, found) or {})
+    least = len(shape_differences(model, found) or {})
     for edit in _edits(model.config, engine):
         if not least:
             break
-        different = _differences(model, {**found, **edit})
+        different = shape_differences(model, {**found, **edit})
         if different is not None and len(different) < least:
             found, least = {**found, **edit}, len(different)
     return found
@@ -101,7 +101,7 @@ def _edits(config: Any, engine: NeuronEngine) -> Iterator[dict[str, Any]]:
 
 def _short(model: Any, engine: NeuronEngine, fields: Mapping[str, Any]) -> dict[Key, int]:
     """Groups that have fewer units than the configuration gives them, with the units that it gives."""
-    different, wanted = _differences(model, fields) or {}, dict[Key, int]()
+    different, wanted = shape_differences(model, fields) or {}, dict[Key, int]()
     for group in engine.structure.groups:
         if not group.exact or group.kind == "head_dim":  # of heads and their dimensions, heads
             continue
@@ -114,7 +114,7 @@ def _short(model: Any, engine: NeuronEngine, fields: Mapping[str, Any]) -> dict[
     return wanted
 
 
-def _differences(
+def shape_differences(
     model: Any, fields: Mapping[str, Any]
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None:
     """Shapes of tensors in the model, and in one that the configuration with these fields builds; None if none does."""
@@ -130,7 +130,7 @@ def _differences(
 
 
 def _require_same_outputs(model: Any, engine: NeuronEngine, fields: Mapping[str, Any]) -> None:
-    different = _differences(model, fields)
+    different = shape_differences(model, fields)
     if different is None or different:
         what = "its constructor takes no such numbers"
         if different:
@@ -168,11 +168,12 @@ def _require_same_outputs(model: Any, engine: NeuronEngine, fields: Mapping[str,
 
 def _build(model: Any, fields: Mapping[str, Any]) -> Any:
     config = copy.deepcopy(model.config)
-    _set(config, fields)
+    set_fields(config, fields)
     type(config).from_dict(config.to_dict())  # as loading does, with the checks of its own
     return type(model)(config)
 
 
-def _set(config: Any, fields: Mapping[str, Any]) -> None:
+def set_fields(config: Any, fields: Mapping[str, Any]) -> None:
+    """Give a configuration these values."""
     for name, value in fields.items():
         setattr(config, name, value)
