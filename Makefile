@@ -19,13 +19,14 @@ TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PYTEST := $(TEST_RUN) -m pytest -q -n 2 --dist worksteal
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test long kills check bench coverage clean
+.PHONY: help demo test long kills gguf check bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
 	@echo "make long    10,000 removals, and a fault at every line of eight kinds of change; half an hour"
 	@echo "make kills   500 kills in the middle of saves; some minutes"
+	@echo "make gguf    what llama.cpp answers from exported files; builds llama-cpp-python, minutes"
 	@echo "make check   format, lint, types, pytest: before each commit"
 	@echo "make bench   what tracking costs"
 	@echo "make coverage  a few known models cut, compared, trained; minutes"
@@ -77,6 +78,10 @@ long: $(VENV)/installed-dev
 
 kills: $(VENV)/installed
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(RUN) benchmarks/kills.py $${TRACKER_KILLS:-500}
+
+gguf: $(VENV)/installed-dev
+	@$(PIP) '.[gguf]'
+	@$(TEST_RUN) -m pytest -q tests/export/test_gguf.py
 
 check: $(VENV)/installed-dev
 	@echo "Check: format"
