@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker import figures, recommend, reporter
+from tracker.checks import checked
+from tracker.errors import StatisticsError
 from tracker.files import write_whole
 from tracker.history import write_json
 from tracker.identity import layer_named
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@checked(StatisticsError)
 class NeuronAdviser(NeuronWatcher):
     """Tells what was seen, and what it suggests to change. Holds no arithmetic."""
 
@@ -62,6 +65,7 @@ class NeuronAdviser(NeuronWatcher):
 
     def generate_pruning_recommendations(self, top_n: int = 10) -> list[dict[str, Any]]:
         """Print and return the `top_n` least useful neurons of the hidden layers."""
+        reporter.require_count("top_n", top_n)
         _, findings = self._findings()
         self._require_observed(findings)
         candidates = recommend.pruning_candidates(findings)[:top_n]
@@ -72,6 +76,7 @@ class NeuronAdviser(NeuronWatcher):
 
     def print_activation_summary(self, limit: int | None = 10) -> None:
         """Print one line for each neuron: the first `limit` of each layer, None for all."""
+        reporter.require_count("limit", limit)
         print(reporter.activation_summary(*self._findings(), limit))
 
     def print_dataset_summary(self) -> None:
@@ -88,6 +93,7 @@ class NeuronAdviser(NeuronWatcher):
         self, show_heatmap: bool = True, save_heatmap: PathLike | None = None, top_n: int = 10
     ) -> str:
         """Print and return the activity report; show the heatmap where there is a window, save it where asked."""
+        reporter.require_count("top_n", top_n)
         text = self._activity_report(top_n)
         print(text)
         if save_heatmap is not None or show_heatmap:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.calls import Arguments, Call, arguments, short
+from tracker.checks import fits
 from tracker.errors import StructureError, SurgeryError
 from tracker.nested import replaced, tensors_in
 from tracker.probe import forward_once, quiet_copy
@@ -82,7 +83,13 @@ class BatchReader:
         """
         given = self._moved(batch)
         if self._inputs is not None:
-            taken = self._inputs(given)
+            try:
+                taken = self._inputs(given)
+            except Exception as error:
+                raise SurgeryError(
+                    f"inputs(batch) failed ({type(error).__name__}: {error}): it takes a batch as it comes, and gives "
+                    "what the model takes of it."
+                ) from error
             call = taken if isinstance(taken, Call) else arguments(taken)
             told = f"{_shown(call)}, by `inputs`"
         else:
@@ -106,7 +113,7 @@ class BatchReader:
             ranks = {kind.ndim for kind in own.values() if kind.ndim is not None}
             if batches.ndim in ranks:
                 return [batches]
-        if isinstance(batches, str) or not isinstance(batches, Iterable):
+        if not fits(batches, Iterable[Any]):
             raise SurgeryError(
                 f"Batches are a DataLoader, a list, or another iterable of batches, not {short(batches)}."
             )

@@ -9,7 +9,9 @@ from typing import Any
 
 from tracker.batches import BatchReader, Inputs, each
 from tracker.changer import NeuronChanger
+from tracker.checks import checked
 from tracker.compensation.criteria import Criterion
+from tracker.errors import SurgeryError
 from tracker.surgery import Receipt
 from tracker.surgery.calibration import Consumer, collect, consumers
 from tracker.surgery.compression import plan_compression
@@ -22,7 +24,24 @@ from tracker.surgery.protection import Protect
 from tracker.surgery.shortfall import Asked
 from tracker.surgery.transaction import refuse_inside_a_pass, unchanged
 
+MOST_ROUNDS = 1000
 
+
+@checked(
+    SurgeryError,
+    itself=(
+        "neurons",
+        "neuron_ids",
+        "pairs",
+        "tolerance",
+        "count",
+        "keep",
+        "batches",
+        "protect",
+        "floor",
+        "round_to",
+    ),
+)
 class NeuronCalibrator(NeuronChanger):
     """Calibrates the current model, and keeps by what."""
 
@@ -265,6 +284,8 @@ class NeuronCalibrator(NeuronChanger):
         dry_run: bool,
     ) -> Receipt:
         """The same share each time, so that together they come to `keep`; all or none."""
+        if not 0 < rounds <= MOST_ROUNDS:
+            raise SurgeryError(f"A budget is spent in 1 to {MOST_ROUNDS} rounds, not in {rounds}.")
         left = 1.0
 
         def step(number: int) -> Receipt:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tracker.adviser import NeuronAdviser
+from tracker.checks import checked, fits, shown
 from tracker.distributed import Meeting, Ranks, refuse_alone, watch_wrapper
 from tracker.errors import StructureError, SurgeryError, TrackerError, UnknownNeuronError
 from tracker.identity import NeuronId, layer_named
@@ -31,6 +32,10 @@ from tracker.surgery.transaction import Witness, carry_out, count, refuse_inside
 Neurons = Iterable[int] | Mapping[str, Sequence[int]]
 
 
+MOST_PASSES = 100_000
+
+
+@checked(SurgeryError, itself=("passes",))
 class NeuronChanger(NeuronAdviser):
     """Attached optimizers, followers and processes; journal; undo. The changes themselves are `NeuronSurgeon`'s."""
 
@@ -57,8 +62,10 @@ class NeuronChanger(NeuronAdviser):
             SurgeryError: `passes` is no whole number above 0.
             StructureError: The model has not run yet and no example inputs were given, or they do not fit it.
         """
-        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-            raise SurgeryError(f"Latency is measured in 1 or more passes, not {passes!r}.")
+        if not fits(passes, int) or not 1 <= passes <= MOST_PASSES:
+            raise SurgeryError(
+                f"Latency is measured in 1 or more passes (at most {MOST_PASSES:,}), not in {shown(passes)}."
+            )
         _ = self.structure  # tells what is missing
         entry = self._tracker.current
         assert entry.observer.inputs is not None

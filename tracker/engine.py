@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tracker import figures, memory, page
+from tracker.checks import checked
 from tracker.distributed import refuse_alone
 from tracker.errors import CheckpointError, StatisticsError, SurgeryError
 from tracker.journal import Entry, become, read_checkpoint, twin_after, write_checkpoint
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 MOST_IDS = 2**16  # new neurons that a layer may get at once, beside 64 times those that it has
 
 
+@checked(
+    SurgeryError,
+    itself=("loss", "policy", "epoch", "train_loss", "train_acc"),
+    save_checkpoint=CheckpointError,
+    load_checkpoint=CheckpointError,
+)
 class NeuronEngine(NeuronSurgeon):
     """Watches every neuron of a model, tells which ones matter, and removes them in place.
 

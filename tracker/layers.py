@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tracker.errors import NotTrackedError
 # A layer's neurons and their axis in its output; negative where that holds with and without a batch.
 Width = tuple[int, int]
 
+MOST_DIMENSIONS = 64  # of a tensor
 # Not layers: what they learn does not make features.
 _SHAPELESS = (nn.PReLU,)
 # One unit to the outside: their inner modules are never called, the functional code reads the parameters.
@@ -60,6 +62,25 @@ def find_layers(model: nn.Module, axes: Mapping[str, int] | None = None) -> Iter
             axes.get(name, width[1] if width else None),
             flattened=max(1, len(shape)),
         )
+
+
+def require_axes(model: nn.Module, axes: Mapping[str, int], batch_dim: int) -> None:
+    """See that axes are named of modules that there are, and can be dimensions of a tensor.
+
+    Raises:
+        NotTrackedError: The model has no such module, or no tensor such a dimension.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for name, axis in axes.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 3, 0.0)
+            raise NotTrackedError(
+                f"axes names {name!r}, and the model has no such module. Near: {', '.join(near)}."
+            )
+        if not -MOST_DIMENSIONS <= axis < MOST_DIMENSIONS:
+            raise NotTrackedError(f"axes of {name!r} is a dimension of its output, not {axis!r}.")
+    if not -MOST_DIMENSIONS <= batch_dim < MOST_DIMENSIONS:
+        raise NotTrackedError(f"batch_dim is a dimension of the first input, not {batch_dim!r}.")
 
 
 def known_width(module: nn.Module) -> Width | None:

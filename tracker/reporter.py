@@ -12,6 +12,7 @@ from tracker.analyzer import (
     neuron_statistics,
     redundancy_statistics,
 )
+from tracker.errors import StatisticsError
 from tracker.observation import Observation
 
 WIDE, MIDDLE = 80, 60
@@ -142,6 +143,16 @@ def activity_report(
     lines += _layer_table(findings, threshold)
     lines += ["PRUNING RECOMMENDATIONS", "-" * 40, pruning_report(candidates, top_n)]
     return _text([*lines, *_unobserved(findings)])
+
+
+def require_count(name: str, value: int | None) -> None:
+    """See that so many rows can be shown.
+
+    Raises:
+        StatisticsError: It is less than 0.
+    """
+    if value is not None and value < 0:
+        raise StatisticsError(f"{name} is a number of rows, 0 or more, not {value!r}.")
 
 
 def pruning_report(candidates: Sequence[Mapping[str, Any]], top_n: int) -> str:

@@ -13,6 +13,7 @@ from tracker.batches import Inputs, each
 from tracker.calibrator import NeuronCalibrator
 from tracker.calls import Arguments, arguments
 from tracker.changer import Neurons
+from tracker.checks import checked
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
 from tracker.observation import Observation
@@ -22,7 +23,7 @@ from tracker.surgery.foresight import foretell
 from tracker.surgery.growth import gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.objective import Loss, Objective
-from tracker.surgery.pairs import default_pairs
+from tracker.surgery.pairs import default_pairs, require_tolerance
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.protection import Protect, protection
 from tracker.surgery.removal import plan_pruning
@@ -31,6 +32,21 @@ from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.surgery.uniform import Key, plan_width, uneven
 
 
+@checked(
+    SurgeryError,
+    itself=(
+        "neurons",
+        "neuron_ids",
+        "pairs",
+        "tolerance",
+        "count",
+        "keep",
+        "batches",
+        "protect",
+        "floor",
+        "round_to",
+    ),
+)
 class NeuronSurgeon(NeuronCalibrator):
     """All calls that change a model, on top of those that look."""
 
@@ -158,6 +174,7 @@ class NeuronSurgeon(NeuronCalibrator):
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
+        require_tolerance(tolerance)
 
         def plan() -> tuple[Plan, list[str]]:
             if pairs is None:
@@ -231,6 +248,8 @@ class NeuronSurgeon(NeuronCalibrator):
             SurgeryError: None of them can grow. Of several, those that can do; the receipt's `skipped` has the others.
         """
         best, names = dict(directions or {}), list(counts)
+        if other := sorted(best.keys() - counts.keys()):
+            raise SurgeryError(f"Directions are given for {other[0]!r}, which is not to grow.")
         if best:  # from the last: what one layer reads must not grow before it does
             order = list(self._tracker.current.layers)
             names.sort(key=lambda n: -order.index(n) if n in order else 0)

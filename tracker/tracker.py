@@ -25,7 +25,7 @@ from tracker.hooks import (
     watch_inputs,
 )
 from tracker.identity import LayerIds, NeuronRegistry, layer_named
-from tracker.layers import find_layers, unwrap
+from tracker.layers import find_layers, require_axes, unwrap
 from tracker.observation import Observation
 from tracker.probe import forward_once, quiet_copy
 from tracker.reads import Read, reslotted
@@ -147,6 +147,7 @@ class ActivationTracker:
                 "recurrent layer, and no custom module with parameters of its own."
             )
         require_known(model, assume_unread)
+        require_axes(model, axes or {}, batch_dim)
         observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
         observer.unread = tuple(assume_unread)
         entry = TrackedModel(name, observer, by_hand=frozenset(axes or ()))

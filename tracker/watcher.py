@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tracker import analyzer
 from tracker.analyzer import LayerFindings
 from tracker.calls import ExampleInputs
-from tracker.errors import StatisticsError
+from tracker.checks import checked
+from tracker.errors import StatisticsError, UnknownNeuronError
 from tracker.history import TrainingHistory
 from tracker.identity import NeuronId, named
 from tracker.observation import Observation
@@ -24,6 +25,11 @@ PathLike = str | os.PathLike[str]
 Findings = Mapping[str, LayerFindings]
 
 
+@checked(
+    StatisticsError,
+    itself=("model", "epoch", "train_loss", "train_acc"),
+    neuron_id=UnknownNeuronError,
+)
 class NeuronWatcher:
     """Watches every neuron of a model while it runs, and tells which ones matter. Holds no arithmetic.
 
@@ -144,7 +150,7 @@ class NeuronWatcher:
         mode: str | None = None,
         *,
         every: int = 1,
-        layers: Collection[str] | None = None,
+        layers: str | Collection[str] | None = None,
         correlation_every: int = 1,
     ) -> None:
         """Begin a fresh window of statistics; hooks are registered if they are not yet.

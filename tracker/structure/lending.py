@@ -98,7 +98,12 @@ def vivid(model: nn.Module) -> nn.Module:
 
     with torch.no_grad():
         for matrix in model.parameters():
-            if matrix.is_floating_point() and matrix.ndim > 1 and not matrix.any():
+            if (
+                matrix.is_floating_point()
+                and matrix.ndim > 1
+                and matrix.numel()
+                and not matrix.any()
+            ):
                 matrix.data = (2 * noise(matrix) - 1) * matrix[0].numel() ** -0.5
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and tensor.ndim == 1 and tensor.numel() > 1:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tracker.checks import shown
 from tracker.compensation import CRITERIA, Evidence, Selection, lowest, path, scores
 from tracker.compensation.criteria import Criterion
 from tracker.compensation.linear import default_ridge
@@ -62,7 +63,7 @@ def ordered(
         if wants_gradients
         else None,
     )
-    values = criterion(evidence) if callable(criterion) else scores(criterion, evidence)
+    values = _own(criterion, evidence) if callable(criterion) else scores(criterion, evidence)
     if values.shape != (group.size,) or bool(values.isnan().any()):
         raise SurgeryError(
             f"The criterion gave {tuple(values.shape)} scores for the {group.size} units of {group.name!r}, or NaN "
@@ -71,6 +72,19 @@ def ordered(
     order = lowest(values, group.size, problem.protected)
     ridge = default_ridge(problem.count, len(spread))
     return path(problem.covariance, problem.weight, problem.units, order, ridge=ridge)
+
+
+def _own(criterion: Criterion, evidence: Evidence) -> Tensor:
+    """What a user's function makes of the evidence."""
+    try:
+        values: object = criterion(evidence)
+    except Exception as error:
+        raise SurgeryError(f"The criterion failed ({type(error).__name__}: {error}).") from error
+    if not isinstance(values, Tensor):
+        raise SurgeryError(
+            f"A criterion gives a tensor of one number for each unit, not {shown(values)}."
+        )
+    return values
 
 
 def _norms(held: Mapping[str, Tensor], group: UnitGroup) -> Tensor:

@@ -28,6 +28,8 @@ from tracker.surgery.plan import Plan, plan_removal
 from tracker.surgery.takeover import taken_over
 from tracker.tracker import ActivationTracker
 
+MOST = 2**20  # new neurons at once: more are a slip, and would fill the memory
+
 
 def plan_expansion(
     tracker: ActivationTracker,
@@ -52,6 +54,8 @@ def plan_expansion(
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise SurgeryError(f"A layer is expanded by 1 neuron or more, not by {count!r}.")
+    if count > MOST:
+        raise SurgeryError(f"A layer is expanded by {MOST:,} neurons at most, not by {count:,}.")
     entry = tracker.current
     model = entry.model()
     group = group or _growing(tracker.structure(), layer)
@@ -130,6 +134,8 @@ def fresh_values(
     Where units are made, random directions of the norm that the others have; where they are read, zero; for what acts
     on them on their way, the others' mean.
     """
+    if not -(2**63) <= seed < 2**64:
+        raise SurgeryError(f"A seed is a whole number of 64 bits, not {seed!r}.")
     generator = torch.Generator().manual_seed(seed)
     held = tensors(model)
     values: dict[str, Tensor] = {}

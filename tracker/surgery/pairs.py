@@ -7,12 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tracker.checks import fits, shown
 from tracker.compensation.linear import constant
 from tracker.errors import SurgeryError
 from tracker.surgery.problem import Limits, Problem, problems_of
 from tracker.tracker import ActivationTracker
 
 Neuron = tuple[str, int]  # layer, local index
+
+
+def require_tolerance(tolerance: float) -> None:
+    """See that it is a share.
+
+    Raises:
+        SurgeryError: It is not.
+    """
+    if not fits(tolerance, float) or not tolerance >= 0:
+        raise SurgeryError(
+            f"tolerance is a share of what the consumers' outputs vary by, 0 or more, not {shown(tolerance)}."
+        )
 
 
 def default_pairs(
@@ -23,10 +36,6 @@ def default_pairs(
     Raises:
         SurgeryError: Nothing was observed, or no pair is alike and cheap enough.
     """
-    if not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise SurgeryError(
-            f"tolerance is a share of what the consumers' outputs vary by, 0 or more, not {tolerance!r}."
-        )
     groups, problems, _ = problems_of(tracker, Limits())
     found: list[tuple[Neuron, Neuron]] = []
     for i, group in enumerate(groups):

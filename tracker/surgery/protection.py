@@ -65,7 +65,7 @@ class Protection:
         groups, skipped = {g.name: g for g in structure.groups}, list[str]()
         found: dict[str, list[int]] = {}
         for name, asked in units.items():
-            wanted = list(dict.fromkeys(asked))
+            wanted = list(asked)
             group = groups.get(name)
             if group is None:
                 found[name] = wanted  # refused by who knows why

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from tracker.errors import SurgeryError
 from tracker.surgery.protection import Protect, wanted
 from tracker.training.choices import Bypass, Candidate, Requests, Size
+from tracker.training.sense import require_kinds, require_sensible
 from tracker.training.subclasses import name_of, subclass_named
 
 CLASS = "class"  # key of a subclass's name in plain data
@@ -74,9 +76,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        for name in ("every", "look", "settle", "floor"):
-            if getattr(self, name) < 1:
-                raise SurgeryError(f"{name} of a policy is 1 or more, not {getattr(self, name)!r}.")
+        require_sensible(self, _kinds())
         if self.look + self.settle > self.every:
             raise SurgeryError(
                 f"A policy that looks for {self.look} steps and settles for {self.settle} cannot do so every "
@@ -85,16 +85,6 @@ class Policy:
         names, ids = wanted(self.protect)
         if not isinstance(self.protect, Mapping):
             object.__setattr__(self, "protect", (*names, *sorted(ids)))
-        if not 0 < self.at_most < 1:
-            raise SurgeryError(f"at_most is a share between 0 and 1, not {self.at_most!r}.")
-        if self.insert < 0 or not self.drop >= 0:
-            raise SurgeryError(
-                "insert is a number of layers and drop a relative error, both 0 or more, not "
-                f"{self.insert!r} and {self.drop!r}."
-            )
-        for bound in (self.min_latency, self.max_latency):
-            if bound is not None and not bound > 0:
-                raise SurgeryError(f"A latency is a number of milliseconds above 0, not {bound!r}.")
 
     @property
     def times(self) -> bool:
@@ -388,18 +378,14 @@ def _policy(data: Mapping[str, Any]) -> Policy:
     unknown = set(data) - {f.name for f in fields(kind) if f.init}
     if unknown:
         raise SurgeryError(f"A policy has no {sorted(unknown)[0]!r}.")
-    usual = Policy()
-    for name, value in data.items():
-        if not hasattr(usual, name) or name == "protect":
-            continue  # `__post_init__` checks it, of a subclass its own
-        known = type(getattr(usual, name))
-        fits = type(value) is known or (known is float and type(value) is int)
-        if known is type(None):  # a bound
-            measured = name.endswith("latency") and type(value) is float
-            fits = value is None or type(value) is int or measured
-        if not fits:
-            raise SurgeryError(f"{name} of a policy is not {value!r}.")
+    require_kinds(data, _kinds())  # of a subclass, its own `__post_init__` checks the rest
     return kind(**data)
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    # What is protected has checks of its own.
+    return {name: kind for name, kind in get_type_hints(Policy).items() if name != "protect"}
 
 
 def _fits(room: Size, each: Size) -> tuple[int, ...]:
