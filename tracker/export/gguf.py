@@ -147,4 +147,5 @@ def _checked(model: Any, path: Path, tokens: list[Tensor], dtype: str) -> tuple[
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     output: Any = forward_once(model, Call(input_ids=ids[None], training=False))
-    return output.logits[0].double().cpu()  # type: ignore[no-any-return]
+    logits: Tensor = output.logits[0]
+    return logits.double().cpu()

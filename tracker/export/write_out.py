@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,7 +68,7 @@ def write_out_attention(free: FreeHeadsAttention) -> nn.Module:
     inner = heads * widest
     fits = q.shape == (inner, inner) and out.shape == (inner, inner)
     packed = fits and k.shape == v.shape == (inner, inner)
-    own = nn.MultiheadAttention(
+    own: Any = nn.MultiheadAttention(
         inner,
         heads,
         free.dropout,
@@ -101,7 +101,7 @@ def write_out_attention(free: FreeHeadsAttention) -> nn.Module:
     for parameter in own.parameters():
         parameter.requires_grad_(flag)
     if fits:
-        return own.train(free.training)
+        return cast(nn.Module, own.train(free.training))
     identity = own.q_proj_weight.detach()
     del own.q_proj_weight
     own.register_buffer("q_proj_weight", identity, persistent=False)
