@@ -195,3 +195,25 @@ def test_modulated_weights_that_add_up_over_the_units_are_inexact(demodulated: b
     engine.track_model(model, "m", example_inputs=torch.randn(8, 6))
     receipt = engine.prune_neurons({"a": UNITS}, compensate=False)
     assert receipt.promise == ("changed" if demodulated else "masked")
+
+
+class WithNothing(nn.Module):
+    """A parameter of no rows: an option that was left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.prefix = nn.Parameter(torch.zeros(0, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(torch.cat([x, self.prefix]))))
+
+
+def test_a_parameter_without_numbers_is_no_obstacle() -> None:
+    model, x = WithNothing(), torch.randn(6, 5)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", example_inputs=x)
+    receipt = engine.prune_units({engine.structure.groups[0].name: [1]})
+    assert receipt.promise == "masked"
+    assert model.first.out_features == 7
+    model(x).sum().backward()

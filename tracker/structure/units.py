@@ -174,7 +174,7 @@ def coverage(model: nn.Module, groups: Iterable[UnitGroup]) -> float:
     covered = total = 0.0
     for name, parameter in model.named_parameters():
         sizes = enumerate(parameter.shape)
-        stays = math.prod(1 - len(removable.get((name, d), ())) / n for d, n in sizes)
+        stays = math.prod(1 - len(removable.get((name, d), ())) / max(n, 1) for d, n in sizes)
         covered += parameter.numel() * (1 - stays)
         total += parameter.numel()
     return covered / total if total else 0.0
