@@ -204,6 +204,7 @@ class NeuronChanger(NeuronAdviser):
         session.last = None
         before = session.ids()
         change.log.undo()
+        session.changed()
         after = session.ids()
         return replace(
             taken_back(change.receipt),

@@ -100,6 +100,12 @@ class Session:
         model = self.entry.model()
         return [model, *(follower_of(model, f) for f in self.followers)]
 
+    def changed(self) -> None:
+        """Tell runs that observe the model: what it saw so far is of another network."""
+        for session in (self, *self.others()):
+            if session.run is not None:
+                session.run.interrupt()
+
     def others(self) -> list[Session]:
         """What other engines keep of the same model."""
         model = self.entry.observer.model()
@@ -198,6 +204,7 @@ class Session:
             return
         if outer is None:
             self.last = inner
+            self.changed()
         else:
             outer.log.add(inner.log.undo)
 

@@ -329,3 +329,32 @@ def test_a_resumed_run_does_what_it_would_have_done(at: int, name: str, tmp_path
     assert len(engine.journal) > 0
     assert [e.step for e in resumed.journal] == [e.step for e in engine.journal]
     assert all(e.step is not None for e in engine.journal)
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_change_in_the_middle_of_a_look_begins_it_anew(undone: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    optimizer, x = torch.optim.Adam(model.parameters(), 1e-3), torch.randn(64, 6)
+    engine = NeuronEngine()
+    engine.track_model(model, "mlp", example_inputs=x)
+    engine.attach_optimizer(optimizer)
+    engine.start_self_modification(
+        Policy(
+            warm_up=0, every=12, look=8, settle=4, floor=2, grow=True, plateau=1.0, tolerance=0.0
+        )
+    )
+    for step in range(1, 13):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.step(loss.detach())
+        if step == 7:  # it observes
+            engine.prune_neurons({"0": [1, 5]})
+            if undone:
+                engine.undo()
+    # What it saw since was enough to decide, and is of the network as it is.
+    assert [decision.step for decision in engine.life] == [0, 12]
+    assert engine._tracker.current.reads["2.weight"].covariance.count.tolist() == [4 * 64] * (
+        12 if undone else 10
+    )

@@ -212,9 +212,17 @@ class Watcher:
         """Columns of each feature, by consumer's weight."""
         return {weight: taps for weight, (_, taps) in self._dims.items()}
 
-    def go_on(self, seen: Mapping[str, Covariance]) -> None:
-        """Have seen this already."""
-        self._readings.go_on(seen)
+    def go_on(self, seen: Mapping[str, Read]) -> None:
+        """Have seen this already; of consumers that are no longer watched it is forgotten.
+
+        Raises:
+            ValueError: Something else was watched.
+        """
+        known = {name: read for name, read in seen.items() if name in self._dims}
+        for name, read in known.items():
+            if self._dims[name] != (read.dim, read.taps):
+                raise ValueError(f"what {name} reads lies along another dimension")
+        self._readings.go_on({name: read.covariance for name, read in known.items()})
 
     def add(self, one: Consumer, module: nn.Module, taps: int, tensor: Tensor) -> None:
         """Take one input of a consumer in."""

@@ -13,7 +13,6 @@ from tracker.graphs import GraphHook, is_new_data
 from tracker.journal.inputs import gather_inputs, inputs_from
 from tracker.probe import Arguments
 from tracker.reads import Read
-from tracker.statistics import Covariance
 from tracker.surgery.calibration import Watcher, consumers
 from tracker.surgery.directions import GradientWatcher, directions_of
 from tracker.tracker import ActivationTracker
@@ -62,6 +61,8 @@ class Seen:
         for key, value in tables.items():
             name = key.removeprefix(PRODUCT)
             if name != key:
+                if name not in self.products:
+                    continue  # it does not grow any more
                 if self.products[name].shape != value.shape:
                     raise ValueError(f"the gradients of {name} have another shape")
                 self.products[name].copy_(value)
@@ -86,7 +87,7 @@ class Look:
             readers = {}
             for group in groups:
                 layer, own = grown(tracker, group)
-                if own == 1:
+                if own == 1 and layer in tracker.current.layers:
                     reads = [t for (t, _), role in group.roles.items() if role == "reads"]
                     readers[layer] = sorted({t.rpartition(".")[0] for t in reads})
             self._gradients = GradientWatcher(model, readers, self.seen.products)
@@ -107,9 +108,7 @@ class Look:
         """What consumers read so far."""
         return self._watcher.seen()
 
-    def go_on(
-        self, reads: Mapping[str, Covariance], tables: Mapping[str, Tensor], places: Any
-    ) -> None:
+    def go_on(self, reads: Mapping[str, Read], tables: Mapping[str, Tensor], places: Any) -> None:
         """Have seen this already; see `Seen.gather`."""
         self._watcher.go_on(reads)
         self.seen.go_on(tables, places)

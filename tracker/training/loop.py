@@ -17,7 +17,6 @@ from tracker.errors import SurgeryError, TrackerError
 from tracker.probe import Arguments, quiet_copy
 from tracker.reads import Read
 from tracker.session import Transaction
-from tracker.statistics import Covariance
 from tracker.surgery import Receipt
 from tracker.surgery.depth import inserted_layers
 from tracker.surgery.flops import flops_by_weight
@@ -79,6 +78,7 @@ class SelfModification:
             None
         )
         self._stopped = False
+        self._interrupted = False  # the model changed during a look, which begins anew
         for part in policy.policies():  # a name that matches nothing is told now
             if part.protect and self._session.entry.observer.calls:
                 protection(surgeon._tracker, part.protect)
@@ -114,7 +114,8 @@ class SelfModification:
                 return self._look(policy) or taken_back
             finally:
                 self._seen = Seen()  # it holds inputs of the model
-        if since >= -policy.look and phase == policy.every - policy.look:
+        begins = since >= -policy.look and phase == policy.every - policy.look
+        if begins or self._interrupted:
             self._begin_to_observe()
         return taken_back
 
@@ -133,7 +134,7 @@ class SelfModification:
             "blocked": dict(self._blocked),
             "sizes": dict(self._sizes),
             "life": [asdict(decision) for decision in self.life],
-            "observes": self._watch is not None,
+            "observes": self._watch is not None or self._interrupted,
         }
         if self._watch is None:
             return data, {}, {}
@@ -143,7 +144,7 @@ class SelfModification:
     def go_on(
         self,
         data: Mapping[str, Any],
-        seen: Mapping[str, Covariance],
+        seen: Mapping[str, Read],
         tables: Mapping[str, Tensor],
     ) -> None:
         """Go on where `gather` was called.
@@ -151,7 +152,7 @@ class SelfModification:
         Raises:
             KeyError, TypeError, ValueError: It is nothing that `gather` gave.
         """
-        life = [Decision(**decision) for decision in data["life"]]
+        life = [_decision(decision) for decision in data["life"]]
         self.steps = operator.index(data["steps"])
         self.losses = [(operator.index(step), float(loss)) for step, loss in data["losses"]]
         self.accuracies = [(operator.index(n), float(a)) for n, a in data["accuracies"]]
@@ -172,12 +173,20 @@ class SelfModification:
             self._watch.stop()
             self._watch = None
 
+    def interrupt(self) -> None:
+        """The model was changed by someone else: what a look saw so far is of another network."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch, self._interrupted = None, True
+
     def _begin_to_observe(self) -> None:
+        self._interrupted = False
         # The policy that will decide, which is the one that holds at this step.
         _, policy = self.policy.at(self.steps)
         self._watch = Look(self._surgeon._tracker, policy)
 
     def _look(self, policy: Policy) -> Receipt | None:
+        self._interrupted = False
         if self._watch is None:
             return None
         tracker = self._surgeon._tracker
@@ -320,6 +329,20 @@ class SelfModification:
         layers = self._surgeon._tracker.current.layers
         widths = {name: len(layer.ids) for name, layer in layers.items()}
         self.life.append(Decision(self.steps, what, why, loss, count(self.model), widths))
+
+
+def _decision(data: Mapping[str, Any]) -> Decision:
+    """A decision of plain data.
+
+    Raises:
+        TypeError, ValueError: It is none.
+    """
+    kinds = {"step": int, "what": str, "why": str, "loss": float, "parameters": int, "widths": dict}
+    if set(data) != set(kinds) or any(type(data[name]) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"{str(data)[:80]} is no decision")
+    if any(type(width) is not int for width in data["widths"].values()):
+        raise ValueError("a width is a whole number")
+    return Decision(**data)
 
 
 def _number(loss: Tensor | float) -> Tensor:
