@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "tracker"
 # Each room may import from rooms before it.
 ORDER = [
     "errors",
+    "text",
     "checks",
     "files",
     "nested",

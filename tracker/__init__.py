@@ -16,6 +16,7 @@ from tracker.errors import (
     TrackerError,
     UnknownNeuronError,
     VerificationError,
+    WriteError,
 )
 from tracker.journal import Entry, Journal
 from tracker.sharded import gather_sharded, shard_anew
@@ -54,6 +55,7 @@ __all__ = [
     "UnitGroup",
     "UnknownNeuronError",
     "VerificationError",
+    "WriteError",
     "__version__",
     "apply_journal",
     "gather_sharded",

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from tracker.errors import TrackerError
 from tracker.inspection import differences, find, shown
+from tracker.text import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,8 +82,7 @@ def _validated(path: str) -> int:
 
 def _say(text: object, stream: TextIO | None = None) -> None:
     """Names come from files: what would steer a terminal is shown, and not sent to it."""
-    plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
-    print(plain, file=stream or sys.stdout)
+    print(plain(text), file=stream or sys.stdout)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from tracker import figures, recommend, reporter
 from tracker.checks import checked
 from tracker.errors import StatisticsError
-from tracker.files import write_whole
+from tracker.files import picture, write_together
 from tracker.history import write_json
 from tracker.identity import layer_named
 from tracker.observation import Observation
+from tracker.text import plain
 from tracker.watcher import NeuronWatcher, PathLike
 
 if TYPE_CHECKING:
@@ -103,7 +104,11 @@ class NeuronAdviser(NeuronWatcher):
         return text
 
     def save_report_to_file(self, path: PathLike, include_heatmap: bool = True) -> Path:
-        """Write all reports into one text file, and the heatmap beside it (NAME_heatmap.png)."""
+        """Write all reports into one text file, and the heatmap beside it (NAME_heatmap.png).
+
+        Raises:
+            WriteError: One of them cannot be written; neither was.
+        """
         target = Path(path)
         observation, findings = self._findings()
         parts = [self._activity_report(top_n=10), reporter.dataset_summary(observation, findings)]
@@ -113,11 +118,14 @@ class NeuronAdviser(NeuronWatcher):
                 reporter.correlation_report(observation, correlated, self.correlation_threshold)
             )
         parts.append(reporter.optimization_report(self._current_recommendations({})))
+        files: dict[PathLike, bytes] = {}
         if include_heatmap:
-            picture = target.with_name(f"{target.stem}_heatmap.png")
-            self.plot_activity_heatmap(picture)
-            parts.append(f"Activity heatmap: {picture.name}")
-        return write_whole(target, ("\n\n\n".join(parts) + "\n").encode())
+            beside = target.parent / f"{target.stem}_heatmap.png"
+            files[beside] = picture(figures.activity_heatmap(observation, findings), beside)
+            parts.append(f"Activity heatmap: {plain(beside.name)}")
+        files[target] = ("\n\n\n".join(parts) + "\n").encode()
+        write_together(files)
+        return target
 
     def plot_activity_heatmap(self, path: PathLike | None = None) -> Figure:
         """Firing and mean activation of every neuron, layer by layer; saved to `path` if given."""

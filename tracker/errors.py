@@ -24,6 +24,13 @@ class StatisticsError(TrackerError, ValueError):
     """A question that the statistics at hand cannot answer, or a history file that cannot be read."""
 
 
+class WriteError(TrackerError, OSError):
+    """A file cannot be written; what was there is as it was."""
+
+    # OSError looks for an error number among its arguments.
+    __str__ = Exception.__str__
+
+
 class StructureError(TrackerError):
     """The model could not be traced."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,10 @@ import torch
 
 from tracker.analyzer import LayerFindings
 from tracker.errors import StatisticsError
+from tracker.files import write_picture
 from tracker.history import TrainingHistory
 from tracker.observation import Observation
+from tracker.text import in_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ def activity_heatmap(observation: Observation, findings: Mapping[str, LayerFindi
         right.set_title(f"mean activation, limit of colors: {largest:.3g}", fontsize=9, loc="left")
         average = float(a.firing_frequency[found.observed].mean())
         left.set_title(
-            f"{found.layer.label}: {len(found.layer.ids)} neurons, {int(found.dead.sum())} dead, "
+            f"{in_picture(found.layer.label)}: {len(found.layer.ids)} neurons, {int(found.dead.sum())} dead, "
             f"fires in {average:.1%} of observations",
             fontsize=9,
             loc="left",
@@ -57,7 +58,8 @@ def activity_heatmap(observation: Observation, findings: Mapping[str, LayerFindi
     _bar(fig, rights, "RdBu_r", (-1, 1), "mean activation / limit of its layer")
     more = f", first {MAX_LAYERS} of {len(layers)} layers" if len(layers) > MAX_LAYERS else ""
     fig.suptitle(
-        f"Neuron activity of {observation.model}: {observation.samples:,} samples, {observation.mode} mode{more}",
+        f"Neuron activity of {in_picture(observation.model)}: {observation.samples:,} samples, "
+        f"{observation.mode} mode{more}",
         fontsize=11,
     )
     return fig
@@ -93,7 +95,7 @@ def correlation_matrix(found: LayerFindings, threshold: float) -> Figure:
     )
     still = f", {n - len(order)} constant left out" if len(order) < n else ""
     ax.set_title(
-        f"{found.layer.label}: correlation of {len(order)} neurons{still}\n"
+        f"{in_picture(found.layer.label)}: correlation of {len(order)} neurons{still}\n"
         f"{len(pairs)} pairs with |r| ≥ {threshold:g}{pooled}",
         fontsize=10,
     )
@@ -139,10 +141,13 @@ def evolution(history: TrainingHistory) -> Figure:
 
 
 def save(fig: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """Write the picture to `path`, if there is one; the ending tells the format."""
+    """Write the picture to `path`, if there is one, whole or not at all; the ending tells the format.
+
+    Raises:
+        WriteError: It cannot be written, or no picture has such an ending.
+    """
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path)
+        write_picture(path, fig)
     return fig
 
 
@@ -305,7 +310,7 @@ def _bands(ax: Axes, x: Sequence[int], tables: Mapping[str, np.ndarray], label: 
             continue
         low, middle, high = np.full((3, len(seen)), np.nan)
         low[seen], middle[seen], high[seen] = np.nanpercentile(table[:, seen], [10, 50, 90], axis=0)
-        (line,) = ax.plot(x, middle, marker="o", markersize=4, label=name or "(model)")
+        (line,) = ax.plot(x, middle, marker="o", markersize=4, label=in_picture(name or "(model)"))
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.set_ylabel(label)
     ax.grid(alpha=0.25)

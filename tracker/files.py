@@ -6,15 +6,19 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import os
 import secrets
 import socket
+import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tracker.errors import WriteError
 
 fcntl: Any
 try:
@@ -22,6 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+FULL = 2**26  # bytes up to which a file may be made of holes
 MARK = b"A lock of tracker; it goes when its holder is done.\n"
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY)
 UNLOCKABLE = (*UNSUPPORTED, errno.ENOLCK, errno.EBADF)
@@ -34,28 +39,146 @@ HERE, EXCHANGE = (
 def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file, replacing one that is there in a single step once all of it lies on the disk.
 
-    Two writers at once do not mix: each has a draft of its own name, and the last one to finish wins.
+    Two writers at once do not mix: each has a draft of its own name, and the last one to finish wins. A link stays, and
+    what it leads to is replaced.
 
     Raises:
-        OSError: It cannot be written; what was there is as it was.
-        ValueError: The path holds a NUL.
+        WriteError: It cannot be written; what was there is as it was.
+    """
+    write_together({path: data})
+    return Path(path)
+
+
+def write_together(files: Mapping[str | os.PathLike[str], bytes]) -> None:
+    """Write several files, each as `write_whole` does: none is replaced before all of them lie on the disk.
+
+    Raises:
+        WriteError: One of them cannot be written; none was, or of those in other directories the last ones.
+    """
+    drafts: dict[Path, Path] = {}
+    path: str | os.PathLike[str] = ""
+    try:
+        for path, data in files.items():
+            target = Path(os.path.realpath(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and not target.is_file():
+                raise OSError(errno.EINVAL, "something else than a file is there", str(target))
+            draft = target.with_name(f".{target.name[:100]}.{unique()}.part")
+            drafts[target] = draft
+            with draft.open("xb") as file:
+                file.write(data)
+                file.flush()
+                if target.exists():  # a private file stays private
+                    os.chmod(draft, stat.S_IMODE(target.stat().st_mode))
+                os.fsync(file.fileno())
+        for target, draft in drafts.items():
+            path = target
+            os.replace(draft, target)
+    except (OSError, ValueError) as error:
+        raise WriteError(
+            f"{os.fspath(path)!r} cannot be written: {_why(error)}. What was there is as it was; choose another path, "
+            "or make room."
+        ) from error
+    finally:
+        for draft in drafts.values():
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+def write_picture(path: str | os.PathLike[str], figure: Any) -> Path:
+    """Write a figure of matplotlib as `write_whole` does; the ending tells the format, without one it is a PNG.
+
+    Raises:
+        WriteError: It cannot be written, or no picture has such an ending.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    draft = target.with_name(f".{target.name[:100]}.{unique()}.part")
+    target = target if target.suffix else Path(f"{os.fspath(path)}.png")
+    return write_whole(target, picture(figure, target))
+
+
+def picture(figure: Any, path: Path) -> bytes:
+    """A figure of matplotlib in the format that the ending of the path tells.
+
+    Raises:
+        WriteError: No picture has such an ending.
+    """
+    ending, drawn = path.suffix[1:].lower(), io.BytesIO()
+    if ending not in figure.canvas.get_supported_filetypes():
+        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
+        raise WriteError(f"{os.fspath(path)!r} cannot be written: pictures end in {known}.")
+    figure.savefig(drawn, format=ending)
+    return drawn.getvalue()
+
+
+def read_whole(path: str | os.PathLike[str], largest: int) -> bytearray:
+    """All of an ordinary file; no pipe is waited for, and no device read without end.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no ordinary file, is larger than `largest` bytes, or the path is none.
+    """
+    flags = os.O_RDONLY
+    for more in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, more, 0)
+    handle = os.open(path, flags)
     try:
-        with draft.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
-    return target
+        return OpenFile(handle, os.fspath(path)).read(largest)
+    finally:
+        os.close(handle)
+
+
+class OpenFile:
+    """An ordinary file under a descriptor, as large as it was when it was opened."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor, self._name = descriptor, name
+        facts = os.fstat(descriptor)
+        # A pipe or a device would never end.
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError(f"{name} is no ordinary file")
+        self.size = facts.st_size
+
+    def read(self, largest: int | None = None) -> bytearray:
+        """All of it.
+
+        Raises:
+            ValueError: It is larger than `largest` bytes, has hardly anything in it, or became shorter.
+        """
+        if largest is not None and self.size > largest:
+            raise ValueError(f"{self._name} is larger than {largest} bytes")
+        if self.size > FULL and self._holes():
+            raise ValueError(
+                f"of the {self.size} bytes of {self._name} hardly any were written: it is read once it is copied with "
+                "cp --sparse=never"
+            )
+        data = bytearray(self.size)
+        view, done = memoryview(data), 0
+        with os.fdopen(os.dup(self._descriptor), "rb", buffering=0) as file:
+            while done < self.size and (count := file.readinto(view[done:])):
+                done += count
+        if done < self.size:
+            raise ValueError(f"{self._name} became shorter while it was read")
+        return data
+
+    def _holes(self) -> bool:
+        """Whether all but a hundredth of it are holes, which cost nothing to whoever made the file."""
+        if not hasattr(os, "SEEK_DATA"):
+            return False
+        written = at = 0
+        try:
+            while written * 100 < self.size:
+                begin = os.lseek(self._descriptor, at, os.SEEK_DATA)
+                at = os.lseek(self._descriptor, begin, os.SEEK_HOLE)
+                written += at - begin
+        except OSError as error:
+            return error.errno == errno.ENXIO  # no more data
+        finally:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+        return False
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def unique() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tracker.errors import StatisticsError, UnknownNeuronError
-from tracker.files import write_whole
+from tracker.files import read_whole, write_whole
 from tracker.observation import Observation
 
 SCHEMA_VERSION = "1.0"
@@ -112,7 +112,11 @@ class TrainingHistory:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the history as JSON: whole, or not at all."""
+        """Write the history as JSON: whole, or not at all.
+
+        Raises:
+            WriteError: It cannot be written.
+        """
         return write_json(path, self.to_dict(), indent=None)
 
     @classmethod
@@ -143,7 +147,11 @@ class TrainingHistory:
 def write_json(
     path: str | os.PathLike[str], data: Mapping[str, Any], indent: int | None = 2
 ) -> Path:
-    """Write JSON without NaN, replacing the file only once it is complete."""
+    """Write JSON without NaN, replacing the file only once it is complete.
+
+    Raises:
+        WriteError: It cannot be written.
+    """
     return write_whole(path, (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode())
 
 
@@ -153,15 +161,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         StatisticsError: It cannot be read.
     """
-    source = Path(path)
     try:
-        if source.stat().st_size > _MAX_BYTES:
-            raise StatisticsError(f"{source} is larger than {_MAX_BYTES:,} bytes; not read.")
-        return json.loads(source.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        raise StatisticsError(f"Cannot read {source}: {error.strerror or error}.") from error
+        data = read_whole(path, _MAX_BYTES)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else None
+        raise StatisticsError(f"Cannot read {os.fspath(path)!r}: {why or error}.") from error
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise StatisticsError(f"{source} is not valid JSON: {error}.") from error
+        raise StatisticsError(f"{os.fspath(path)!r} is not valid JSON: {error}.") from error
 
 
 def _parse(data: Any) -> TrainingHistory:

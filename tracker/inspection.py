@@ -16,6 +16,7 @@ from tracker.history import TrainingHistory
 from tracker.journal import Checkpoint, Journal, fingerprint_of, read_checkpoint, read_text
 from tracker.memory import PASSING
 from tracker.schema import load_schema, problems
+from tracker.text import in_line
 
 SCHEMAS = {
     "journal": "journal.schema.json",
@@ -59,7 +60,7 @@ def find(path: str | os.PathLike[str]) -> Found:
 
 def shown(found: Found) -> str:
     """A report for people."""
-    return "\n".join(_SHOW[found.kind](found.data))
+    return "\n".join(map(in_line, _SHOW[found.kind](found.data)))
 
 
 def differences(one: Found, other: Found) -> list[str]:
@@ -73,10 +74,12 @@ def differences(one: Found, other: Found) -> list[str]:
             f"{one.path} is a {one.kind} and {other.path} a {other.kind}: they cannot be compared."
         )
     if one.kind == "checkpoint":
-        return list(_between_checkpoints(one.data, other.data))
-    if one.kind == "journal":
-        return list(_between_journals(one.data, other.data))
-    return list(_between(one.data, other.data, ""))
+        found = _between_checkpoints(one.data, other.data)
+    elif one.kind == "journal":
+        found = _between_journals(one.data, other.data)
+    else:
+        found = _between(one.data, other.data, "")
+    return list(map(in_line, found))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tracker.errors import StatisticsError
 from tracker.figures import new_figure
 from tracker.journal import Journal
+from tracker.text import in_picture
 from tracker.training import Decision, SelfModification
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def life(run: SelfModification, journal: Journal, name: str) -> Figure:
     losses.set_xlim(0, run.steps)
     first, last = run.life[0], run.life[-1]
     fig.suptitle(
-        f"The life of {name}: {run.steps:,} steps, {first.parameters:,} → {last.parameters:,} parameters",
+        f"The life of {in_picture(name)}: {run.steps:,} steps, {first.parameters:,} → {last.parameters:,} parameters",
         fontsize=12,
     )
     return fig
@@ -77,7 +78,8 @@ def _widths(ax: Axes, run: SelfModification) -> None:
         line = tuple(float(d.widths.get(layer, math.nan)) for d in run.life)
         together.setdefault(line, []).append(layer)
     for line, layers in together.items():
-        label = layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more"
+        label = in_picture(layers[0])
+        label += f" and {len(layers) - 1} more" if len(layers) > 1 else ""
         steps = [d.step for d in run.life]
         ax.step([*steps, run.steps], [*line, line[-1]], where="post", label=label, linewidth=1.8)
     ax.set_ylabel("neurons")

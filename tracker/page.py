@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from tracker.history import TrainingHistory
 from tracker.journal import Journal
 from tracker.life import life
 from tracker.observation import Observation
+from tracker.text import in_line, plain
 from tracker.training import SelfModification
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def _folded(title: str, text: str) -> str:
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    return f"<details><summary>{escape(title)}</summary><pre>{html.escape(plain(text))}</pre></details>"
 
 
 def _picture(fig: Figure, caption: str) -> str:
@@ -175,3 +176,8 @@ def _picture(fig: Figure, caption: str) -> str:
     fig.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+
+
+def escape(text: str) -> str:
+    """Text in one line of a page: neither HTML nor characters that HTML does not have."""
+    return html.escape(in_line(text))

@@ -14,6 +14,7 @@ from tracker.analyzer import (
 )
 from tracker.errors import StatisticsError
 from tracker.observation import Observation
+from tracker.text import in_line, plain
 
 WIDE, MIDDLE = 80, 60
 MAX_PAIRS = 20  # shown for each layer; the totals count all
@@ -188,7 +189,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     ]
     lines += _limited(
         (
-            f"  neuron {c['neuron_id']} ({c['layer_name']}[{c['local_index']}]): {c['reason']}, fires in "
+            f"  neuron {c['neuron_id']} ({in_line(c['layer_name'])}[{c['local_index']}]): {c['reason']}, fires in "
             f"{c['firing_frequency']:.1%} of observations{_predicted(c)}"
             for c in recommendations["prune"]
         ),
@@ -197,7 +198,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     lines += ["", f"MERGE: {_count(counts['total_mergeable_pairs'], 'pair')}"]
     lines += _limited(
         (
-            f"  {c['layer_name']}: {c['neuron_pair'][1]} into {c['neuron_pair'][0]}, correlation "
+            f"  {in_line(c['layer_name'])}: {c['neuron_pair'][1]} into {c['neuron_pair'][0]}, correlation "
             f"{c['correlation']:+.4f}; {c['neuron_pair'][0]} explains {c['explained_variance']:.2%} of "
             f"{c['neuron_pair'][1]}{_predicted(c)}"
             for c in recommendations["merge"]
@@ -207,7 +208,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     lines += ["", f"EXPAND: {_count(counts['layers_needing_expansion'], 'layer')}"]
     lines += _limited(
         (
-            f"  {c['layer_name']}: {c['current_size']} -> {c['current_size'] + c['suggested_expansion']} "
+            f"  {in_line(c['layer_name'])}: {c['current_size']} -> {c['current_size'] + c['suggested_expansion']} "
             f"({c['basis']})"
             for c in recommendations["expand"]
         ),
@@ -290,7 +291,7 @@ def _pair_rows(label: str, pairs: Sequence[tuple[int, int, float]]) -> list[str]
 
 def _redundancy_detail(label: str, s: Mapping[str, Any]) -> list[str]:
     return [
-        f"{label}:",
+        f"{in_line(label)}:",
         f"  Total neurons: {s['total_neurons']}",
         f"  Redundant pairs: {s['redundant_pairs']}",
         f"  Redundancy rate: {s['redundancy_rate']:.1%}",
@@ -316,7 +317,7 @@ def _detail(title: str, word: str, findings: Mapping[str, LayerFindings], pick: 
         slots = pick(found).nonzero().flatten().tolist()
         if slots:
             lines += [
-                f"{found.layer.label}: {_count(len(slots), f'{word} neuron')}",
+                f"{in_line(found.layer.label)}: {_count(len(slots), f'{word} neuron')}",
                 f"  Local indices: {_list(slots)}",
             ]
     return ["", title, "-" * 40, *lines] if lines else []
@@ -324,7 +325,7 @@ def _detail(title: str, word: str, findings: Mapping[str, LayerFindings], pick: 
 
 def _unobserved(findings: Mapping[str, LayerFindings]) -> list[str]:
     lines = [
-        f"  {f.layer.label} ({f.layer.kind}): {f.layer.problem or 'no finite value'}"
+        f"  {in_line(f.layer.label)} ({f.layer.kind}): {f.layer.problem or 'no finite value'}"
         for f in findings.values()
         if not f.observed.any()
     ]
@@ -366,6 +367,7 @@ def _share(part: int, whole: int) -> str:
 
 def _cut(name: str, width: int) -> str:
     """Long module paths keep their end: that is what tells them apart."""
+    name = in_line(name)
     return name if len(name) <= width else "..." + name[3 - width :]
 
 
@@ -374,4 +376,4 @@ def _count(n: int, noun: str) -> str:
 
 
 def _text(lines: Iterable[str]) -> str:
-    return "\n".join(line.rstrip() for line in lines)
+    return plain("\n".join(line.rstrip() for line in lines))

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tracker.errors import CheckpointError
+from tracker.files import OpenFile
 from tracker.journal import places
 from tracker.journal.entries import MOST
 from tracker.journal.places import FILES, FORMAT, MANIFEST, TENSORS, TEXTS, VERSION
@@ -195,29 +195,6 @@ def _check_manifest(manifest: Any, folder: Path) -> None:
         raise CheckpointError(f"{folder} names other files than a checkpoint has.")
 
 
-class _Handle:
-    """One open file."""
-
-    def __init__(self, descriptor: int, name: str) -> None:
-        self.descriptor = descriptor
-        facts = os.fstat(descriptor)
-        # A pipe or a device would never end.
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError(f"{name} is no ordinary file")
-        self.size, self._name = facts.st_size, name
-
-    def read(self) -> bytearray:
-        """All of it, as large as it was when it was opened."""
-        data = bytearray(self.size)
-        view, done = memoryview(data), 0
-        with os.fdopen(os.dup(self.descriptor), "rb", buffering=0) as file:
-            while done < self.size and (count := file.readinto(view[done:])):
-                done += count
-        if done < self.size:
-            raise ValueError(f"{self._name} became shorter while it was read")
-        return data
-
-
 class _Files:
     """Files of one directory, which stays the same one, whatever takes its name."""
 
@@ -227,7 +204,7 @@ class _Files:
             self._at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             close.callback(os.close, self._at)
 
-    def open(self, name: str) -> _Handle:
+    def open(self, name: str) -> OpenFile:
         """A file of this name; no link, and no pipe that nobody writes to is waited for."""
         flags = os.O_RDONLY
         for more in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
@@ -235,14 +212,11 @@ class _Files:
         where = self._folder / name if self._at is None else name
         descriptor = os.open(where, flags, dir_fd=self._at)
         self._close.callback(os.close, descriptor)
-        return _Handle(descriptor, name)
+        return OpenFile(descriptor, name)
 
     def whole(self, name: str, largest: int = LARGEST[MANIFEST]) -> bytearray:
         """All of a file that is not too large."""
-        file = self.open(name)
-        if file.size > largest:
-            raise ValueError(f"{name} is larger than {largest} bytes")
-        return file.read()
+        return self.open(name).read(largest)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.errors import StructureError
 from tracker.structure.units import Frozen, Place, UnitGroup
+from tracker.text import in_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,7 +159,7 @@ def _column(ax: Axes, column: int, name: str, met: Sequence[_Ribbon], lanes: int
     ys = [ribbon.lane for ribbon in met] or [0]
     ax.plot([column] * 2, [min(ys) - 0.3, max(ys) + 0.3], color=LINE, linewidth=6, alpha=0.18,
             solid_capstyle="round", zorder=1)  # fmt: skip
-    ax.annotate(name, (column, lanes - 0.45), rotation=35, ha="right", va="top", fontsize=8,
+    ax.annotate(in_picture(name), (column, lanes - 0.45), rotation=35, ha="right", va="top", fontsize=8,
                 annotation_clip=False)  # fmt: skip
 
 

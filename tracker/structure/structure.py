@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from tracker.calls import Arguments, Call, ExampleInputs, calls_of
 from tracker.errors import StructureError
+from tracker.files import write_picture
 from tracker.probe import uninterrupted
 from tracker.structure.failures import RuleFailure
 from tracker.structure.float64 import Precision
@@ -27,6 +27,7 @@ from tracker.structure.trace import CallKey, Passes, Trace, record
 from tracker.structure.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
 from tracker.structure.unseen import owners, refuse_unseen, unseen_in, without
+from tracker.text import in_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,12 +73,12 @@ class Structure:
 
         Raises:
             StructureError: The model has too many layers for a picture.
+            WriteError: It cannot be written.
         """
         sizes = {place: len(axis) for place, axis in self.integers.places.items()}
         fig = draw(self.groups, self.frozen, sizes)
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(path)
+            write_picture(path, fig)
         return fig
 
     def __str__(self) -> str:
@@ -109,7 +110,7 @@ class Structure:
         if self.passes.failed:
             lines += ["", "calls that could not be made:"]
         lines += [f"  {call}: {why}" for call, why in self.passes.failed]
-        return "\n".join(lines)
+        return "\n".join(map(in_line, lines))
 
     @property
     def gaps(self) -> list[str]:

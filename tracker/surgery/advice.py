@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 from tracker.errors import SurgeryError, TrackerError
+from tracker.files import read_whole
 from tracker.structure import Structure
 from tracker.surgery.plan import units_of
 from tracker.tracker import ActivationTracker
@@ -143,15 +143,13 @@ def _leave_some(
 def _read(advice: Mapping[str, Any] | str | PathLike[str]) -> dict[str, Any]:
     if isinstance(advice, Mapping):
         return dict(advice)
-    path = Path(advice)
+    path = fspath(advice)
     try:
-        if path.stat().st_size > LARGEST:
-            raise SurgeryError(f"{path} is larger than any recommendations: {LARGEST} bytes.")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_whole(path, LARGEST).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SurgeryError(f"No recommendations can be read from {path}: {error}") from error
+        raise SurgeryError(f"No recommendations can be read from {path!r}: {error}") from error
     if not isinstance(data, dict):
-        raise SurgeryError(f"{path} holds no recommendations but a {type(data).__name__}.")
+        raise SurgeryError(f"{path!r} holds no recommendations but a {type(data).__name__}.")
     return data
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tracker.text import in_line
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
@@ -74,7 +76,7 @@ class Receipt:
             lines.append(f"  {self.loss}: {self.loss_before:.5g} -> {self.loss_after:.5g}")
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  skipped: {reason}" for reason in self.skipped]
-        return "\n".join(lines)
+        return "\n".join(map(in_line, lines))
 
 
 def _parts(receipt: Receipt) -> list[str]:
