@@ -19,13 +19,14 @@ TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PYTEST := $(TEST_RUN) -m pytest -q -n 2 --dist worksteal
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test long kills gguf check bench coverage clean
+.PHONY: help demo test long kills asan gguf check bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest, test_tracker.py, the validations in demos/"
 	@echo "make long    10,000 removals, and a fault at every line of eight kinds of change; half an hour"
 	@echo "make kills   500 kills in the middle of saves; some minutes"
+	@echo "make asan    the compiled code under an address sanitizer, fed with changed checkpoints; half an hour"
 	@echo "make gguf    what llama.cpp answers from exported files; builds llama-cpp-python, minutes"
 	@echo "make check   format, lint, types, pytest: before each commit"
 	@echo "make bench   what tracking costs"
@@ -82,6 +83,18 @@ kills: $(VENV)/installed
 gguf: $(VENV)/installed-dev
 	@$(PIP) '.[gguf]'
 	@$(TEST_RUN) -m pytest -q tests/export/test_gguf.py
+
+# The sanitizer has to be loaded before Python, and what throws exceptions with it: it watches all memory, also torch's.
+ASAN_CXX ?= g++
+ASAN := PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 XDG_CACHE_HOME=$(CURDIR)/build/asan \
+  CXX="$(ASAN_CXX) -fsanitize=address -fno-omit-frame-pointer" TRACKER_MUTANTS=$${TRACKER_MUTANTS:-360}
+asan: $(VENV)/installed-dev
+	@command -v $(ASAN_CXX) >/dev/null || { echo "make asan needs $(ASAN_CXX), or another compiler: make asan\
+	 ASAN_CXX=clang++" >&2; exit 1; }
+	@echo "Test: the compiled code under an address sanitizer"
+	@$(ASAN) LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so)" \
+	  $(TEST_RUN) -m pytest -q -p no:cacheprovider tests/statistics/test_native.py tests/journal/test_mutants.py \
+	  --deselect tests/statistics/test_native.py::test_two_processes_build_at_once
 
 check: $(VENV)/installed-dev
 	@echo "Check: format"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -226,7 +227,9 @@ class NeuronEngine(NeuronSurgeon):
         with tracker.speaking_of(session.entry):
             with _all_or_nothing("of the state dict") as log:
                 for part in _parts(entries):
-                    become(model, twin_after(model, part), {}, part, log, plain)
+                    # What the journal claims was held against the state dict before.
+                    twin = twin_after(model, part, math.inf)
+                    become(model, twin, {}, part, log, plain)
                     for entry in part:
                         self._move_ids(entry, log)
                 session.know(log)
@@ -242,6 +245,7 @@ class NeuronEngine(NeuronSurgeon):
                     del optimizer.state[parameter]
                 watch(optimizer)  # the ages of young slots come with its state
         session.last = None
+        session.changed()
 
     def _move_ids(self, entry: Entry, log: UndoLog) -> None:
         tracker = self._tracker

@@ -13,6 +13,8 @@ import torch
 from tracker.errors import NotTrackedError, UnknownNeuronError
 from tracker.slotmap import SlotMap
 
+MOST = 2**53  # ids, which JSON holds exactly
+
 
 class NeuronId(int):
     """The id of a neuron: an int that says so, wherever it is filtered, sorted or sliced to.
@@ -136,8 +138,8 @@ class NeuronRegistry:
             *(i for layer in layers.values() for i in layer.ids),
             *(b for b, _ in blocks),
         ]
-        if any(type(number) is not int for number in numbers):
-            raise ValueError("an id is no whole number")
+        if any(type(number) is not int for number in numbers) or top > MOST:
+            raise ValueError("an id is no whole number, or larger than any")
         living = [i for entry in layers.values() for i in entry.ids]
         every = [*living, *gone]
         if len(set(every)) < len(every) or any(not 0 <= i < top for i in every):

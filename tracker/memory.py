@@ -95,7 +95,7 @@ def load_model(model: nn.Module, content: Checkpoint, log: UndoLog) -> Journal:
         CheckpointError: It is not the model that was saved.
     """
     journal = Journal.from_dict(content.texts["journal"])
-    twin = twin_after(model, journal)
+    twin = twin_after(model, journal, sum(t.numel() for t in content.tensors["model"].values()))
     values = _values(twin, content)
     become(model, twin, values, journal, log)
     modules = dict(model.named_modules())
@@ -191,7 +191,7 @@ def require_ids(journal: Journal, registry: Mapping[str, Any]) -> None:
 
 def load_tracker(
     tracker: ActivationTracker, model: nn.Module, content: Checkpoint
-) -> tuple[TrainingHistory | None, dict[str, Covariance]]:
+) -> tuple[TrainingHistory | None, dict[str, Read]]:
     """Track a model, and give the tracker back its ids and statistics; its history, and what a run had observed.
 
     Raises:
@@ -353,9 +353,7 @@ def _parts(key: str, value: Covariance) -> dict[str, Tensor]:
     }
 
 
-def _restore_seen(
-    tracker: ActivationTracker, tables: Mapping[str, Tensor]
-) -> dict[str, Covariance]:
+def _restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> dict[str, Read]:
     """Give the statistics back; what a run had observed is returned."""
     entry = tracker.current
     reads: dict[str, dict[str, Read]] = {"read": entry.reads, "run": {}}
@@ -394,7 +392,7 @@ def _restore_seen(
             reads[kind][name] = Read(int(dim), covariance, int(taps), loss)
         else:
             sites[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
-    return {name: read.covariance for name, read in reads["run"].items()}
+    return reads["run"]
 
 
 def _sensitivity(

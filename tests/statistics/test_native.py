@@ -436,3 +436,26 @@ def test_narrow_products_are_those_of_float64(
     expected = centred.T @ centred
     error = (stream.value().comoment - expected).abs().max() / expected.abs().max()
     assert error < 1e-12
+
+
+BEYOND = """
+import torch
+from tracker.statistics import native
+kernel, x = native.kernel(), torch.randn(64, 40)
+table = torch.zeros(9 * 40 - 4, dtype=torch.float64)
+assert kernel is not None
+place = table.data_ptr()
+kernel.reduce(x.data_ptr(), 0, 64, 40, 1, 40, 0.5, place, None, 1, None)
+print("nobody noticed")
+"""
+
+
+@pytest.mark.skipif("asan" not in os.environ.get("LD_PRELOAD", ""), reason="see `make asan`")
+def test_the_sanitizer_sees_what_is_written_beyond_a_table() -> None:
+    assert native.kernel() is not None
+    done = subprocess.run(
+        [sys.executable, "-c", BEYOND], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "heap-buffer-overflow" in done.stderr
+    assert "tracker_activity" in done.stderr
+    assert "nobody noticed" not in done.stdout

@@ -89,7 +89,8 @@ class Loading:
             )
         entries = asked.entries[len(known) :]
         if entries:
-            _require_whole(twin_after(model, entries), state, prefix)
+            held = sum(t.numel() for t in state.values() if isinstance(t, Tensor))
+            _require_whole(twin_after(model, entries, held), state, prefix)
             self._replay(entries)
 
 

@@ -18,6 +18,7 @@ from tracker.structure.ints import Attribute
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import Receipt
 from tracker.surgery.undo import UndoLog
+from tracker.text import in_line
 
 SCHEMA_VERSION = 1
 OPERATIONS = (
@@ -165,7 +166,7 @@ class Entry:
         when += [] if self.step is None else [f"step {self.step}"]
         difference = self.output_difference
         measured = "not measured" if difference is None else f"difference {difference:.1e}"
-        return (
+        return in_line(
             f"{self.number}. {self.operation} ({', '.join(when)}): {', '.join(did) or 'no neurons'}; "
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,}; {self.promise}, {measured}"
         )

@@ -138,6 +138,9 @@ def _require_states(
     """Each state is of a parameter in a group, and what a step with the group's options makes."""
     check = StateCheck(optimizer, type(optimizer).__name__)
     options = {id(p): group for group in groups for p in group["params"]}
+    for mine, group in zip(optimizer.param_groups, groups, strict=True):
+        for parameter in group["params"]:
+            check.require_options(group, mine, parameter)
     for name, state in states.items():
         parameter = parameters[name]
         if id(parameter) not in options:
@@ -167,6 +170,13 @@ def _groups(
 
 def _option(key: str, value: Any, mine: Any) -> Any:
     """A saved option as the kind of thing that the optimizer has in its place."""
+    if isinstance(mine, list | tuple):
+        if not isinstance(value, list) or len(value) != len(mine):
+            raise CheckpointError(
+                f"The option {key!r} of the optimizer is {str(value)[:80]!r}, and not {len(mine)} numbers."
+            )
+        parts = [_option(key, part, own) for part, own in zip(value, mine, strict=True)]
+        return tuple(parts) if isinstance(mine, tuple) else parts
     parts = value if isinstance(value, list) else [value]
     if key == "params" or not all(isinstance(part, PLAIN) for part in parts):
         raise CheckpointError(f"The option {key!r} of the optimizer is {str(value)[:80]!r}.")
@@ -179,7 +189,7 @@ def _option(key: str, value: Any, mine: Any) -> Any:
         raise CheckpointError(f"The option {key!r} of the optimizer is neither true nor false.")
     if isinstance(mine, Tensor):
         return torch.full_like(mine, value)
-    return tuple(value) if isinstance(value, list) and isinstance(mine, tuple) else value
+    return value
 
 
 def _known(name: Any, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter:

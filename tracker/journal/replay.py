@@ -36,6 +36,8 @@ NO_SIZES = (
     "num_layers",
     "padding_idx",
 )
+GROWTH = 64  # times larger than at first, and than what was saved, a model may be in between
+LEAST = 2**24  # numbers that it may have in any case
 BLOCKS = ("ReluIdentity", "ResidualBlock")
 # What older journals say of a bypass: its scale and shift.
 PASSED = {"input": (1.0, 0.0), "zero": (0.0, 0.0)}
@@ -64,8 +66,10 @@ def fingerprint_of(table: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def twin_after(model: nn.Module, entries: Iterable[Entry]) -> nn.Module:
+def twin_after(model: nn.Module, entries: Iterable[Entry], saved: float = 0) -> nn.Module:
     """A copy of the model without values, after these changes. The model is not touched.
+
+    saved: Numbers that lie beside the journal. On the way the copy has at most GROWTH times those and the model's.
 
     Raises:
         CheckpointError: An entry does not fit the model.
@@ -76,7 +80,8 @@ def twin_after(model: nn.Module, entries: Iterable[Entry]) -> nn.Module:
         twin = copy.deepcopy(model, computed_tensors(model) | valueless)
     except Exception as error:
         raise CheckpointError(f"This {type(model).__name__} cannot be copied: {error}") from error
-    now = fingerprint(twin)
+    most = max(LEAST, GROWTH * (sum(t.numel() for t in held.values()) + saved))
+    now, known = fingerprint(twin), set[Attribute]()
     for number, entry in enumerate(entries, start=1):
         what = f"Entry {number} of the journal, {entry.operation},"
         if now != entry.before:
@@ -85,11 +90,15 @@ def twin_after(model: nn.Module, entries: Iterable[Entry]) -> nn.Module:
                 "the code and the sizes that it had at first."
             )
         try:
-            _change(twin, entry)
+            _change(twin, entry, known)
         except Exception as error:
             raise CheckpointError(f"{what} does not fit this model: {error}") from error
         if entry.slots or entry.modules or entry.attributes:
             now = fingerprint(twin)
+        if sum(t.numel() for t in tensors(twin).values()) > most:
+            raise CheckpointError(
+                f"{what} would make the model more than {GROWTH} times as large as it is and what was saved."
+            )
         if now != entry.after:
             raise CheckpointError(f"{what} gives other shapes than it did.")
     return twin
@@ -156,42 +165,55 @@ def described(module: nn.Module) -> dict[str, Any]:
     return {"kind": type(module).__name__, "layer": type(layer).__name__, "width": width}
 
 
-def _change(twin: nn.Module, entry: Entry) -> None:
+def _change(twin: nn.Module, entry: Entry, known: set[Attribute]) -> None:
+    """known: Integers of the twin's code, as far as they were asked for."""
     if not (entry.slots or entry.modules or entry.attributes):
         return
-    held = tensors(twin)
+    held, moved = tensors(twin), list[tuple[int, int]]()
     for name, dims in entry.slots.items():
         shape = list(held[name].shape) if name in held else []
         for dim, runs in dims.items():
             if not 0 <= dim < len(shape) or runs.reach > shape[dim] or not runs.size:
                 raise ValueError(f"{name} has no such slots of dimension {dim}")
+            moved.append((shape[dim], runs.size))
             shape[dim] = runs.size
         held[name].data = torch.empty(shape, dtype=held[name].dtype, device="meta")
     if entry.attributes:
-        known = shadow(twin)[1]
+        if not known:
+            known |= set(shadow(twin)[1])
         unknown = next((a for a in entry.attributes if a not in known), None)
         if unknown is not None:
             raise ValueError(
                 f"{unknown} of {unknown.module or 'the model'} is no integer of its code"
             )
-        _require_sizes(twin, entry.attributes)
+        _require_sizes(twin, entry.attributes, moved)
     adapt(twin, entry.attributes, lambda back: None)
     for name, spec in entry.modules.items():
         replace_module(twin, name, _built(twin, name, spec), [], UndoLog())
+        known.clear()
 
 
-def _require_sizes(twin: nn.Module, attributes: Mapping[Attribute, int]) -> None:
-    """A change solves for sizes of axes: not empty, and no longer than the largest tensor."""
-    largest = max((t.numel() for t in tensors(twin).values()), default=0)
+def _require_sizes(
+    twin: nn.Module, attributes: Mapping[Attribute, int], moved: Sequence[tuple[int, int]]
+) -> None:
+    """Integers that a change solves for move as an axis does that it `moved` (size before, after)."""
     for attribute, value in attributes.items():
         was, module = _value(twin, attribute), twin.get_submodule(attribute.module)
         ours = type(module).__module__.startswith("torch.nn.") and not attribute.owner
         if ours and attribute.name in NO_SIZES and value != was:
             raise ValueError(f"{attribute.name} of {attribute.module} is no size of a tensor")
-        if value != was and not 1 <= value <= max(was, largest):
+        if value != was and not any(_follows(was, value, *sizes) for sizes in moved):
             raise ValueError(
-                f"{attribute.name} of {attribute.module or 'the model'} cannot be {value}"
+                f"{attribute.name} of {attribute.module or 'the model'} cannot be {value}: no axis moved like that"
             )
+
+
+def _follows(was: int, value: int, old: int, new: int) -> bool:
+    """Whether an integer moved like an axis: by its share, or by one of the equal parts that its slots make up."""
+    if value < 1 or old == new:
+        return False
+    step, slots = value - was, new - old
+    return was * new == value * old or (step * slots > 0 and slots % step == 0)
 
 
 def _built(twin: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:

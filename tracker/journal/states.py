@@ -39,6 +39,33 @@ class StateCheck:
         self._made: dict[Key, State | None] = {}
         self._taken: dict[Key, str] = {}
 
+    def require_options(
+        self, options: Mapping[str, Any], own: Mapping[str, Any], parameter: nn.Parameter
+    ) -> None:
+        """Refuse options of a group with which no step over this parameter can be made, if one can with its `own`.
+
+        Raises:
+            CheckpointError: None can.
+        """
+        sizes = _tiny(parameter.shape)
+        if self._first(options, parameter, sizes) is not None:
+            return
+        if self._first(own, parameter, sizes) is not None:
+            problem = self._step(options, parameter, sizes, {})[1]
+            raise CheckpointError(
+                f"With the options that were saved the {self._name} cannot make a step: {problem}."
+            )
+
+    def _first(
+        self, options: Mapping[str, Any], parameter: nn.Parameter, sizes: tuple[int, ...]
+    ) -> State | None:
+        """What a first step makes; None if it cannot be made."""
+        # Of one kind, however large: options are the same objects for all parameters of a group.
+        kind = (id(options), sizes, parameter.dtype, parameter.device)
+        if kind not in self._made:
+            self._made[kind] = self._step(options, parameter, sizes, {})[0]
+        return self._made[kind]
+
     def require(
         self, options: Mapping[str, Any], parameter: nn.Parameter, state: State, name: str
     ) -> None:
@@ -53,14 +80,11 @@ class StateCheck:
         if not own:
             return
         sizes = _tiny(parameter.shape)
-        # Of one kind, however large: options are the same objects for all parameters of a group.
-        kind = (id(options), sizes, parameter.dtype, parameter.device)
-        if kind not in self._made:
-            self._made[kind] = self._step(options, parameter, sizes, {})[0]
-        made = self._made[kind]
+        made = self._first(options, parameter, sizes)
         for key, value in own.items():
             self._compare(key, value, made, parameter, name)
-        keys = (*kind, tuple(sorted(own)))
+        kind = (id(options), sizes, parameter.dtype, parameter.device)
+        keys = (*kind, *((key, _number(value)) for key, value in sorted(own.items())))
         if keys not in self._taken:
             tiny = {k: _shrunk(v, parameter.shape, sizes) for k, v in own.items()}
             self._taken[keys] = (
@@ -141,6 +165,13 @@ class StateCheck:
                 else:
                     return dict(twin.state[tiny]), ""
             return None, problem
+
+
+def _number(value: Any) -> Any:
+    """A state that is one number; of others it is enough that they have the right shape and type."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else None
+    return value
 
 
 def _tiny(shape: Sequence[int]) -> tuple[int, ...]:
