@@ -23,6 +23,7 @@ from tests.surgery.bits import (
     memory,
     weights,
 )
+from tests.surgery.subjects import prepared
 from tracker import NeuronEngine, SurgeryError, TrackerError
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
@@ -421,3 +422,18 @@ def test_random_chains_of_changes(
         assert holds_the_live(model, optimizer)
         every = [i for v in engine.track_model(model).values() for i in v]
         assert len(every) == len(set(every))
+
+
+def test_a_layer_that_only_the_one_inserted_behind_it_reads_stays() -> None:
+    model, _, engine, x = prepared("mlp")
+    engine.insert_layer("0")
+    before = snapshot_of(model)
+    with pytest.raises(SurgeryError, match=r"0\.inserted"):
+        engine.remove_layer("0", batches=[x], force=True)
+    assert snapshot_of(model) == before
+    engine.undo()
+    engine.remove_layer("2", batches=[x], force=True)
+
+
+def snapshot_of(model: nn.Module) -> tuple[str, list[list[float]]]:
+    return str(model), [t.flatten().tolist() for t in model.state_dict().values()]

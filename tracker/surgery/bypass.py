@@ -160,6 +160,11 @@ def _refit(
     keep: bool = False,
 ) -> Removal:
     """What `readers` compute of what reaches them with `instead` in the place of `name`; `keep`: with their weights."""
+    inside = [one.module for one in readers if one.module.startswith(f"{name}.")]
+    if inside:
+        raise SurgeryError(
+            f"{inside[0]!r}, which was inserted behind {name!r}, reads it and would go with it. Remove that one first."
+        )
     bench = quiet_copy(model)
     replace_module(bench, name, instead, [], UndoLog())
     probe = _InputsOnly(bench, [one.module for one in readers])

@@ -108,7 +108,8 @@ def bypasses(
         return []
     model = tracker.current.model()
     fitted, asked = (inputs, inputs) if len(inputs) == 1 else (inputs[::2], inputs[1::2])
-    linear = [c.layer for c in able if isinstance(model.get_submodule(c.layer), nn.Linear)]
+    known = [c.layer for c in able if c.layer in tracker.current.layers]
+    linear = [name for name in known if isinstance(model.get_submodule(name), nn.Linear)]
     found = []
     for name in [*linear, *_blocks(model, inputs[0])]:
         if protects(tracker, protect, name):
