@@ -131,15 +131,11 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Path, Mu
     "number", [n if n < SOME else pytest.param(n, marks=pytest.mark.slow) for n in range(MANY)]
 )
 def test_a_changed_checkpoint_is_refused_or_trains(
-    number: int,
-    chosen: list[tuple[str, Path, Mutant]],
-    tmp_path: Path,
-    record_property: Callable[[str, object], None],
+    number: int, chosen: list[tuple[str, Path, Mutant]], tmp_path: Path
 ) -> None:
     name, run, mutant = chosen[number]
-    record_property("mutant", f"{name}: {mutant.name}")
     print(name, mutant.name)  # shown where it fails
-    record_property("outcome", outcome(name, run, mutant, tmp_path / "run", STEPS))
+    print("it was", outcome(name, run, mutant, tmp_path / "run", STEPS))
 
 
 def test_a_checkpoint_that_nobody_changed_is_loaded(
