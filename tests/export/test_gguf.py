@@ -190,3 +190,24 @@ def test_llama_cpp_gives_the_same_logits_and_words(dtype: str, tmp_path: Path) -
             prompt[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert words[0, 6:].tolist() == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen2", "Mistral"])
+def test_others_that_are_built_like_llama(name: str, tmp_path: Path) -> None:
+    """Qwen2 has biases of queries, keys and values: they are rotated with their rows."""
+    import transformers
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, head_dim=8)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    engine = tracked(model)
+    make_uneven(engine)
+    report = to_gguf(engine, tmp_path / "model.gguf", dtype="f32")
+    assert report.output_difference is not None
+    assert report.output_difference < 2e-3
+    logits = model(IDS).logits.detach().numpy()
+    for found, expected in zip(rows(report.path), logits, strict=True):
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
