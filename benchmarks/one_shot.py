@@ -156,7 +156,7 @@ def ours(
     engine = NeuronEngine()
     engine.track_model(model, "m", example_inputs=case.example)
     engine.calibrate((x for x, _ in case.pairs), patches=patches)
-    groups, problems, _ = problems_of(engine._tracker, Limits())
+    groups, problems, _ = problems_of(engine.tracker, Limits())
     wanted = set(part.layers(model))
     units = {
         g.name: chosen_units(problems, i, g, round(share * g.size))

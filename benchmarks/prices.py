@@ -75,7 +75,7 @@ def measure(name: str, quick: bool) -> tuple[list[Row], float, tuple[float, floa
 
     collect(model, (x for x, _ in fitted), consumers(model, groups)[0])
     plain = time.perf_counter() - start
-    groups, problems, _ = problems_of(engine._tracker, Limits())
+    groups, problems, _ = problems_of(engine.tracker, Limits())
     dense, rows = measured(), []
     chosen = range(0, len(groups), 5 if name == "smollm" else 1)
     for i in tqdm(chosen, f"{name}: groups", leave=False, disable=None):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tracker import NeuronEngine, recommend, reporter
-from tracker.analyzer import LayerFindings
+from tracker.findings import LayerFindings
 from tracker.journal.checkpoint import FILES, MANIFEST
 from tracker.statistics import Activity, Covariance
 

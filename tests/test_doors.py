@@ -330,7 +330,7 @@ def test_what_cannot_be_read_changes_nothing(
 ) -> None:
     path = tmp_path / name.rstrip("/")
     UNREADABLE[kind](path)
-    model = engine._tracker.current.model()
+    model = engine.tracker.current.model()
     before = [t.clone() for t in model.state_dict().values()], engine.history.to_dict()
     start = time.perf_counter()
     for asked in (path, Path(str(path) + "\0")):

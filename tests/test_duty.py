@@ -121,7 +121,7 @@ def test_a_checkpoint_keeps_the_turns_and_the_choice(tmp_path: Path) -> None:
 
 
 def comoments(engine: NeuronEngine, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    covariance = engine._tracker.observe().layers[layer].covariance
+    covariance = engine.tracker.observe().layers[layer].covariance
     return covariance.count, covariance.comoment
 
 
@@ -183,7 +183,7 @@ def test_correlations_of_a_sample_lie_within_their_error(
         engine.start_tracking(enable_correlation_analysis=True, correlation_every=sampling)
         for batch in batches:
             model(batch)
-        found.append(engine._tracker.observe().layers[0].covariance.correlation())
+        found.append(engine.tracker.observe().layers[0].covariance.correlation())
     error = (1 - found[0].square()) / (32 * 32 - 1) ** 0.5
     assert bool(((found[1] - found[0]).abs() <= 5 * error + 1e-9).all())
     assert not torch.equal(found[0], found[1])

@@ -56,7 +56,7 @@ class Case:
 
     def state(self) -> list[Any]:
         engine = self.engine
-        session = engine._session
+        session = engine.sessions.current
         return [
             *everything(self.model, self.optimizer, engine),
             {k: v.clone() for k, v in self.follower.state_dict().items()},
@@ -67,14 +67,14 @@ class Case:
             [group.name for group in engine.structure.groups],
             engine.get_summary(),
             engine.get_dataset_statistics().__repr__(),
-            (torch.get_rng_state(), session.ranks is None, engine._tracker.registry._next),
+            (torch.get_rng_state(), session.ranks is None, engine.tracker.registry._next),
         ]
 
 
 def required(case: Case, path: Path) -> dict[str, dict[str, Any]]:
     """Of each call that needs arguments, such as make sense."""
     group = case.engine.structure.groups[0].name
-    ids = case.engine._tracker.current.layers["3"].ids
+    ids = case.engine.tracker.current.layers["3"].ids
     saved = str(path / "file")
     return {
         "apply_recommendations": {

@@ -5,7 +5,7 @@
 
 from tracker.calls import Call
 from tracker.distributed import renew
-from tracker.engine import NeuronEngine, apply_journal
+from tracker.engine import NeuronEngine
 from tracker.errors import (
     CheckpointError,
     ExportError,
@@ -19,6 +19,7 @@ from tracker.errors import (
     WriteError,
 )
 from tracker.journal import Entry, Journal
+from tracker.recorder import apply_journal
 from tracker.sharded import gather_sharded, shard_anew
 from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
 from tracker.surgery import Receipt

@@ -1,165 +1,159 @@
-"""Statistics → findings: which neurons are dead, constant, redundant. Pure: reads frozen observations."""
+"""The part of an engine that judges: statistics of the current window, and which neurons stand out in it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tracker.compensation import explained_share
+from tracker import findings as of_layers
 from tracker.errors import StatisticsError
-from tracker.observation import LayerObservation, Observation
+from tracker.findings import LayerFindings
+from tracker.identity import NeuronId, named
+from tracker.observation import Observation
+from tracker.tracker import ActivationTracker
 
-# A neuron whose standard deviation is below fp32's rounding of its largest value does not vary.
-_ROUNDING = torch.finfo(torch.float32).eps
-
-Pair = tuple[int, int, float]  # two slots of a layer, i < j, and their correlation
+Findings = Mapping[str, LayerFindings]
 
 
-@dataclass(frozen=True)
-class LayerFindings:
-    """What the statistics of one layer say about its neurons: (neurons,) bool tensors."""
+class Analyzer:
+    """Findings of the current model's window, made once for each state of it.
 
-    layer: LayerObservation
+    Args:
+        tracker: What observes.
+        correlation_threshold: |Pearson correlation| from which on two neurons are redundant, in (0, 1].
 
-    @cached_property
-    def observed(self) -> Tensor:
-        """Saw at least one finite value."""
-        return self.layer.activity.observations > 0
+    Raises:
+        StatisticsError: It is not in that interval.
+    """
 
-    @cached_property
-    def unreliable(self) -> Tensor:
-        """Showed NaN or infinite values: judged neither dead nor constant."""
-        return self.layer.activity.nonfinite > 0
-
-    @cached_property
-    def dead(self) -> Tensor:
-        """Never fired. Not observed is not dead."""
-        silent = self.layer.activity.firing_frequency == 0
-        return silent & self.observed & ~self.unreliable
-
-    @cached_property
-    def constant(self) -> Tensor:
-        """Did not vary, to the precision of fp32, over two or more observations; includes most dead ones."""
-        a = self.layer.activity
-        largest = torch.maximum(a.minimum.abs(), a.maximum.abs())
-        still = a.variance.sqrt() <= _ROUNDING * largest
-        return still & (a.observations > 1) & ~self.unreliable
-
-    def status(self, slot: int) -> str:
-        """One word for one neuron: what a user should know of it first."""
-        if self.unreliable[slot]:
-            return "non-finite"
-        if not self.observed[slot]:
-            return "not observed"
-        if self.dead[slot]:
-            return "dead"
-        return "constant" if self.constant[slot] else "active"
-
-    def pairs(self, threshold: float) -> list[Pair]:
-        """Pairs of neurons with |correlation| ≥ threshold; constant neurons have none."""
-        covariance = self.layer.covariance
-        if covariance is None:
+    def __init__(self, tracker: ActivationTracker, correlation_threshold: float = 0.9) -> None:
+        if not 0 < correlation_threshold <= 1:
             raise StatisticsError(
-                "Correlation was not observed. Begin the window with start_tracking(enable_correlation_analysis=True)."
+                f"correlation_threshold is in (0, 1], not {correlation_threshold!r}."
             )
-        still = self.constant
-        found = covariance.pairs_above(threshold)
-        return [(i, j, r) for i, j, r in found if not (still[i] or still[j])]
+        self._tracker = tracker
+        self.correlation_threshold = correlation_threshold
+        self._cache: tuple[object, Observation, Findings] | None = None
 
-    def explained_by(self, keep: int, drop: int) -> tuple[float, float, float]:
-        """The best affine map drop ≈ scale·keep + offset: (share of variance explained, scale, offset)."""
-        covariance = self.layer.covariance
-        if covariance is None:
-            raise StatisticsError("Correlation was not observed.")
-        c = covariance.comoment
-        scale = float(c[keep, drop] / c[keep, keep])
-        share = float(c[keep, drop].square() / (c[keep, keep] * c[drop, drop]))
-        offset = float(covariance.mean[drop]) - scale * float(covariance.mean[keep])
-        return min(share, 1.0), scale, offset
+    def get_neuron_stats(self, neuron_id: int) -> dict[str, Any]:
+        """Statistics of one neuron in the current window, as plain numbers; NaN where it was not observed.
 
+        Raises:
+            UnknownNeuronError: The current model has no such neuron.
+        """
+        entry, slot = self._tracker.registry.find(neuron_id)
+        observation, findings = self.findings()
+        current = self._tracker.current
+        if current.layers.get(entry.layer) is not entry:
+            raise StatisticsError(
+                f"Neuron {neuron_id} belongs to the model {entry.model!r}; the current one is {current.name!r}. "
+                "register_activation_hooks(model) makes another model the current one."
+            )
+        return of_layers.neuron_statistics(findings[entry.layer], slot, observation.samples)
 
-def analyse(observation: Observation) -> dict[str, LayerFindings]:
-    """Findings of every layer, by name."""
-    return {layer.name: LayerFindings(layer) for layer in observation.layers}
+    def get_dataset_statistics(self) -> dict[int, dict[str, Any]]:
+        """{neuron id: statistics} of all neurons that were observed."""
+        observation, findings = self.findings()
+        return {
+            NeuronId(neuron): of_layers.neuron_statistics(found, slot, observation.samples)
+            for found in findings.values()
+            for slot, neuron in enumerate(found.layer.ids)
+            if found.observed[slot] or found.unreliable[slot]
+        }
 
+    def get_layer_summary(self) -> dict[str, dict[str, Any]]:
+        """{layer name: numbers of the layer}; a layer that was not observed says so under "problem"."""
+        _, findings = self.findings()
+        return {name: of_layers.layer_statistics(found) for name, found in findings.items()}
 
-def neuron_statistics(findings: LayerFindings, slot: int, samples: int) -> dict[str, Any]:
-    """Everything known about one neuron, as plain numbers. NaN where nothing was observed."""
-    a = findings.layer.activity
-    variance, zeros = float(a.variance[slot]), float(a.zero_fraction[slot])
-    frequency = float(a.firing_frequency[slot])
-    return {
-        "layer_name": findings.layer.name,
-        "local_index": slot,
-        "mean": float(a.mean[slot]),
-        "variance": variance,
-        # The brief's word for the share of non-zero activations; zero_fraction is the field's meaning.
-        "sparsity": 1 - zeros,
-        "zero_fraction": zeros,
-        "mean_activation": float(a.mean[slot]),
-        "std_deviation": variance**0.5,
-        "min_activation": float(a.minimum[slot]),
-        "max_activation": float(a.maximum[slot]),
-        "firing_frequency": frequency,
-        "is_dead": bool(findings.dead[slot]),
-        "status": findings.status(slot),
-        "batches": int(a.batches[slot]),
-        "observations": int(a.observations[slot]),
-        "nonfinite": int(a.nonfinite[slot]),
-        "total_samples": samples if a.batches[slot] else 0,
-    }
+    # Findings
 
+    def get_dead_neurons(self) -> dict[str, list[int]]:
+        """{layer name: ids of its neurons that never fired}, for all layers that were observed.
 
-def layer_statistics(findings: LayerFindings) -> dict[str, Any]:
-    """One layer in plain numbers; averages are over the neurons that were observed."""
-    layer, seen = findings.layer, findings.observed
-    a = layer.activity
-    dead = int(findings.dead.sum())
-    return {
-        "layer_type": layer.kind,
-        "total_neurons": len(layer.ids),
-        "observed_neurons": int(seen.sum()),
-        "dead_neurons": dead,
-        "dead_percentage": 100.0 * dead / len(layer.ids),
-        "constant_neurons": int((findings.constant & ~findings.dead).sum()),
-        "nonfinite_neurons": int(findings.unreliable.sum()),
-        "avg_firing_frequency": _mean(a.firing_frequency[seen]),
-        "avg_mean_activation": _mean(a.mean[seen]),
-        "avg_std_deviation": _mean(a.variance[seen].sqrt()),
-        "is_output": layer.is_output,
-        "problem": layer.problem,
-        "observed_at": layer.place,
-        "fallback": layer.fallback,
-    }
+        `prune_neurons` and `recycle_neurons` take it as it is.
+        """
+        _, findings = self.findings()
+        return {
+            name: named(found.layer.ids[slot] for slot in found.dead.nonzero().flatten().tolist())
+            for name, found in findings.items()
+            if found.observed.any()
+        }
 
+    def find_redundant_neurons(
+        self, correlation_threshold: float | None = None
+    ) -> dict[str, list[tuple[int, int, float]]]:
+        """{layer name: [(id, id, correlation), …]}: all pairs with |correlation| ≥ threshold.
 
-def redundancy_statistics(findings: LayerFindings, threshold: float) -> dict[str, Any]:
-    """How redundant one layer is; the rate is redundant pairs over all pairs of the layer."""
-    pairs = findings.pairs(threshold)
-    n = len(findings.layer.ids)
-    strengths = [abs(r) for _, _, r in pairs]
-    return {
-        "total_neurons": n,
-        "redundant_pairs": len(pairs),
-        "redundant_neurons": len({slot for i, j, _ in pairs for slot in (i, j)}),
-        "redundancy_rate": len(pairs) / (n * (n - 1) / 2) if n > 1 else 0.0,
-        "min_correlation": min(strengths, default=0.0),
-        "max_correlation": max(strengths, default=0.0),
-        "avg_correlation": sum(strengths) / len(strengths) if strengths else 0.0,
-    }
+        Raises:
+            StatisticsError: The window did not observe correlation.
+        """
+        threshold = self.threshold(correlation_threshold)
+        return {
+            name: [
+                (NeuronId(found.layer.ids[i]), NeuronId(found.layer.ids[j]), r)
+                for i, j, r in found.pairs(threshold)
+            ]
+            for name, found in self.correlated().items()
+        }
 
+    def get_redundancy_summary(
+        self, correlation_threshold: float | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """{layer name: pairs, rate (pairs / all pairs), range of correlations}."""
+        threshold = self.threshold(correlation_threshold)
+        return {
+            name: of_layers.redundancy_statistics(found, threshold)
+            for name, found in self.correlated().items()
+        }
 
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if values.numel() else float("nan")
+    def get_explained_shares(self) -> dict[str, dict[int, float]]:
+        """{layer name: {neuron id: share of its variance that all others of its layer explain}}.
 
+        The squared multiple correlation: 1.0 for a neuron that the others determine, even where no single one repeats
+        it. NaN for constant neurons. Needs a window with correlation.
+        """
+        shares = {}
+        for name, found in self.correlated().items():
+            values = of_layers.explained_shares(found)
+            shares[name] = dict(zip(named(found.layer.ids), values, strict=True))
+        return shares
 
-def explained_shares(found: LayerFindings) -> list[float]:
-    """How much of each neuron's variance all the others of its layer explain; NaN for constant ones."""
-    covariance = found.layer.covariance
-    assert covariance is not None
-    moment = covariance.comoment / covariance.count.clamp(min=1)[:, None]
-    return explained_share(moment, covariance.mean).tolist()
+    def findings(self) -> tuple[Observation, Findings]:
+        """What was observed, and what is found in it, by layer."""
+        key = self.window()
+        if self._cache is None or self._cache[0] != key:
+            observation = self._tracker.observe()
+            self._cache = (key, observation, of_layers.analyse(observation))
+        return self._cache[1:]
+
+    def window(self) -> object:
+        """A key of all that is observed now: equal keys, equal findings."""
+        current = self._tracker.current
+        return (current, current.observer.version, current.mode, len(current.layers))
+
+    def correlated(self) -> Findings:
+        """Findings of the layers whose correlation was observed."""
+        _, findings = self.findings()
+        if not self._tracker.current.correlated:
+            raise StatisticsError(
+                "Correlation was not observed. Begin the window with "
+                "start_tracking(enable_correlation_analysis=True)."
+            )
+        return {n: found for n, found in findings.items() if found.layer.covariance is not None}
+
+    def require_observed(self, findings: Findings) -> None:
+        """Raise StatisticsError where nothing was observed."""
+        if not any(found.observed.any() for found in findings.values()):
+            raise StatisticsError(
+                "No activation was observed. Call start_tracking(), run the model, then ask again."
+            )
+
+    def threshold(self, given: float | None) -> float:
+        """The given threshold of |correlation|, or the default one."""
+        threshold = self.correlation_threshold if given is None else given
+        if not 0 <= threshold <= 1:
+            raise StatisticsError(
+                f"A threshold of |correlation| is between 0 and 1, not {threshold!r}."
+            )
+        return threshold

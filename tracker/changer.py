@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tracker.adviser import NeuronAdviser
-from tracker.checks import checked, fits, shown
-from tracker.distributed import Meeting, Ranks, refuse_alone, watch_wrapper
+from tracker.checks import fits, shown
+from tracker.distributed import refuse_alone
 from tracker.errors import StructureError, SurgeryError, TrackerError, UnknownNeuronError
 from tracker.identity import NeuronId, layer_named
-from tracker.journal import Journal, fingerprint
+from tracker.journal import fingerprint
 from tracker.probe import Arguments, quiet_copy
-from tracker.session import Session, rehearsing
+from tracker.session import Session
+from tracker.sessions import Sessions
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
-from tracker.surgery.attachments import follower_of, holds, torch_optimizer
+from tracker.surgery.attachments import torch_optimizer
 from tracker.surgery.latency import PASSES, latency
-from tracker.surgery.newborn import watch
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import joined, taken_back
 from tracker.surgery.stale import unattached
 from tracker.surgery.transaction import Witness, carry_out, count, refuse_inside_a_pass
+from tracker.tracker import ActivationTracker
 
 Neurons = Iterable[int] | Mapping[str, Sequence[int]]
-
-
 MOST_PASSES = 100_000
 
 
-@checked(SurgeryError, itself=("passes",))
-class NeuronChanger(NeuronAdviser):
-    """Attached optimizers, followers and processes; journal; undo. The changes themselves are `NeuronSurgeon`'s."""
+class Changer:
+    """Carries out changes of the current model, and takes them back. Which ones, `Surgeon` says.
+
+    Args:
+        tracker: Holds models, ids and structure.
+        sessions: What is attached to each model, and its journal.
+    """
+
+    def __init__(self, tracker: ActivationTracker, sessions: Sessions) -> None:
+        self._tracker = tracker
+        self._sessions = sessions
 
     @property
     def structure(self) -> Structure:
@@ -46,7 +52,7 @@ class NeuronChanger(NeuronAdviser):
         Raises:
             StructureError: The model has not run yet and no example inputs were given, or it cannot be traced.
         """
-        self._require_known(self._session, StructureError)
+        self.require_known(self._sessions.current, StructureError)
         return self._tracker.structure()
 
     def count_parameters(self) -> int:
@@ -71,119 +77,6 @@ class NeuronChanger(NeuronAdviser):
         assert entry.observer.inputs is not None
         return latency(quiet_copy(entry.model()), Arguments(*entry.observer.inputs), passes)
 
-    def attach_optimizer(self, *optimizers: Any) -> None:
-        """Have the state of these optimizers move with every change of the tracked models whose parameters they hold.
-
-        Raises:
-            SurgeryError: One is no optimizer, or holds no parameter of a tracked model; none was attached.
-        """
-        sessions = [self._session_of(entry) for entry in self._tracker.living()]
-        owners = []
-        for optimizer in optimizers:
-            plain = torch_optimizer(optimizer)
-            mine = [s for s in sessions if holds(plain, s.models())]
-            if not mine:
-                names = ", ".join(repr(s.entry.name) for s in sessions) or "none"
-                raise SurgeryError(
-                    f"This {type(plain).__name__} holds no parameter of a tracked model ({names}): its state could not "
-                    "move with a change. Call track_model(model) first, and build the optimizer over that model's "
-                    "parameters."
-                )
-            owners.append(mine)
-        for optimizer, mine in zip(optimizers, owners, strict=True):
-            for session in mine:
-                if not any(o is optimizer for o in session.optimizers):
-                    session.optimizers.append(optimizer)
-            watch(
-                torch_optimizer(optimizer)
-            )  # a state that is loaded may be that of a model that grew
-
-    def detach_optimizer(self, *optimizers: Any) -> None:
-        """Let go of these optimizers: changes leave their state as it is.
-
-        Raises:
-            SurgeryError: One is not attached; none was detached.
-        """
-        sessions = list(self._sessions.values())
-        for optimizer in optimizers:
-            if not any(o is optimizer for s in sessions for o in s.optimizers):
-                raise SurgeryError(f"This {type(optimizer).__name__} is not attached.")
-        for session in sessions:
-            session.optimizers = [
-                o for o in session.optimizers if not any(o is gone for gone in optimizers)
-            ]
-
-    def attach_process_group(self, group: Any = None) -> None:
-        """Change the current model's replicas on all ranks of a group (None: all processes) alike, or none of them.
-
-        From here on every change, `calibrate` and `merge_statistics` are collectives: all ranks call them in the same
-        order. The plan's numbers are the first rank's. After a change, a DistributedDataParallel wrapper is to be
-        made anew: `model = tracker.renew(model)`.
-
-        Raises:
-            SurgeryError: torch.distributed is not initialised.
-            VerificationError: The replicas, or the states of their attached optimizers, are not the same.
-        """
-        ranks, session = Ranks(group), self._session
-        ranks.require_same_model(session.entry.model(), session.optimizers)
-        session.ranks = ranks
-        model = session.entry.model()
-        if not any(isinstance(hook, Meeting) for hook in model._forward_pre_hooks.values()):
-            model.register_forward_pre_hook(Meeting(), prepend=True)
-
-    def merge_statistics(self) -> None:
-        """End the window, and give each rank the statistics of all; the next begins with `start_tracking`.
-
-        Raises:
-            SurgeryError: `attach_process_group` was not called.
-        """
-        session = self._session
-        if session.ranks is None:
-            raise SurgeryError("There are no ranks to merge: call attach_process_group first.")
-        observer = session.entry.observer
-        self.stop_tracking()
-        if session.merged != observer.version:
-            session.ranks.merge_windows(observer)
-            session.merged = observer.version
-
-    def _met(self, model: nn.Module, session: Session) -> None:
-        watch_wrapper(model)
-        known = [o for other in self._sessions.values() for o in other.optimizers]
-        for optimizer in known:  # of another model, and of this one too
-            mine = any(o is optimizer for o in session.optimizers)
-            if not mine and holds(torch_optimizer(optimizer), session.models()):
-                session.optimizers.append(optimizer)
-
-    def attach_follower(self, *models: nn.Module) -> None:
-        """Have these copies of the current model (an EMA, say) change alike.
-
-        Raises:
-            SurgeryError: One is no copy of the current model; none was attached.
-        """
-        session = self._session
-        for follower in models:
-            follower_of(session.entry.model(), follower)
-        session.followers += [m for m in models if not any(m is f for f in session.followers)]
-
-    def detach_follower(self, *models: nn.Module) -> None:
-        """Let go of these copies of the current model: changes leave them as they are.
-
-        Raises:
-            SurgeryError: One does not follow it; none was detached.
-        """
-        session = self._session
-        for model in models:
-            if not any(model is f for f in session.followers):
-                raise SurgeryError(
-                    f"This {type(model).__name__} does not follow {session.entry.name!r}."
-                )
-        session.followers = [f for f in session.followers if not any(f is m for m in models)]
-
-    @property
-    def journal(self) -> Journal:
-        """Every change of the current model so far, in order."""
-        return self._session.journal if self._tracker.models else Journal()
-
     def undo(self) -> Receipt:
         """Take the current model's last change back, bit for bit: gradients, optimizer state, ids, statistics too.
 
@@ -194,13 +87,13 @@ class NeuronChanger(NeuronAdviser):
         Raises:
             SurgeryError: There is no change of it to take back.
         """
-        session = self._session
+        session = self._sessions.current
         change = session.last
         if change is None or change.receipt is None:
             raise SurgeryError(
                 f"There is no change to undo of {session.entry.name!r}: only its last one can be taken back."
             )
-        self._require_known(session)
+        self.require_known(session)
         session.last = None
         before = session.ids()
         change.log.undo()
@@ -212,11 +105,12 @@ class NeuronChanger(NeuronAdviser):
             removed_ids=sorted(before - after),
         )
 
-    def _together(self, what: str) -> AbstractContextManager[None]:
-        ranks = self._session.ranks
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Inside, what one rank raises all raise: `what` is under way on all of them, or on this one alone."""
+        ranks = self._sessions.current.ranks
         return nullcontext() if ranks is None else ranks.together(what)
 
-    def _change(
+    def change(
         self,
         plan: Callable[[], tuple[Plan, list[str]]],
         *,
@@ -224,14 +118,24 @@ class NeuronChanger(NeuronAdviser):
         verify: bool,
         skipped: Sequence[str] = (),
     ) -> Receipt:
-        """One change. `skipped`: What was asked and is not done; `plan` may fill it."""
-        session = self._session
+        """Carry a plan out as one transaction, in the journal and alike on all ranks.
+
+        Args:
+            plan: Draws the plan, and gives notes for the receipt; it changes nothing.
+            dry_run: Only tell what would happen.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+            skipped: What was asked and is not done; `plan` may fill it.
+
+        Raises:
+            TrackerError: Refused; nothing was touched, or all was undone.
+        """
+        session = self._sessions.current
         model, ranks = session.entry.model(), session.ranks
         # What is made inside the caller's inference mode could not be written.
         with torch.inference_mode(False), session.transaction() as change:
-            with self._together("A change"):
+            with self.together("A change"):
                 refuse_inside_a_pass(self._tracker)
-                self._require_known(session)
+                self.require_known(session)
                 before = fingerprint(model)
                 drawn, notes = plan()
                 if not (dry_run or session.tried):
@@ -241,7 +145,7 @@ class NeuronChanger(NeuronAdviser):
             optimizers, followers = session.attached()
             if not (dry_run or session.tried):
                 notes = [*notes, *_not_attached(drawn, model, optimizers)]
-            with self._together("A change"):
+            with self.together("A change"):
                 change.receipt, _ = carry_out(
                     self._tracker,
                     drawn,
@@ -262,13 +166,13 @@ class NeuronChanger(NeuronAdviser):
     def _note(
         self, plan: Plan, receipt: Receipt, fingerprints: tuple[str, str], log: UndoLog
     ) -> None:
-        session = self._session
+        session = self._sessions.current
         session.know(log)
         session.note(plan, receipt, fingerprints, log)
         for other in () if session.tried else session.others():
             other.take_in(plan, receipt, fingerprints, log)
 
-    def _require_known(self, session: Session, error: type[TrackerError] = SurgeryError) -> None:
+    def require_known(self, session: Session, error: type[TrackerError] = SurgeryError) -> None:
         """Refuse where the model is not what it was when this engine last saw it.
 
         Raises:
@@ -281,7 +185,7 @@ class NeuronChanger(NeuronAdviser):
                 "NeuronEngine().track_model(model)."
             )
 
-    def _change_all(
+    def change_all(
         self,
         operation: str,
         steps: Sequence[Callable[[], Receipt]],
@@ -294,7 +198,10 @@ class NeuronChanger(NeuronAdviser):
         if not steps:
             why = "; ".join(skipped[:3]) or "they name nothing"
             raise SurgeryError(f"{operation}: there is nothing to do ({why}).")
-        with self._rehearsal() if dry_run else nullcontext(), self._session.transaction() as whole:
+        with (
+            self._sessions.rehearsal() if dry_run else nullcontext(),
+            self._sessions.current.transaction() as whole,
+        ):
             receipts: list[Receipt] = []
             witness = Witness(self._tracker)
             for step in steps:
@@ -310,25 +217,7 @@ class NeuronChanger(NeuronAdviser):
             whole.receipt = joined(operation, receipts, difference, skipped, dry_run=dry_run)
         return whole.receipt
 
-    @contextmanager
-    def _rehearsal(self) -> Iterator[None]:
-        """Inside, the current model is a copy of what it is now, with a state of its own: for what is only tried."""
-        session = self._session
-        with rehearsing(self._tracker) as entry:
-            self._sessions[entry] = Session(
-                self._tracker,
-                entry,
-                session.history,
-                ranks=session.ranks,
-                calibration=session.calibration,
-                tried=True,
-            )
-            try:
-                yield
-            finally:
-                del self._sessions[entry]
-
-    def _places(self, neurons: Neurons) -> list[tuple[str, int]]:
+    def places(self, neurons: Neurons) -> list[tuple[str, int]]:
         """(layer, local index) of neurons given by ids, or as {layer: ids or local indices}."""
         current = self._tracker.current
         places: list[tuple[str, int]] = []

@@ -84,6 +84,7 @@ def _called(function: Callable[..., Any]) -> str:
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function's parameters. What it returns may not be importable yet."""
+    function = inspect.unwrap(function)  # where it was written, its names are known
     stated = {k: v for k, v in function.__annotations__.items() if k != "return"}
     bare = types.SimpleNamespace(__annotations__=stated)
     return typing.get_type_hints(bare, function.__globals__)

@@ -1,61 +1,94 @@
-"""The facade: what looks (`NeuronWatcher`), tells (`NeuronAdviser`), changes (`NeuronSurgeon`), and what remembers."""
+"""The facade: an engine composes the parts, and each of its calls is one of theirs."""
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from tracker import figures, memory, page
+from tracker.analyzer import Analyzer
+from tracker.attachments import Attachments
+from tracker.calibrator import Calibrator
+from tracker.changer import Changer
 from tracker.checks import checked
-from tracker.distributed import refuse_alone
-from tracker.errors import CheckpointError, StatisticsError, SurgeryError
-from tracker.journal import Entry, become, read_checkpoint, twin_after, write_checkpoint
-from tracker.journal.carry import carry
-from tracker.journal.noise import here, restorer
-from tracker.journal.optimizers import check_ownership, load_optimizers
-from tracker.layers import find_layers, unwrap
-from tracker.life import life
-from tracker.session import Session
-from tracker.surgeon import NeuronSurgeon
-from tracker.surgery import Receipt, UndoLog
-from tracker.surgery.newborn import watch
-from tracker.surgery.optimizers import unwrapped
-from tracker.training import Decision, Policy, SelfModification, as_policy
+from tracker.compressor import Compressor
+from tracker.delegation import call
+from tracker.errors import CheckpointError, StatisticsError, SurgeryError, UnknownNeuronError
+from tracker.history import TrainingHistory
+from tracker.journal import Journal
+from tracker.recorder import PathLike, Recorder, load_engine
+from tracker.reporter import Reporter
+from tracker.sessions import Sessions
+from tracker.structure import Structure
+from tracker.surgeon import Surgeon
+from tracker.surgery.foresight import foretell
+from tracker.tracker import ActivationTracker
+from tracker.trainer import Trainer
+from tracker.training import Decision
+from tracker.watcher import Watcher
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from typing_extensions import Self
+# Calls of the recorder that speak of what was observed.
+HISTORY = (
+    "log_epoch_statistics",
+    "save_training_history",
+    "load_training_history",
+    "get_neuron_evolution",
+)
 
 
-MOST_IDS = 2**16  # new neurons that a layer may get at once, beside 64 times those that it has
+def _public(*parts: type) -> list[str]:
+    """Names of the calls that these parts answer."""
+    return [name for part in parts for name in vars(part) if not name.startswith("_")]
 
 
 @checked(
     SurgeryError,
-    itself=("loss", "policy", "epoch", "train_loss", "train_acc"),
+    itself=(
+        "model",
+        "loss",
+        "policy",
+        "epoch",
+        "train_loss",
+        "train_acc",
+        "passes",
+        "neurons",
+        "neuron_ids",
+        "pairs",
+        "tolerance",
+        "count",
+        "keep",
+        "batches",
+        "protect",
+        "floor",
+        "round_to",
+    ),
+    **dict.fromkeys(_public(Watcher, Analyzer, Reporter), StatisticsError),
+    **dict.fromkeys(HISTORY, StatisticsError),
+    __init__=StatisticsError,
+    neuron_id=UnknownNeuronError,
     save_checkpoint=CheckpointError,
     load_checkpoint=CheckpointError,
 )
-class NeuronEngine(NeuronSurgeon):
+class NeuronEngine:
     """Watches every neuron of a model, tells which ones matter, and removes them in place.
 
     Calls speak of the current model: the last one that was tracked, or whose hooks were registered. Calls that begin
     with `print_`, and the two reports `generate_neuron_report` and `generate_pruning_recommendations`, print; all
     others are silent and return records.
 
+    Each call below names the part that answers it: what it does is written there.
+
     Args:
         activation_threshold: A neuron fires where |activation| is larger.
         correlation_threshold: |Pearson correlation| from which on two neurons are redundant.
         observe: "reads": a neuron is observed where its consumers read it, behind its nonlinearity (where structure
             cannot tell, at its layer's output); "output": each layer's own output.
+
+    Raises:
+        StatisticsError: One of them is out of its range.
 
     Examples:
         >>> import torch
@@ -70,50 +103,120 @@ class NeuronEngine(NeuronSurgeon):
         8
     """
 
-    def start_self_modification(self, policy: Any = None) -> None:
-        """Let the current model change itself while it trains, as the policy says; call `step` after each step.
+    def __init__(
+        self,
+        activation_threshold: float = 0.01,
+        correlation_threshold: float = 0.9,
+        *,
+        observe: str = "reads",
+    ) -> None:
+        self.tracker = ActivationTracker(activation_threshold, observe)
+        self.sessions = Sessions(self.tracker, activation_threshold)
+        self.analyzer = Analyzer(self.tracker, correlation_threshold)
+        self.watcher = Watcher(self.tracker, self.sessions, self.analyzer)
+        self.reporter = Reporter(self.analyzer, self.sessions, partial(foretell, self.tracker))
+        self.attachments = Attachments(self.tracker, self.sessions)
+        self.changer = Changer(self.tracker, self.sessions)
+        self.calibrator = Calibrator(self.tracker, self.sessions, self.changer)
+        self.compressor = Compressor(self.tracker, self.sessions, self.changer, self.calibrator)
+        self.surgeon = Surgeon(self.tracker, self.changer, self.calibrator, self.analyzer)
+        self.trainer = Trainer(self.tracker, self.sessions, self.surgeon)
+        self.recorder = Recorder(self.tracker, self.sessions, self.analyzer)
 
-        Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.
+    @property
+    def activation_threshold(self) -> float:
+        """A neuron fires where |activation| is larger. What was counted cannot be counted anew: fixed for life."""
+        return self.tracker.threshold
 
-        Args:
-            policy: A Policy, Phases, a function or an object with `decide` (see `Policy.of`); None for the default one.
+    @property
+    def correlation_threshold(self) -> float:
+        """|Pearson correlation| from which on two neurons are redundant, in (0, 1]."""
+        return self.analyzer.correlation_threshold
+
+    @correlation_threshold.setter
+    def correlation_threshold(self, threshold: float) -> None:
+        self.analyzer.correlation_threshold = threshold
+
+    # Observe
+
+    track_model = call("watcher", Watcher.track_model)
+    get_neuron_info = call("watcher", Watcher.get_neuron_info)
+    get_summary = call("watcher", Watcher.get_summary)
+    register_activation_hooks = call("watcher", Watcher.register_activation_hooks)
+    clear_hooks = call("watcher", Watcher.clear_hooks)
+    start_tracking = call("watcher", Watcher.start_tracking)
+    stop_tracking = call("watcher", Watcher.stop_tracking)
+    padding_mask = call("watcher", Watcher.padding_mask)
+
+    # Analyse
+
+    get_neuron_stats = call("analyzer", Analyzer.get_neuron_stats)
+    get_dataset_statistics = call("analyzer", Analyzer.get_dataset_statistics)
+    get_layer_summary = call("analyzer", Analyzer.get_layer_summary)
+    get_dead_neurons = call("analyzer", Analyzer.get_dead_neurons)
+    find_redundant_neurons = call("analyzer", Analyzer.find_redundant_neurons)
+    get_redundancy_summary = call("analyzer", Analyzer.get_redundancy_summary)
+    get_explained_shares = call("analyzer", Analyzer.get_explained_shares)
+
+    # Recommend and report
+
+    generate_optimization_recommendations = call(
+        "reporter", Reporter.generate_optimization_recommendations
+    )
+    save_optimization_recommendations = call("reporter", Reporter.save_optimization_recommendations)
+    print_optimization_recommendations = call(
+        "reporter", Reporter.print_optimization_recommendations
+    )
+    generate_pruning_recommendations = call("reporter", Reporter.generate_pruning_recommendations)
+    print_activation_summary = call("reporter", Reporter.print_activation_summary)
+    print_dataset_summary = call("reporter", Reporter.print_dataset_summary)
+    print_correlation_analysis = call("reporter", Reporter.print_correlation_analysis)
+    generate_neuron_report = call("reporter", Reporter.generate_neuron_report)
+    save_report_to_file = call("reporter", Reporter.save_report_to_file)
+    plot_activity_heatmap = call("reporter", Reporter.plot_activity_heatmap)
+    plot_correlation_matrix = call("reporter", Reporter.plot_correlation_matrix)
+    plot_evolution = call("reporter", Reporter.plot_evolution)
+    plot_life = call("reporter", Reporter.plot_life)
+    save_html_report = call("reporter", Reporter.save_html_report)
+
+    # What changes with a model
+
+    attach_optimizer = call("attachments", Attachments.attach_optimizer)
+    detach_optimizer = call("attachments", Attachments.detach_optimizer)
+    attach_follower = call("attachments", Attachments.attach_follower)
+    detach_follower = call("attachments", Attachments.detach_follower)
+    attach_process_group = call("attachments", Attachments.attach_process_group)
+    merge_statistics = call("attachments", Attachments.merge_statistics)
+
+    # Plan, apply, verify
+
+    @property
+    def structure(self) -> Structure:
+        """What of the current model lives and dies together: traced when first asked; the model is not changed.
 
         Raises:
-            SurgeryError: `policy` is none of these, or protects what is not there.
+            StructureError: The model has not run yet and no example inputs were given, or it cannot be traced.
         """
-        chosen = Policy() if policy is None else as_policy(policy)
-        session = self._session
-        refuse_alone(session.ranks)
-        if session.run is not None:
-            session.run.stop()
-        session.run = run = SelfModification(self, chosen)
-        session.clock = lambda: run.steps
+        return self.changer.structure
 
-    def step(self, loss: torch.Tensor | float, *, model: nn.Module | None = None) -> Receipt | None:
-        """After each optimizer step: None, or the receipt of what was just changed or taken back.
+    count_parameters = call("changer", Changer.count_parameters)
+    measure_latency = call("changer", Changer.measure_latency)
+    undo = call("changer", Changer.undo)
+    calibrate = call("calibrator", Calibrator.calibrate)
+    reestimate_norms = call("calibrator", Calibrator.reestimate_norms)
+    prune_units = call("surgeon", Surgeon.prune_units)
+    prune_neurons = call("surgeon", Surgeon.prune_neurons)
+    merge_neurons = call("surgeon", Surgeon.merge_neurons)
+    expand_layer = call("surgeon", Surgeon.expand_layer)
+    expand_layers = call("surgeon", Surgeon.expand_layers)
+    uniform_widths = call("surgeon", Surgeon.uniform_widths)
+    recycle_neurons = call("surgeon", Surgeon.recycle_neurons)
+    compress = call("compressor", Compressor.compress)
+    insert_layer = call("surgeon", Surgeon.insert_layer)
+    remove_layer = call("surgeon", Surgeon.remove_layer)
+    apply_recommendations = call("surgeon", Surgeon.apply_recommendations)
 
-        Args:
-            loss: Of this step.
-            model: Which one took it. None: the one that modifies itself; of several, the current one.
-
-        Without `start_self_modification` it does nothing: one script serves with and without.
-
-        Raises:
-            SurgeryError: Several models modify themselves and none of them is the current one, or the loss is not one
-                number.
-        """
-        session = self._that_runs(model)
-        if session is None:
-            return None
-        with self._tracker.speaking_of(session.entry):
-            receipt: Receipt | None = session.run.step(loss)
-            return receipt
-
-    def stop_self_modification(self) -> None:
-        """Have no model change itself any more; `life` stays."""
-        for session in self._sessions.values():
-            if session.run is not None:
-                session.run.stop()
+    # Change while training
 
     @property
     def life(self) -> list[Decision]:
@@ -121,176 +224,34 @@ class NeuronEngine(NeuronSurgeon):
 
         Of the current model, or of the one model that modified itself.
         """
-        runs = [s.run for s in self._sessions.values() if s.run is not None]
-        run = self._own_run or (runs[0] if len(runs) == 1 else None)
-        return [] if run is None else run.life
+        return self.trainer.life
 
-    def _that_runs(self, model: nn.Module | None) -> Session | None:
-        """The session whose run takes a step; None where nothing modifies itself."""
-        if model is not None:
-            running = [self._session_of(self._tracker.tracked(model))]
-        else:
-            running = [s for s in self._sessions.values() if s.run is not None]
-            live = [s for s in running if not s.run.stopped]
-            running = live or running
-            running = [s for s in running if s.entry is self._tracker.current] or running
-        if not running or running[0].run is None:
-            return None
-        if len(running) > 1:
-            names = ", ".join(repr(s.entry.name) for s in running)
-            raise SurgeryError(
-                f"Several models modify themselves ({names}): say which, step(loss, model=model)."
-            )
-        return running[0]
+    start_self_modification = call("trainer", Trainer.start_self_modification)
+    step = call("trainer", Trainer.step)
+    stop_self_modification = call("trainer", Trainer.stop_self_modification)
 
-    def log_epoch_statistics(
-        self, epoch: int, train_loss: float | None = None, train_acc: float | None = None
-    ) -> None:
-        """Remember the current window, and the epoch's loss and accuracy, in the history.
-
-        Raises:
-            StatisticsError: Nothing was observed since `start_tracking`.
-        """
-        super().log_epoch_statistics(epoch, train_loss, train_acc)
-        if train_acc is not None and self._own_run is not None:
-            self._own_run.accuracies.append((self._own_run.steps, float(train_acc)))
-
-    def plot_life(self, path: PathLike[str] | str | None = None) -> Figure:
-        """Widths, births and deaths, loss and accuracy since `start_self_modification`; saved to `path` if given.
-
-        Raises:
-            StatisticsError: There was no run, or no step of it.
-        """
-        run = self._own_run
-        if run is None:
-            raise StatisticsError(
-                "There is no life to draw: the current model did not modify itself. Call start_self_modification first."
-            )
-        return figures.save(life(run, self.journal, self._tracker.current.name), path)
-
-    def save_html_report(self, path: PathLike[str] | str) -> Path:
-        """Write one self-contained HTML page: the run's life, layers, training, changes and decisions."""
-        observation, findings = self._findings()
-        current = self._tracker.current
-        return page.write(
-            page.Run(
-                current.name,
-                observation,
-                findings,
-                self.history,
-                self.journal,
-                self.count_parameters(),
-                "" if current.structure is None else str(current.structure),
-                self._own_run,
-            ),
-            path,
-        )
+    # Record
 
     @property
-    def _own_run(self) -> SelfModification | None:
-        """The run of the current model."""
-        run: SelfModification | None = self._session.run if self._tracker.models else None
-        return run
+    def history(self) -> TrainingHistory:
+        """The logged epochs of the current model (or what was loaded, without one)."""
+        return self.sessions.history
 
-    def carry_journal(self) -> None:
-        """Have the current model's `state_dict` carry its journal, and `load_state_dict` replay one.
+    @property
+    def journal(self) -> Journal:
+        """Every change of the current model so far, in order."""
+        session = self.sessions.present
+        return Journal() if session is None else session.journal
 
-        Call it after `track_model`, before the load. Then checkpoints of other frameworks load into freshly built
-        models: architecture, weights and ids. Optimizer state is loaded by the framework, after the model's.
-        """
-        session = self._session
-        model = session.entry.model()
-        if not session.carried:
-            session.carried = True
-            journal, this, held = session.journal, weakref.ref(self), weakref.ref(model)
-
-            def replay(entries: Sequence[Entry]) -> None:
-                engine, own = this(), held()
-                assert own is not None
-                if engine is None:  # nobody asks for ids any more
-                    journal.replay(own, entries)
-                else:
-                    engine._replay(own, entries)
-                journal.entries += entries
-
-            carry(model, lambda: journal, replay)
-
-    def _replay(self, model: nn.Module, entries: Sequence[Entry]) -> None:
-        """Do changes of a journal again, on the model and in what the tracker knows of it; all or nothing.
-
-        Raises:
-            CheckpointError: They do not fit what is tracked.
-        """
-        tracker = self._tracker
-        session = self._session_of(tracker.tracked(model))
-        plain = unwrapped(session.optimizers)
-        with tracker.speaking_of(session.entry):
-            with _all_or_nothing("of the state dict") as log:
-                for part in _parts(entries):
-                    # What the journal claims was held against the state dict before.
-                    twin = twin_after(model, part, math.inf)
-                    become(model, twin, {}, part, log, plain)
-                    for entry in part:
-                        self._move_ids(entry, log)
-                session.know(log)
-                widths = {n: len(layer.ids) for n, layer in tracker.current.layers.items()}
-                for layer in find_layers(model):
-                    if layer.neurons is not None and widths.get(layer.name) != layer.neurons:
-                        raise CheckpointError(
-                            f"The journal gives {layer.name} {layer.neurons} neurons and "
-                            f"{widths.get(layer.name, 'no')} ids."
-                        )
-            for optimizer in plain:  # moments of another shape would be read beyond their end
-                for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
-                    del optimizer.state[parameter]
-                watch(optimizer)  # the ages of young slots come with its state
-        session.last = None
-        session.changed()
-
-    def _move_ids(self, entry: Entry, log: UndoLog) -> None:
-        tracker = self._tracker
-        known = tracker.current.layers
-        for name, runs in entry.layers.items():
-            width = len(known[name].ids) if name in known else -1
-            if runs.reach > width or runs.size > MOST_IDS + 64 * width:
-                raise CheckpointError(
-                    f"Entry {entry.number} of the journal moves neurons of {name!r} that it does not have."
-                )
-        layers = {name: runs.slots() for name, runs in entry.layers.items()}
-        tracker.reslot(layers, {}, entry.reason, log.add)
-        reads, tracker.current.reads = tracker.current.reads, {}
-        log.add(lambda: setattr(tracker.current, "reads", reads))
-        if entry.modules:
-            tracker.resite(entry.reason, log.add)
-
-    def save_checkpoint(self, path: str | PathLike[str]) -> Path:
-        """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.
-
-        One that is there already is replaced at the end: whenever the machine stops, the old or the new one loads.
-
-        Raises:
-            CheckpointError: Something cannot be saved, or `path` is something else.
-        """
-        settings = {
-            "activation_threshold": self.activation_threshold,
-            "correlation_threshold": self.correlation_threshold,
-            "observe": self._tracker.observe_at,
-        }
-        run = self._own_run
-        content = memory.gather(
-            self._tracker,
-            unwrapped(self._session.optimizers),
-            self.history,
-            self.journal,
-            settings,
-            (None, {}, {}) if run is None else run.gather(),
-        )
-        return write_checkpoint(path, content)
+    log_epoch_statistics = call("recorder", Recorder.log_epoch_statistics)
+    save_training_history = call("recorder", Recorder.save_training_history)
+    load_training_history = call("recorder", Recorder.load_training_history)
+    get_neuron_evolution = call("recorder", Recorder.get_neuron_evolution)
+    carry_journal = call("recorder", Recorder.carry_journal)
+    save_checkpoint = call("recorder", Recorder.save_checkpoint)
 
     @classmethod
-    def load_checkpoint(
-        cls, path: str | PathLike[str], fresh_model: nn.Module, optimizer: Any = None
-    ) -> Self:
+    def load_checkpoint(cls, path: PathLike, fresh_model: nn.Module, optimizer: Any = None) -> Self:
         """An engine that goes on where `save_checkpoint` was called.
 
         Args:
@@ -301,86 +262,4 @@ class NeuronEngine(NeuronSurgeon):
         Raises:
             CheckpointError: The checkpoint is damaged or does not fit; model and optimizer are as they were.
         """
-        content = read_checkpoint(path)
-        given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        optimizers = [o for o in given if o is not None]
-        model = unwrap(fresh_model)
-        with _all_or_nothing(path) as log:
-            facts = content.texts["engine"]
-            noise = restorer(content.tensors["random"], facts["random"])
-            plain = unwrapped(optimizers)
-            check_ownership(model, plain)
-            journal = memory.load_model(model, content, log)
-            load_optimizers(model, plain, content.tensors["optimizer"], facts["optimizers"], log)
-            engine = cls(**facts["settings"])
-            log.add(engine._let_go)
-            memory.require_ids(journal, facts["registry"])
-            history, seen = memory.load_tracker(engine._tracker, model, content)
-            if facts["run"] is not None:
-                engine.start_self_modification(Policy.from_dict(facts["run"]["policy"]))
-                run = engine._own_run
-                assert run is not None
-                log.add(engine.stop_self_modification)
-                tables = content.tensors["statistics"]
-                look = {name: t for name, t in tables.items() if name.startswith("look.")}
-                run.go_on(facts["run"], seen, look)
-        engine.attach_optimizer(*optimizers)
-        session = engine._session
-        session.journal = journal
-        if history is not None:
-            session.history = history
-        noise()
-        return engine
-
-    def _let_go(self) -> None:
-        for entry in self._tracker.models:
-            entry.detach()
-
-
-def _shape(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Size:
-    """The shape that an optimizer's state of a parameter was made for."""
-    known = [
-        v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.ndim
-    ]
-    return known[0].shape if known else parameter.shape
-
-
-def _parts(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Entries up to each one that brings a new layer: what lies between is never made, however large."""
-    part: list[Entry] = []
-    for entry in entries:
-        part.append(entry)
-        if entry.modules:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def apply_journal(fresh_model: nn.Module, path: str | PathLike[str]) -> nn.Module:
-    """Give a freshly built model the architecture and the weights of a checkpoint, for deployment; return it.
-
-    Raises:
-        CheckpointError: The checkpoint is damaged or does not fit; the model is as it was.
-    """
-    content = read_checkpoint(path)
-    with _all_or_nothing(path) as log:
-        memory.load_model(unwrap(fresh_model), content, log)
-    return fresh_model
-
-
-@contextmanager
-def _all_or_nothing(path: str | PathLike[str]) -> Iterator[UndoLog]:
-    """On any error inside, what the log knows and the random states are as they were, and it is a CheckpointError."""
-    log, noise = UndoLog(), here()
-    try:
-        with torch.inference_mode(False):
-            yield log
-    except BaseException as error:
-        log.undo()
-        noise()
-        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
-            raise
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        return load_engine(cls, path, fresh_model, optimizer)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tracker.analyzer import LayerFindings
 from tracker.errors import StatisticsError
 from tracker.files import write_picture
+from tracker.findings import LayerFindings
 from tracker.history import TrainingHistory
 from tracker.observation import Observation
 from tracker.text import in_picture

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker import figures
-from tracker.analyzer import LayerFindings, layer_statistics
 from tracker.files import write_whole
+from tracker.findings import LayerFindings, layer_statistics
 from tracker.history import TrainingHistory
 from tracker.journal import Journal
 from tracker.life import life

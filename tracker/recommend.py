@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from tracker.analyzer import LayerFindings
 from tracker.errors import StatisticsError
+from tracker.findings import LayerFindings
 from tracker.observation import Observation
 
 SCHEMA_VERSION = "1.0"

@@ -9,17 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from tracker.analyzer import Analyzer
 from tracker.batches import Inputs, each
-from tracker.calibrator import NeuronCalibrator
+from tracker.calibrator import Calibrator
 from tracker.calls import Arguments, arguments
-from tracker.changer import Neurons
-from tracker.checks import checked
+from tracker.changer import Changer, Neurons
 from tracker.errors import SurgeryError
 from tracker.identity import layer_named
-from tracker.observation import Observation
+from tracker.structure import Structure
 from tracker.surgery import Receipt
 from tracker.surgery.advice import requests
-from tracker.surgery.foresight import foretell
 from tracker.surgery.growth import gradient_directions, plan_expansion, plan_recycling
 from tracker.surgery.merging import plan_merge
 from tracker.surgery.objective import Loss, Objective
@@ -30,25 +29,44 @@ from tracker.surgery.removal import plan_pruning
 from tracker.surgery.restructuring import plan_insertion, plan_layer_removal
 from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.surgery.uniform import Key, plan_width, uneven
+from tracker.tracker import ActivationTracker
 
 
-@checked(
-    SurgeryError,
-    itself=(
-        "neurons",
-        "neuron_ids",
-        "pairs",
-        "tolerance",
-        "count",
-        "keep",
-        "batches",
-        "protect",
-        "floor",
-        "round_to",
-    ),
-)
-class NeuronSurgeon(NeuronCalibrator):
-    """All calls that change a model, on top of those that look."""
+class Surgeon:
+    """All calls that change a model: each draws a plan, and has it carried out.
+
+    Args:
+        tracker: Holds models, ids and structure.
+        changer: Carries out changes.
+        calibrator: Tells what changes are computed and priced from.
+        analyzer: Tells the correlation from which on two neurons are redundant.
+    """
+
+    def __init__(
+        self,
+        tracker: ActivationTracker,
+        changer: Changer,
+        calibrator: Calibrator,
+        analyzer: Analyzer,
+    ) -> None:
+        self._tracker = tracker
+        self._changer = changer
+        self._calibrator = calibrator
+        self._analyzer = analyzer
+
+    @property
+    def structure(self) -> Structure:
+        """What of the current model lives and dies together; see `Changer.structure`."""
+        return self._changer.structure
+
+    @property
+    def correlation_threshold(self) -> float:
+        """|Pearson correlation| from which on two neurons are redundant."""
+        return self._analyzer.correlation_threshold
+
+    def undo(self) -> Receipt:
+        """Take the current model's last change back; see `Changer.undo`."""
+        return self._changer.undo()
 
     def prune_units(
         self,
@@ -85,9 +103,9 @@ class NeuronSurgeon(NeuronCalibrator):
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
             VerificationError: The result would not have been (or was not) as promised; everything is as before.
         """
-        with self._calibrating(dry_run=dry_run):
+        with self._calibrator.calibrating(dry_run=dry_run):
             if batches is not None:
-                self._calibrate_by(batches, loss, inputs, progress)
+                self._calibrator.calibrate_by(batches, loss, inputs, progress)
             new = batches is not None
             return self._prune(lambda: units, compensate, protect, new, dry_run, verify)
 
@@ -106,9 +124,9 @@ class NeuronSurgeon(NeuronCalibrator):
             protected = protection(self._tracker, protect)
             units, skipped[:] = protected.allowed(self.structure, asked())
             drawn = plan_pruning(self._tracker, units, compensate)
-            return self._measured(*drawn) if measured else drawn
+            return self._calibrator.measured(*drawn) if measured else drawn
 
-        return self._change(plan, dry_run=dry_run, verify=verify, skipped=skipped)
+        return self._changer.change(plan, dry_run=dry_run, verify=verify, skipped=skipped)
 
     def prune_neurons(
         self,
@@ -133,11 +151,11 @@ class NeuronSurgeon(NeuronCalibrator):
         """
 
         def units() -> Mapping[str, Sequence[int]]:
-            return units_of(self.structure, self._places(neurons))
+            return units_of(self.structure, self._changer.places(neurons))
 
-        with self._calibrating(dry_run=dry_run):
+        with self._calibrator.calibrating(dry_run=dry_run):
             if batches is not None:
-                self._calibrate_by(batches, loss, inputs, progress)
+                self._calibrator.calibrate_by(batches, loss, inputs, progress)
             new = batches is not None
             return self._prune(units, compensate, protect, new, dry_run, verify)
 
@@ -179,21 +197,21 @@ class NeuronSurgeon(NeuronCalibrator):
         def plan() -> tuple[Plan, list[str]]:
             if pairs is None:
                 chosen = default_pairs(self._tracker, self.correlation_threshold, tolerance)
-                return self._measured(*plan_merge(self._tracker, chosen))
+                return self._calibrator.measured(*plan_merge(self._tracker, chosen))
             try:
                 asked = [(keep, drop) for keep, drop in pairs]
             except (TypeError, ValueError) as error:
                 raise SurgeryError(
                     f"Pairs are [(keep id, drop id), ...], not {pairs!r}."
                 ) from error
-            places = self._places([n for pair in asked for n in pair])
+            places = self._changer.places([n for pair in asked for n in pair])
             named = list(zip(places[::2], places[1::2], strict=True))
-            return self._measured(*plan_merge(self._tracker, named))
+            return self._calibrator.measured(*plan_merge(self._tracker, named))
 
-        with self._calibrating(dry_run=dry_run):
+        with self._calibrator.calibrating(dry_run=dry_run):
             if batches is not None:
-                self._calibrate_by(batches, loss, inputs, progress)
-            return self._change(plan, dry_run=dry_run, verify=verify)
+                self._calibrator.calibrate_by(batches, loss, inputs, progress)
+            return self._changer.change(plan, dry_run=dry_run, verify=verify)
 
     def expand_layer(
         self,
@@ -223,7 +241,7 @@ class NeuronSurgeon(NeuronCalibrator):
             layer_named(list(self._tracker.current.layers), layer_name)
             best, notes = directions, list[str]()
             if batches is not None and loss is not None:
-                reader = self._reader(inputs, loss=loss)
+                reader = self._calibrator.reader(inputs, loss=loss)
                 some = map(reader.read, each(reader, batches, "Gradients", progress))
                 best = gradient_directions(self._tracker, layer_name, some, Objective(loss))
                 notes = reader.notes()
@@ -231,7 +249,7 @@ class NeuronSurgeon(NeuronCalibrator):
                 notes = ["without a loss, `batches` say nothing of where new neurons should look"]
             return plan_expansion(self._tracker, layer_name, count, best, seed), notes
 
-        return self._change(plan, dry_run=dry_run, verify=verify)
+        return self._changer.change(plan, dry_run=dry_run, verify=verify)
 
     def expand_layers(
         self,
@@ -259,7 +277,7 @@ class NeuronSurgeon(NeuronCalibrator):
             )
             for n in names
         ]
-        return self._change_all("expand_layer", steps, [], dry_run=dry_run)
+        return self._changer.change_all("expand_layer", steps, [], dry_run=dry_run)
 
     def uniform_widths(
         self, *, shrink: bool = False, seed: int = 0, dry_run: bool = False, verify: bool = True
@@ -276,12 +294,12 @@ class NeuronSurgeon(NeuronCalibrator):
         Raises:
             SurgeryError: One of them cannot change, nothing was touched; the message says which, and why.
         """
-        with self._together("uniform_widths"):
+        with self._changer.together("uniform_widths"):
             refuse_inside_a_pass(self._tracker)
             wanted = uneven(self.structure, self._tracker.current.model(), widest=not shrink)
-        return self._to_widths(wanted, "uniform_widths", seed=seed, dry_run=dry_run, verify=verify)
+        return self.to_widths(wanted, "uniform_widths", seed=seed, dry_run=dry_run, verify=verify)
 
-    def _to_widths(
+    def to_widths(
         self,
         wanted: Mapping[Key, int],
         what: str,
@@ -296,14 +314,14 @@ class NeuronSurgeon(NeuronCalibrator):
 
         steps = [
             partial(
-                self._change,
+                self._changer.change,
                 partial(plan_width, self._tracker, key, units, seed),
                 dry_run=False,
                 verify=verify,
             )
             for key, units in wanted.items()
         ]
-        return self._change_all(what, steps, [], dry_run=dry_run, each=True)
+        return self._changer.change_all(what, steps, [], dry_run=dry_run, each=True)
 
     def recycle_neurons(
         self,
@@ -326,11 +344,11 @@ class NeuronSurgeon(NeuronCalibrator):
 
         def plan() -> tuple[Plan, list[str]]:
             units = units_of(
-                self.structure, self._places(neurons if neuron_ids is None else neuron_ids)
+                self.structure, self._changer.places(neurons if neuron_ids is None else neuron_ids)
             )
             return plan_recycling(self._tracker, units, seed)
 
-        return self._change(plan, dry_run=dry_run, verify=verify)
+        return self._changer.change(plan, dry_run=dry_run, verify=verify)
 
     def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
         """Insert a layer of the same width behind the layer `after`; the model's function stays.
@@ -342,7 +360,7 @@ class NeuronSurgeon(NeuronCalibrator):
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
-        return self._change(
+        return self._changer.change(
             lambda: (plan_insertion(self._tracker, after), []), dry_run=dry_run, verify=verify
         )
 
@@ -373,18 +391,15 @@ class NeuronSurgeon(NeuronCalibrator):
             if observer.inputs is None:
                 _ = self.structure  # tells what is missing
             assert observer.inputs is not None
-            reader = self._reader(inputs)
+            reader = self._calibrator.reader(inputs)
             calls = [Arguments(*observer.inputs)]
             if batches is not None:
                 some = each(reader, batches, "Refitting", progress)
                 calls = [arguments(reader.read(batch).call) for batch in some]
             plan, notes = plan_layer_removal(self._tracker, layer_name, calls, force)
-            return self._measured(plan, [*notes, *reader.notes()])
+            return self._calibrator.measured(plan, [*notes, *reader.notes()])
 
-        return self._change(plan, dry_run=dry_run, verify=verify)
-
-    def _foretell(self, observation: Observation, advice: dict[str, Any]) -> None:
-        foretell(self._tracker, observation, advice)
+        return self._changer.change(plan, dry_run=dry_run, verify=verify)
 
     def apply_recommendations(
         self,
@@ -402,7 +417,7 @@ class NeuronSurgeon(NeuronCalibrator):
             SurgeryError: They are no recommendations or for another model, or nothing of them can be done; nothing was
                 touched.
         """
-        with self._together("apply_recommendations"):
+        with self._changer.together("apply_recommendations"):
             refuse_inside_a_pass(self._tracker)
             asked = requests(self._tracker, recommendations)
         steps: list[Callable[[], Receipt]] = []
@@ -412,4 +427,6 @@ class NeuronSurgeon(NeuronCalibrator):
             steps.append(lambda: self.prune_neurons(asked.prune, verify=verify))
         for layer, count in asked.expand.items():
             steps.append(lambda n=layer, c=count: self.expand_layer(n, c, verify=verify))  # type: ignore[misc]
-        return self._change_all("apply_recommendations", steps, asked.skipped, dry_run=dry_run)
+        return self._changer.change_all(
+            "apply_recommendations", steps, asked.skipped, dry_run=dry_run
+        )

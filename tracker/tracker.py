@@ -81,6 +81,10 @@ class ActivationTracker:
     def __init__(self, threshold: float, observe: str = "reads") -> None:
         if observe not in OBSERVE:
             raise StatisticsError(f"observe is one of {', '.join(OBSERVE)}, not {observe!r}.")
+        if not threshold >= 0:
+            raise StatisticsError(
+                f"activation_threshold is a magnitude, 0 or larger, not {threshold!r}."
+            )
         self.threshold, self.observe_at = threshold, observe
         self.registry = NeuronRegistry()
         self.models: list[TrackedModel] = []
@@ -113,6 +117,11 @@ class ActivationTracker:
     def living(self) -> list[TrackedModel]:
         """The tracked models that still exist."""
         return [entry for entry in self.models if entry.observer.model() is not None]
+
+    def let_go(self) -> None:
+        """Take the hooks off all models."""
+        for entry in self.models:
+            entry.detach()
 
     @contextmanager
     def speaking_of(self, entry: TrackedModel) -> Iterator[None]:

@@ -1,71 +1,33 @@
-"""The part of the facade that looks: identity, observation, analysis and history."""
+"""The part of an engine that looks: which neurons there are, and when they are observed."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from tracker import analyzer
-from tracker.analyzer import LayerFindings
+from tracker.analyzer import Analyzer
 from tracker.calls import ExampleInputs
-from tracker.checks import checked
-from tracker.errors import StatisticsError, UnknownNeuronError
-from tracker.history import TrainingHistory
-from tracker.identity import NeuronId, named
-from tracker.observation import Observation
-from tracker.session import Session
-from tracker.tracker import ActivationTracker, TrackedModel
-
-PathLike = str | os.PathLike[str]
-Findings = Mapping[str, LayerFindings]
+from tracker.identity import named
+from tracker.sessions import Sessions
+from tracker.tracker import ActivationTracker
 
 
-@checked(
-    StatisticsError,
-    itself=("model", "epoch", "train_loss", "train_acc"),
-    neuron_id=UnknownNeuronError,
-)
-class NeuronWatcher:
-    """Watches every neuron of a model while it runs, and tells which ones matter. Holds no arithmetic.
+class Watcher:
+    """Gives neurons their ids, and says what is observed.
 
-    Calls speak of the current model: the last one that was tracked, or whose hooks were registered. Calls that begin
-    with `print_`, and the two reports `generate_neuron_report` and `generate_pruning_recommendations`, print; all
-    others are silent and return records.
+    Args:
+        tracker: Holds models, ids and hooks.
+        sessions: What is kept of each model.
+        analyzer: Tells its threshold in `get_summary`.
     """
 
-    def __init__(
-        self,
-        activation_threshold: float = 0.01,
-        correlation_threshold: float = 0.9,
-        *,
-        observe: str = "reads",
-    ) -> None:
-        if not activation_threshold >= 0:
-            raise StatisticsError(
-                f"activation_threshold is a magnitude, 0 or larger, not {activation_threshold!r}."
-            )
-        if not 0 < correlation_threshold <= 1:
-            raise StatisticsError(
-                f"correlation_threshold is in (0, 1], not {correlation_threshold!r}."
-            )
-        self._activation_threshold = activation_threshold
-        self.correlation_threshold = correlation_threshold
-        self._tracker = ActivationTracker(activation_threshold, observe)
-        self._sessions: dict[TrackedModel, Session] = {}
-        self._loaded: TrainingHistory | None = None  # before the first model was tracked
-        self._cache: tuple[object, Observation, Findings] | None = None
-
-    @property
-    def activation_threshold(self) -> float:
-        """A neuron fires where |activation| is larger. What was counted cannot be counted anew: fixed for life."""
-        return self._activation_threshold
-
-    # Identity
+    def __init__(self, tracker: ActivationTracker, sessions: Sessions, analyzer: Analyzer) -> None:
+        self._tracker = tracker
+        self._sessions = sessions
+        self._analyzer = analyzer
 
     def track_model(
         self,
@@ -100,11 +62,8 @@ class NeuronWatcher:
             StructureError: The forward pass with the example inputs failed.
         """
         entry = self._tracker.track(model, name, example_inputs, axes, batch_dim, assume_unread)
-        self._met(model, self._session)
+        self._sessions.meet(model)
         return {name: named(layer.ids) for name, layer in entry.layers.items()}
-
-    def _met(self, model: nn.Module, session: Session) -> None:
-        """For those who want to know what was tracked, wrappers and all."""
 
     def get_neuron_info(self, neuron_id: int) -> tuple[str, int]:
         """(layer name, local index) of a neuron of any tracked model.
@@ -127,8 +86,8 @@ class NeuronWatcher:
             "total_layers": len(sizes),
             "layers": sizes,
             "layer_types": {kind: types.count(kind) for kind in dict.fromkeys(types)},
-            "activation_threshold": self.activation_threshold,
-            "correlation_threshold": self.correlation_threshold,
+            "activation_threshold": self._tracker.threshold,
+            "correlation_threshold": self._analyzer.correlation_threshold,
         }
 
     # Observation
@@ -176,183 +135,3 @@ class NeuronWatcher:
     def padding_mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """`with engine.padding_mask(mask): model(x)` leaves padding out. mask: (batch, positions), True where real."""
         return self._tracker.masking(mask)
-
-    def get_neuron_stats(self, neuron_id: int) -> dict[str, Any]:
-        """Statistics of one neuron in the current window, as plain numbers; NaN where it was not observed.
-
-        Raises:
-            UnknownNeuronError: The current model has no such neuron.
-        """
-        entry, slot = self._tracker.registry.find(neuron_id)
-        observation, findings = self._findings()
-        current = self._tracker.current
-        if current.layers.get(entry.layer) is not entry:
-            raise StatisticsError(
-                f"Neuron {neuron_id} belongs to the model {entry.model!r}; the current one is {current.name!r}. "
-                "register_activation_hooks(model) makes another model the current one."
-            )
-        return analyzer.neuron_statistics(findings[entry.layer], slot, observation.samples)
-
-    def get_dataset_statistics(self) -> dict[int, dict[str, Any]]:
-        """{neuron id: statistics} of all neurons that were observed."""
-        observation, findings = self._findings()
-        return {
-            NeuronId(neuron): analyzer.neuron_statistics(found, slot, observation.samples)
-            for found in findings.values()
-            for slot, neuron in enumerate(found.layer.ids)
-            if found.observed[slot] or found.unreliable[slot]
-        }
-
-    def get_layer_summary(self) -> dict[str, dict[str, Any]]:
-        """{layer name: numbers of the layer}; a layer that was not observed says so under "problem"."""
-        _, findings = self._findings()
-        return {name: analyzer.layer_statistics(found) for name, found in findings.items()}
-
-    # Findings
-
-    def get_dead_neurons(self) -> dict[str, list[int]]:
-        """{layer name: ids of its neurons that never fired}, for all layers that were observed.
-
-        `prune_neurons` and `recycle_neurons` take it as it is.
-        """
-        _, findings = self._findings()
-        return {
-            name: named(found.layer.ids[slot] for slot in found.dead.nonzero().flatten().tolist())
-            for name, found in findings.items()
-            if found.observed.any()
-        }
-
-    def find_redundant_neurons(
-        self, correlation_threshold: float | None = None
-    ) -> dict[str, list[tuple[int, int, float]]]:
-        """{layer name: [(id, id, correlation), …]}: all pairs with |correlation| ≥ threshold.
-
-        Raises:
-            StatisticsError: The window did not observe correlation.
-        """
-        threshold = self._threshold(correlation_threshold)
-        return {
-            name: [
-                (NeuronId(found.layer.ids[i]), NeuronId(found.layer.ids[j]), r)
-                for i, j, r in found.pairs(threshold)
-            ]
-            for name, found in self._correlated().items()
-        }
-
-    def get_redundancy_summary(
-        self, correlation_threshold: float | None = None
-    ) -> dict[str, dict[str, Any]]:
-        """{layer name: pairs, rate (pairs / all pairs), range of correlations}."""
-        threshold = self._threshold(correlation_threshold)
-        return {
-            name: analyzer.redundancy_statistics(found, threshold)
-            for name, found in self._correlated().items()
-        }
-
-    def get_explained_shares(self) -> dict[str, dict[int, float]]:
-        """{layer name: {neuron id: share of its variance that all others of its layer explain}}.
-
-        The squared multiple correlation: 1.0 for a neuron that the others determine, even where no single one repeats
-        it. NaN for constant neurons. Needs a window with correlation.
-        """
-        shares = {}
-        for name, found in self._correlated().items():
-            values = analyzer.explained_shares(found)
-            shares[name] = dict(zip(named(found.layer.ids), values, strict=True))
-        return shares
-
-    # History
-
-    @property
-    def history(self) -> TrainingHistory:
-        """The logged epochs of the current model (or what was loaded, without one)."""
-        if self._tracker.models:
-            return self._session.history
-        self._loaded = self._loaded or TrainingHistory(self.activation_threshold)
-        return self._loaded
-
-    def log_epoch_statistics(
-        self, epoch: int, train_loss: float | None = None, train_acc: float | None = None
-    ) -> None:
-        """Remember the current window, and the epoch's loss and accuracy, in the history.
-
-        Raises:
-            StatisticsError: Nothing was observed since `start_tracking`.
-        """
-        observation, findings = self._findings()
-        if not any(found.observed.any() for found in findings.values()):
-            raise StatisticsError(
-                f"Epoch {epoch!r} cannot be logged: no activation was observed since start_tracking. Call "
-                "start_tracking() before the epoch's forward passes."
-            )
-        self.history.log(observation, epoch, train_loss, train_acc)
-
-    def save_training_history(self, path: PathLike) -> Path:
-        """Write the history as JSON."""
-        return self.history.save(path)
-
-    def load_training_history(self, path: PathLike) -> TrainingHistory:
-        """Read a history back in place of the current one; a file that is none changes nothing.
-
-        Raises:
-            StatisticsError: The file is missing, broken, or foreign.
-        """
-        loaded = TrainingHistory.load(path)
-        if self._tracker.models:
-            self._session.history = loaded
-        else:
-            self._loaded = loaded
-        return loaded
-
-    def get_neuron_evolution(self, neuron_id: int) -> dict[str, list[Any]]:
-        """Lists over the logged epochs: `epochs`, `mean`, `variance`, `frequency`, `loss`, `accuracy`."""
-        return self.history.evolution(neuron_id)
-
-    # Wiring
-
-    def _findings(self) -> tuple[Observation, Findings]:
-        key = self._window()
-        if self._cache is None or self._cache[0] != key:
-            observation = self._tracker.observe()
-            self._cache = (key, observation, analyzer.analyse(observation))
-        return self._cache[1:]
-
-    def _window(self) -> object:
-        """A key of all that is observed now: equal keys, equal findings."""
-        current = self._tracker.current
-        return (current, current.observer.version, current.mode, len(current.layers))
-
-    def _correlated(self) -> Findings:
-        """Findings of the layers whose correlation was observed."""
-        _, findings = self._findings()
-        if not self._tracker.current.correlated:
-            raise StatisticsError(
-                "Correlation was not observed. Begin the window with "
-                "start_tracking(enable_correlation_analysis=True)."
-            )
-        return {n: found for n, found in findings.items() if found.layer.covariance is not None}
-
-    def _require_observed(self, findings: Findings) -> None:
-        if not any(found.observed.any() for found in findings.values()):
-            raise StatisticsError(
-                "No activation was observed. Call start_tracking(), run the model, then ask again."
-            )
-
-    def _threshold(self, given: float | None) -> float:
-        threshold = self.correlation_threshold if given is None else given
-        if not 0 <= threshold <= 1:
-            raise StatisticsError(
-                f"A threshold of |correlation| is between 0 and 1, not {threshold!r}."
-            )
-        return threshold
-
-    @property
-    def _session(self) -> Session:
-        """All that belongs to the current model."""
-        return self._session_of(self._tracker.current)
-
-    def _session_of(self, entry: TrackedModel) -> Session:
-        if entry not in self._sessions:
-            history = self._loaded or TrainingHistory(self.activation_threshold)
-            self._sessions[entry], self._loaded = Session(self._tracker, entry, history), None
-        return self._sessions[entry]

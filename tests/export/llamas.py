@@ -35,7 +35,7 @@ def make_uneven(engine: NeuronEngine, kinds: tuple[str, ...] = ("neuron", "head"
         engine.prune_units(
             {name: list(range(i)) for i, name in enumerate(names) if i}, verify=False
         )
-    model = engine._tracker.current.model()
+    model = engine.tracker.current.model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape)

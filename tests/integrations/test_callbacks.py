@@ -110,7 +110,7 @@ def test_lightning(accumulate: int, tmp_path: Path) -> None:
         default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(data, 8))
-    assert callback.engine._own_run.steps == trainer.global_step == 96 // accumulate
+    assert callback.engine.trainer.run.steps == trainer.global_step == 96 // accumulate
     assert len(callback.engine.journal) > 0
     assert callback.engine.life[-1].parameters == sum(p.numel() for p in module.parameters())
     holds_exactly_the_live(module, trainer.optimizers[0])
@@ -143,7 +143,7 @@ def test_transformers(tmp_path: Path) -> None:
         callbacks=[callback],
     )  # fmt: skip
     trainer.train()
-    assert callback.engine._own_run.steps == trainer.state.global_step == 24
+    assert callback.engine.trainer.run.steps == trainer.state.global_step == 24
     assert len(callback.engine.journal) > 0
     assert sum(p.numel() for p in model.parameters()) != before
     assert not math.isnan(callback.engine.life[-1].loss)

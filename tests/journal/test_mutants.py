@@ -112,8 +112,8 @@ def saved(name: str, folder: Path) -> Path:
     engine.start_self_modification(POLICY)
     for _ in range(6):
         engine.step(trained(model, optimizers, x))
-    assert engine._own_run is not None
-    assert engine._own_run._watch is not None
+    assert engine.trainer.run is not None
+    assert engine.trainer.run._watch is not None
     return engine.save_checkpoint(folder / name)
 
 

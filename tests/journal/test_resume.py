@@ -50,7 +50,7 @@ def test_a_window_goes_on(name: str, given: bool, tmp_path: Path) -> None:
 AFTER: dict[str, Callable[[NeuronEngine, Tensor], Any]] = {
     "prune": lambda e, x: e.prune_neurons({"0": [2, 4]}),
     "merge": lambda e, x: e.merge_neurons(
-        [tuple(e.track_model(e._tracker.current.model())["0"][:2])]
+        [tuple(e.track_model(e.tracker.current.model())["0"][:2])]
     ),
     "expand": lambda e, x: e.expand_layer("0", 2),
     "recycle": lambda e, x: e.recycle_neurons({"0": [1]}),

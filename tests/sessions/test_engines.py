@@ -28,7 +28,7 @@ def tagged() -> nn.Sequential:
 
 
 def means(engine: NeuronEngine) -> dict[int, float]:
-    ids = engine._tracker.current.layers["0"].ids
+    ids = engine.tracker.current.layers["0"].ids
     return {i: engine.get_neuron_stats(i)["mean"] for i in ids}
 
 
@@ -56,7 +56,7 @@ def test_engines_on_one_model_change_together(tmp_path: Path) -> None:
         with pytest.raises(TrackerError, match="has left"):
             engine.get_neuron_info(5)
     one.expand_layer("0", 2)
-    before = [two._tracker.current.layers["0"].ids[-2:], list(two._tracker.current.layers["0"].ids)]
+    before = [two.tracker.current.layers["0"].ids[-2:], list(two.tracker.current.layers["0"].ids)]
     back = two.undo()  # the model's last change, whoever made it
     assert back.removed_ids == before[0]
     assert model[0].bias.tolist() == [i + 1.0 for i in left]
@@ -66,7 +66,7 @@ def test_engines_on_one_model_change_together(tmp_path: Path) -> None:
     one.start_tracking()
     model(X)
     one.stop_tracking()
-    assert set(one.get_layer_summary()) == set(two._tracker.current.layers)
+    assert set(one.get_layer_summary()) == set(two.tracker.current.layers)
     for number, engine in enumerate((one, two)):
         engine.save_checkpoint(tmp_path / str(number))
         fresh = tagged()

@@ -46,7 +46,7 @@ CHANGES: dict[str, Callable[..., Any]] = {
     "prune_units": lambda e, **k: e.prune_units({e.structure.groups[0].name: [0]}, **k),
     "prune_neurons": lambda e, **k: e.prune_neurons({"3": [0, 1]}, **k),
     "merge_neurons": lambda e, **k: e.merge_neurons(
-        [tuple(e._tracker.current.layers["3"].ids[:2])], **k
+        [tuple(e.tracker.current.layers["3"].ids[:2])], **k
     ),
     "expand_layer": lambda e, **k: e.expand_layer("3", 2, **k),
     "expand_layers": lambda e, **k: e.expand_layers({"0": 2, "3": 1}, **k),
@@ -84,11 +84,11 @@ def test_a_dry_run_leaves_no_trace(name: str) -> None:
         loss = model.train(mode)(X).square().mean()
         facts = [
             [(id(t), t._version, t.data_ptr()) for t in tensors],
-            {n: list(x.ids) for n, x in engine._tracker.current.layers.items()},
-            engine._tracker.registry._next,
+            {n: list(x.ids) for n, x in engine.tracker.current.layers.items()},
+            engine.tracker.registry._next,
             [id(m) for m in model.modules()],
             [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-            engine._tracker.current.observer.version,
+            engine.tracker.current.observer.version,
             len(engine.journal),
         ]
         before, noise = state(model, optimizer), torch.get_rng_state()
@@ -99,11 +99,11 @@ def test_a_dry_run_leaves_no_trace(name: str) -> None:
         assert torch.equal(torch.get_rng_state(), noise)
         assert facts == [
             [(id(t), t._version, t.data_ptr()) for t in tensors],
-            {n: list(x.ids) for n, x in engine._tracker.current.layers.items()},
-            engine._tracker.registry._next,
+            {n: list(x.ids) for n, x in engine.tracker.current.layers.items()},
+            engine.tracker.registry._next,
             [id(m) for m in model.modules()],
             [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-            engine._tracker.current.observer.version,
+            engine.tracker.current.observer.version,
             len(engine.journal),
         ]
         loss.backward()

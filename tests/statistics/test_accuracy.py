@@ -240,7 +240,7 @@ def test_a_million_samples_in_constant_memory() -> None:
     engine = NeuronEngine()
     engine.track_model(model)
     engine.start_tracking(enable_correlation_analysis=True)
-    site = engine._tracker.current.observer.sites[0]
+    site = engine.tracker.current.observer.sites[0]
     sizes, mean, m2, n = set(), np.zeros(8), np.zeros(8), 0
     with torch.no_grad():
         for _ in range(1000):

@@ -201,7 +201,7 @@ def test_the_user_says_which_part_it_is() -> None:
         engine.calibrate(loader(X, Y), inputs=lambda batch: batch[1])
     with pytest.raises(SurgeryError, match="could be"):
         engine.calibrate(loader(X, Y))
-    ours = engine._tracker.current.model()
+    ours = engine.tracker.current.model()
     other.calibrate([x for x, _, _ in PARTS])
     for each in (engine, other):
         each.prune_units({"fc1": [1, 2]}, compensate=True)

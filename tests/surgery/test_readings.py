@@ -86,7 +86,7 @@ def test_a_removal_leaves_them_shared_and_right() -> None:
     engine.track_model(model, "attention", x)
     engine.calibrate([x[:4], x[4:]])
     engine.prune_neurons({"embed": [1, 4]})
-    reads = engine._tracker.current.reads
+    reads = engine.tracker.current.reads
     assert reads["q.weight"].covariance is reads["k.weight"].covariance
     rows = model.embed(x).detach().flatten(0, 1).double()
     centred = rows - rows.mean(0)

@@ -155,7 +155,9 @@ def test_the_predicted_error_of_merging_is_the_one_that_comes(name: str) -> None
     model.eval()
     engine.correlation_threshold = 0.05
     engine.calibrate([x])
-    found = candidates(engine, Policy(merge=True, floor=1), Prices({}, 0.0))
+    found = candidates(
+        engine.tracker, Policy(merge=True, floor=1), Prices({}, 0.0), engine.correlation_threshold
+    )
     one = next(c for c in found if len(c.pairs) > 2)
     errors = list(one.merge_errors)
     assert all(e >= 0 for e in errors)

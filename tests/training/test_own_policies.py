@@ -45,9 +45,9 @@ def test_an_own_policy_comes_back(policy: Any, tmp_path: Path) -> None:
     engine.save_checkpoint(tmp_path / "run")
     other, other_opt, _ = fresh("mlp", "Adam")
     resumed = NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
-    assert resumed._own_run is not None
-    assert resumed._own_run.policy.to_dict() == policy.to_dict()
-    assert type(resumed._own_run.policy.at(20)[1]) is type(policy.at(20)[1])
+    assert resumed.trainer.run is not None
+    assert resumed.trainer.run.policy.to_dict() == policy.to_dict()
+    assert type(resumed.trainer.run.policy.at(20)[1]) is type(policy.at(20)[1])
     for _ in range(16):
         engine.step(train(model, opt, x))
         resumed.step(train(other, other_opt, x))

@@ -355,6 +355,6 @@ def test_a_change_in_the_middle_of_a_look_begins_it_anew(undone: bool) -> None:
                 engine.undo()
     # What it saw since was enough to decide, and is of the network as it is.
     assert [decision.step for decision in engine.life] == [0, 12]
-    assert engine._tracker.current.reads["2.weight"].covariance.count.tolist() == [4 * 64] * (
+    assert engine.tracker.current.reads["2.weight"].covariance.count.tolist() == [4 * 64] * (
         12 if undone else 10
     )

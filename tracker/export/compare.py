@@ -20,7 +20,7 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bf
 
 def current_model(engine: NeuronEngine) -> nn.Module:
     """The model that an engine speaks of."""
-    return engine._tracker.current.model()
+    return engine.tracker.current.model()
 
 
 def example_calls(engine: NeuronEngine) -> tuple[Call, ...]:
@@ -29,7 +29,7 @@ def example_calls(engine: NeuronEngine) -> tuple[Call, ...]:
     Raises:
         StructureError: There are none.
     """
-    calls = engine._tracker.current.observer.calls
+    calls = engine.tracker.current.observer.calls
     if not calls:
         raise StructureError(
             "There are no example inputs to compare the exported model with the one in memory. Pass example_inputs to "

@@ -54,7 +54,7 @@ def to_plain(engine: NeuronEngine, *, verify: bool = True) -> nn.Module:
         StructureError: The model cannot be copied, or there are no example calls and `verify` is set.
     """
     model = current_model(engine)
-    calls = example_calls(engine) if verify else engine._tracker.current.observer.calls
+    calls = example_calls(engine) if verify else engine.tracker.current.observer.calls
     try:
         plain = _written_out(model, calls, drop=True)
         if verify:

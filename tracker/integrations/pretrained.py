@@ -46,18 +46,18 @@ def save_pretrained_uniform(
         SurgeryError: It is no model of transformers, or no configuration gives what became of it: then model and
             configuration are as they were, and nothing was saved.
     """
-    tracker = engine._tracker
+    tracker = engine.tracker
     model: Any = tracker.current.model()
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise SurgeryError(
             f"A {type(model).__name__} has no configuration to save. For models of other libraries: save_checkpoint, "
             "and apply_journal on a freshly built model."
         )
-    with engine._session.transaction() as change:
+    with engine.sessions.current.transaction() as change:
         receipt = engine.uniform_widths(shrink=shrink, seed=seed)
         fields = fields_of(model, engine)
         missing = _short(model, engine, fields)
-        receipt = engine._to_widths(missing, "save_pretrained_uniform", seed=seed) or receipt
+        receipt = engine.surgeon.to_widths(missing, "save_pretrained_uniform", seed=seed) or receipt
         _require_same_outputs(model, engine, fields)
         before = {name: getattr(model.config, name) for name in fields}
         change.log.add(lambda: set_fields(model.config, before))
@@ -145,7 +145,7 @@ def _require_same_outputs(model: Any, engine: NeuronEngine, fields: Mapping[str,
     reference: nn.Module = quiet_copy(model)
     fresh.to(next(model.parameters()).device, next(model.parameters()).dtype)
     fresh.load_state_dict(model.state_dict())
-    inputs = engine._tracker.current.observer.inputs
+    inputs = engine.tracker.current.observer.inputs
     if inputs is None:
         raise StructureError("There are no example inputs to compare the two models on.")
     before, after = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -26,9 +25,6 @@ from tracker.tracker import ActivationTracker
 from tracker.training.choices import Bypass, Candidate, Size
 from tracker.training.policy import Policy
 
-if TYPE_CHECKING:
-    from tracker.surgeon import NeuronSurgeon
-
 
 @dataclass(frozen=True, slots=True)
 class Prices:
@@ -43,9 +39,10 @@ class Prices:
 
 
 def candidates(
-    surgeon: NeuronSurgeon,
+    tracker: ActivationTracker,
     policy: Policy,
     price: Prices,
+    correlation_threshold: float,
     protected: Protection = NOTHING,
     gradients: Mapping[str, float] | None = None,
 ) -> list[Candidate]:
@@ -53,7 +50,6 @@ def candidates(
 
     gradients: Mean square of the loss's gradient by parameter, where it was observed.
     """
-    tracker = surgeon._tracker
     model = tracker.current.model()
     groups, problems, _ = problems_of(tracker, Limits(floor=policy.floor, protected=protected))
     learnt = {name for name, _ in model.named_parameters()}
@@ -72,7 +68,7 @@ def candidates(
             flops += share * price.flops.get(name, 0.0)
         layer, _ = grown(tracker, group)
         pairs, losses = (
-            cheapest_pairs(problem, group.size, total, surgeon.correlation_threshold)
+            cheapest_pairs(problem, group.size, total, correlation_threshold)
             if policy.merge
             else ((), ())
         )

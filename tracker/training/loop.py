@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from tracker.errors import SurgeryError, TrackerError
 from tracker.probe import Arguments, quiet_copy
 from tracker.reads import Read
-from tracker.session import Transaction
+from tracker.session import Session, Transaction
 from tracker.surgery import Receipt
 from tracker.surgery.depth import inserted_layers
 from tracker.surgery.flops import flops_by_weight
 from tracker.surgery.latency import latency
 from tracker.surgery.protection import Protection, protection, protects
 from tracker.surgery.transaction import count
+from tracker.tracker import ActivationTracker
 from tracker.training.candidates import Prices, bypasses, candidates, grown, neurons_of
 from tracker.training.choices import Requests, Size
 from tracker.training.look import Look, Seen
@@ -30,7 +31,7 @@ from tracker.training.own import taken_by
 from tracker.training.policy import Phases, Policy
 
 if TYPE_CHECKING:
-    from tracker.surgeon import NeuronSurgeon
+    from tracker.surgeon import Surgeon
 
 POINTS = 8  # of the loss curve, from one look to the next
 DONE = {
@@ -57,14 +58,27 @@ class Decision:
 
 
 class SelfModification:
-    """One run of a policy on the current model of a surgeon."""
+    """One run of a policy on one model.
 
-    def __init__(self, surgeon: NeuronSurgeon, policy: Policy | Phases) -> None:
+    Args:
+        tracker: Holds the model, which is the current one at each step.
+        session: What is kept of the model.
+        surgeon: Carries out what is decided.
+        policy: Decides.
+    """
+
+    def __init__(
+        self,
+        tracker: ActivationTracker,
+        session: Session,
+        surgeon: Surgeon,
+        policy: Policy | Phases,
+    ) -> None:
         self.policy, self.life = policy, list[Decision]()
         self.steps = 0
         self.losses: list[tuple[int, float]] = []  # (step, mean loss since the last entry)
         self.accuracies: list[tuple[int, float]] = []  # (step, as logged)
-        self._surgeon, self._session = surgeon, surgeon._session
+        self._tracker, self._session, self._surgeon = tracker, session, surgeon
         self._recent: list[Tensor] = []
         self._means: list[float] = []  # before each look
         self._blocked: dict[str, int] = {}
@@ -81,7 +95,7 @@ class SelfModification:
         self._interrupted = False  # the model changed during a look, which begins anew
         for part in policy.policies():  # a name that matches nothing is told now
             if part.protect and self._session.entry.observer.calls:
-                protection(surgeon._tracker, part.protect)
+                protection(tracker, part.protect)
         self._note("kept", "the beginning", float("nan"))
 
     @property
@@ -183,13 +197,13 @@ class SelfModification:
         self._interrupted = False
         # The policy that will decide, which is the one that holds at this step.
         _, policy = self.policy.at(self.steps)
-        self._watch = Look(self._surgeon._tracker, policy)
+        self._watch = Look(self._tracker, policy)
 
     def _look(self, policy: Policy) -> Receipt | None:
         self._interrupted = False
         if self._watch is None:
             return None
-        tracker = self._surgeon._tracker
+        tracker = self._tracker
         reads, ranks = self._watch.stop(), self._session.ranks
         tracker.current.reads = reads if ranks is None else ranks.merge_reads(reads)
         self._seen, self._watch = self._watch.seen, None
@@ -219,7 +233,7 @@ class SelfModification:
 
     def _decided(self, policy: Policy) -> Requests:
         """What the policy wants; of several ranks, what the first one's wants."""
-        tracker, ranks = self._surgeon._tracker, self._session.ranks
+        tracker, ranks = self._tracker, self._session.ranks
         wanted = Requests("the first rank decides")
         with nullcontext() if ranks is None else ranks.together("A look"):
             if ranks is None or ranks.rank == 0:
@@ -232,7 +246,14 @@ class SelfModification:
                 now = Size(count(self.model), flops, time)
                 price = Prices(by_weight, time / max(flops, 1.0))
                 protected, gradients = self._protected(policy), self._seen.gradients()
-                able = candidates(self._surgeon, policy, price, protected, gradients)
+                able = candidates(
+                    self._tracker,
+                    policy,
+                    price,
+                    self._surgeon.correlation_threshold,
+                    protected,
+                    gradients,
+                )
                 more: dict[str, Any] = {"inserted": inserted_layers(self.model), "step": self.steps}
                 more = taken_by(policy.decide, more)  # of a subclass, what it knows
                 decide = partial(policy.decide, able, now, self._means, self._blocked, **more)
@@ -245,13 +266,13 @@ class SelfModification:
 
     def _protected(self, policy: Policy) -> Protection:
         """What the policy leaves alone, whatever it decides."""
-        tracker = self._surgeon._tracker
+        tracker = self._tracker
         for group in tracker.structure().groups:
             self._sizes.setdefault(group.name, group.size)
         return protection(tracker, policy.protect, self._sizes, strict=False)
 
     def _do(self, wanted: Requests, policy: Policy) -> Receipt:
-        surgeon, tracker = self._surgeon, self._surgeon._tracker
+        surgeon, tracker = self._surgeon, self._tracker
         protected = self._protected(policy)
         known = {g.name for g in surgeon.structure.groups}
         named = {*wanted.remove, *wanted.merge, *wanted.recycle, *wanted.expand}
@@ -326,7 +347,7 @@ class SelfModification:
         return mean if ranks is None else ranks.mean(mean)
 
     def _note(self, what: str, why: str, loss: float) -> None:
-        layers = self._surgeon._tracker.current.layers
+        layers = self._tracker.current.layers
         widths = {name: len(layer.ids) for name, layer in layers.items()}
         self.life.append(Decision(self.steps, what, why, loss, count(self.model), widths))
 
