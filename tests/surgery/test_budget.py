@@ -100,7 +100,7 @@ def test_a_compression_that_cannot_be_met_says_so() -> None:
     model, opt, engine, _ = prepared("mlp")
     before = snapshot(model, opt)
     for keep, of, why in (
-        (0.001, "parameters", "floor"),
+        (0.001, "parameters", "keeps one unit"),
         (2.0, "flops", "share"),
         (0.5, "love", "one of"),
     ):
