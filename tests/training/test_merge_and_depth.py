@@ -251,7 +251,7 @@ def test_a_refusal_is_a_line_of_the_life(monkeypatch: pytest.MonkeyPatch) -> Non
     def refused(*args: object, **kwargs: object) -> None:
         raise SurgeryError("not today")
 
-    monkeypatch.setattr(engine, "insert_layer", refused)
+    monkeypatch.setattr(engine.surgeon, "insert_layer", refused)
     engine.start_self_modification(Policy(**QUICK, shrink=False, insert=1, plateau=1.0))
     for _ in range(22):
         model(x)
