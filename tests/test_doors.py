@@ -40,8 +40,8 @@ WRITERS: dict[str, Door] = {
 READERS: dict[str, Door] = {
     "history.json": lambda e, p: e.load_training_history(p),
     "advice.json": lambda e, p: e.apply_recommendations(p),
-    "checkpoint": lambda e, p: NeuronEngine.load_checkpoint(p, e._tracker.current.model()),
-    "checkpoint/": lambda e, p: apply_journal(e._tracker.current.model(), p),
+    "checkpoint": lambda e, p: NeuronEngine.load_checkpoint(p, e.tracker.current.model()),
+    "checkpoint/": lambda e, p: apply_journal(e.tracker.current.model(), p),
     "journal.json": lambda e, p: said(main(["show", str(p)])),
 }
 
