@@ -16,7 +16,7 @@ from tracker.errors import StatisticsError
 from tracker.findings import LayerFindings
 from tracker.observation import Observation
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 GROWTH = 0.25  # share of a layer's width that one expansion adds
 TWIN_TOLERANCE = 0.01  # how far scale may be from 1 for averaging the weights to be right
 

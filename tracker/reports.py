@@ -219,8 +219,9 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
 
 
 def _predicted(entry: Mapping[str, Any]) -> str:
-    change = entry.get("predicted_output_change")
-    return "" if change is None else f"; changes what reads it by {change:.2%}"
+    change, loss = entry.get("predicted_output_change"), entry.get("predicted_loss_change")
+    told = "" if change is None else f"; changes what reads it by {change:.2%}"
+    return told if loss is None else f"{told}; changes the loss by {loss:+.2g}"
 
 
 def ranking(

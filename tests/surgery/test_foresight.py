@@ -134,3 +134,33 @@ def test_weights_that_are_not_finite_foretell_nothing() -> None:
     advice = engine.generate_optimization_recommendations()
     text = json.dumps(advice, allow_nan=False)
     assert "predicted_output_change" not in text or "NaN" not in text
+
+
+def test_the_predicted_change_of_the_loss_is_the_one_that_comes() -> None:
+    """A squared loss of a linear read-out is quadratic in what goes missing: the second order is all of it."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    x = X.double()
+    with torch.no_grad():
+        target = model(x)  # at the minimum: nothing of first order
+
+    def loss(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return (output - batch[1]).square().mean()
+
+    engine = NeuronEngine()
+    engine.track_model(model, "m", x[:16])
+    engine.start_tracking(enable_correlation_analysis=True)
+    model(x)
+    engine.stop_tracking()
+    engine.calibrate([(x, target)], loss=loss)
+    advice = engine.generate_optimization_recommendations(
+        pruning_threshold=0.45, redundancy_threshold=0.5
+    )
+    jsonschema.validate(advice, json.loads(SCHEMA.read_text()))
+    assert advice["prune"]
+    with torch.no_grad():
+        for entry in advice["prune"]:
+            engine.prune_neurons([entry["neuron_id"]])
+            rise = loss(model(x), (x, target)).item()
+            engine.undo()
+            assert entry["predicted_loss_change"] == pytest.approx(rise, rel=0.1)

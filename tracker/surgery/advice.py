@@ -155,8 +155,10 @@ def _read(advice: Mapping[str, Any] | str | PathLike[str]) -> dict[str, Any]:
 
 def _check(data: Mapping[str, Any]) -> None:
     version = data.get("schema_version", "1.0")
-    if version != "1.0":
-        raise SurgeryError(f"Recommendations of schema {version!r} cannot be read: 1.0 can.")
+    if version not in ("1.0", "1.1"):
+        raise SurgeryError(
+            f"Recommendations of schema {version!r} cannot be read: 1.0 and 1.1 can."
+        )
     for name, keys in LISTS.items():
         items = data.get(name)
         if not isinstance(items, list):

@@ -53,23 +53,36 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
             continue
         neurons = [group.neurons(unit) for unit in range(group.size)]
         alone = _alone(problem, group.size)
+        priced = problems[i] if alone is not None else problem
+        in_loss = _alone(priced, group.size) if priced.priced else None
         if alone is not None:
             at = {neuron: unit for unit, mine in enumerate(neurons) for neuron in mine}
             for neuron in at.keys() & gone.keys():
-                gone[neuron]["predicted_output_change"] = float(alone[at[neuron]])
+                entry = gone[neuron]
+                entry["predicted_output_change"] = _relative(float(alone[at[neuron]]), problem)
+                if in_loss is not None and in_loss.isfinite().all():
+                    entry["predicted_loss_change"] = float(in_loss[at[neuron]])
             for neuron in at.keys() & folded.keys():
-                entry = folded[neuron]
+                entry, unit = folded[neuron], at[neuron]
                 keep = at.get((entry["layer_name"], entry["local_indices"][0]))
                 if keep is not None:
-                    entry["predicted_output_change"] = _folded(problem, keep, at[neuron])
+                    lost = _folded(problem, keep, unit)
+                    entry["predicted_output_change"] = _relative(lost, problem)
+                    if in_loss is not None and in_loss.isfinite().all():
+                        entry["predicted_loss_change"] = _folded(priced, keep, unit)
         judged |= set(group.layers)
         need = saturation(problem, group.size, threshold)
         if need is not None and (entry := expansion(group, layers, need, gain(problems[i]))):
             full[entry["layer_name"]] = entry
+            if "predicted_gain" in entry:
+                entry["predicted_loss_change"] = -entry["predicted_gain"]
             if (share := _mean_share(problem, group.size)) is not None:
                 entry["mean_explained_share"] = share
         if touched.isdisjoint(n for mine in neurons for n in mine):
-            found += _explained(seen, group, problem, neurons, gone)
+            explained = _explained(seen, group, problem, neurons, gone)
+            if in_loss is not None:  # what the others make up for costs nothing
+                explained = [{**entry, "predicted_loss_change": 0.0} for entry in explained]
+            found += explained
     advice["prune"] += found
     losing = {c["layer_name"] for c in (*advice["prune"], *advice["merge"])}
     busy = [c for c in advice["expand"] if c["layer_name"] not in judged]
@@ -80,17 +93,17 @@ def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, An
 
 
 def _alone(problem: Problem, size: int) -> Tensor | None:
-    """How far what the consumers compute changes if one unit alone goes, relative: (units,); None for heads.
+    """What goes missing of what the consumers compute if one unit alone goes: (units,); None for heads.
 
-    The variance that the others leave of a column, 1/[C⁻¹]ⱼⱼ, times ‖wⱼ‖² (Hassibi & Stork, 1993), over all of it.
+    The variance that the others leave of a column, 1/[C⁻¹]ⱼⱼ, times ‖wⱼ‖² (Hassibi & Stork, 1993). Of a priced
+    problem it is the rise of the loss, to second order.
     """
     if any(len(columns) != problem.consumers for columns in problem.units[:size]):
         return None
     share = explained_share(problem.covariance, problem.mean).nan_to_num(1.0)
     left = problem.covariance.diagonal().clamp(min=0) * (1 - share)
     each = left * problem.weight.double().square().sum(0)
-    units = torch.stack([each[list(columns)].sum() for columns in problem.units[:size]])
-    return (units / problem.total).clamp(0, 1).sqrt()
+    return torch.stack([each[list(columns)].sum() for columns in problem.units[:size]])
 
 
 def _folded(problem: Problem, keep: int, drop: int) -> float:
@@ -99,7 +112,12 @@ def _folded(problem: Problem, keep: int, drop: int) -> float:
     for k, d in zip(problem.units[keep], problem.units[drop], strict=True):
         left = c[d, d] - c[k, d].square() / c[k, k].clamp(min=1e-300)
         lost += float(left.clamp(min=0) * w[:, d].square().sum())
-    return min(1.0, (lost / problem.total) ** 0.5)
+    return lost
+
+
+def _relative(lost: float, problem: Problem) -> float:
+    """Root mean square of what goes missing, as a share of what the consumers compute."""
+    return float(min(1.0, (max(lost, 0.0) / problem.total) ** 0.5))
 
 
 def _mean_share(problem: Problem, size: int) -> float | None:
