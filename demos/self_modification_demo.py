@@ -5,15 +5,16 @@
     python demos/self_modification_demo.py --seeds 3 --write    # and its table in docs/self_modification.md
 
 Training is paid in FLOPs, and the learning rate falls with what was spent: where a network is small, its steps are
-cheap. Prints what was decided, and accuracy, parameters and training FLOPs of both; leaves the picture of the network's
-life, an HTML page and a checkpoint in outputs/.
+cheap. Prints what was decided, and accuracy, parameters and training FLOPs of both, and of the control: the network
+that came of it, trained from the start for the same FLOPs. Leaves the picture of the network's life, an HTML page and a
+checkpoint in outputs/.
 """
 
 import argparse
 import datetime
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from _common import CHECKPOINTS, REPORTS, ROOT, VISUALIZATIONS, quick, section, table_by_seed, wrote
@@ -23,8 +24,11 @@ from tqdm import tqdm
 
 from fashion_mnist_mlp import FashionMLP, evaluate, get_data_loaders, set_seed
 from tracker import NeuronEngine, Policy
+from tracker.training.schedule import schedule
 
-EPOCHS = 5  # of the fixed network
+EPOCHS = 5  # of the fixed network, or as many as come to
+STEPS = quick(8000) // 8  # steps: the embedded sample is small
+USUAL = 1500  # steps for which the plans' schedules were made; shorter runs get one in proportion
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def train(
     model = FashionMLP(hidden)
     optimizer = torch.optim.Adam(model.parameters())
     spent, steps, each = 0.0, 0, 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda _: (1 + math.cos(math.pi * min(spent / budget, 1.0))) / 2
     )
     engine = NeuronEngine()
@@ -102,7 +106,7 @@ def train(
                 loss.backward()
                 optimizer.step()
                 spent, steps = spent + each, steps + 1
-                schedule.step()
+                rate.step()
                 losses.append(loss.detach())
                 if policy is not None and engine.step(loss) is not None:
                     each = 0
@@ -163,15 +167,22 @@ def main() -> None:
         f"{plan.title}. Data: {data.source}; {data.num_samples:,} to train, {test.num_samples:,} to test"
     )
     set_seed(0)
-    budget = EPOCHS * len(data) * step_flops(FashionMLP(plan.fixed), next(iter(data))[0])
+    steps = max(EPOCHS * len(data), STEPS)
+    images = next(iter(data))[0]
+    budget = steps * step_flops(FashionMLP(plan.fixed), images)
+    paid = plan.share * budget
+    policy, own = plan.policy, int(paid / step_flops(FashionMLP(plan.start), images))
+    if plan.start == plan.fixed and own < USUAL:
+        policy = replace(policy, **schedule(own))
     results = []
     for seed in range(options.seeds):
         fixed = "-".join(map(str, [784, *plan.fixed, 10]))
         *_, result = train(f"fixed {fixed}", plan.fixed, None, budget, seed, data, test)
         results.append(result)
-        model, engine, result = train(
-            "self-modified", plan.start, plan.policy, plan.share * budget, seed, data, test
-        )
+        model, engine, result = train("self-modified", plan.start, policy, paid, seed, data, test)
+        results.append(result)
+        widths = list(engine.get_summary()["layers"].values())[:-1]
+        *_, result = train("its final architecture", widths, None, paid, seed, data, test)
         results.append(result)
         if seed == 0:
             show(model, engine)

@@ -38,18 +38,22 @@ class Trainer:
         found: SelfModification | None = None if session is None else session.run
         return found
 
-    def start_self_modification(self, policy: Any = None) -> None:
+    def start_self_modification(self, policy: Any = None, steps: int | None = None) -> None:
         """Let the current model change itself while it trains, as the policy says; call `step` after each step.
 
         Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.
 
         Args:
             policy: A Policy, Phases, a function or an object with `decide` (see `Policy.of`); None for the default one.
+            steps: Of the whole run, where they are known: a schedule that the policy leaves at its defaults becomes
+                shares of them, and the last quarter is left in peace; see `Policy.over`.
 
         Raises:
-            SurgeryError: `policy` is none of these, or protects what is not there.
+            SurgeryError: `policy` is none of these, or protects what is not there; the run is too short to change in.
         """
         chosen = Policy() if policy is None else as_policy(policy)
+        if steps is not None:
+            chosen = chosen.fitted(steps)
         session = self._sessions.current
         refuse_alone(session.ranks)
         if session.run is not None:

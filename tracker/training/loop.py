@@ -129,7 +129,9 @@ class SelfModification:
             finally:
                 self._seen = Seen()  # it holds inputs of the model
         begins = since >= -policy.look and phase == policy.every - policy.look
-        if begins or self._interrupted:
+        left = policy.every - phase  # steps to the look's decision
+        over = policy.until is not None and self.steps - start + left > policy.until
+        if (begins or self._interrupted) and not over:
             self._begin_to_observe()
         return taken_back
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from tracker.errors import SurgeryError
 from tracker.surgery.protection import Protect, wanted
 from tracker.training.choices import Bypass, Candidate, Requests, Size
+from tracker.training.schedule import schedule
 from tracker.training.sense import require_kinds, require_sensible
 from tracker.training.subclasses import name_of, subclass_named
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CLASS = "class"  # key of a subclass's name in plain data
 
@@ -46,6 +50,7 @@ class Policy:
     patience: At which look from then on a group is tried again after a change of it was undone.
     protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids; or
         {name or pattern: share that stays} of the units that a group had at the first look.
+    until: The last step at which something may change, so that the rest of a run is left in peace; None: no such.
     """
 
     warm_up: int = 200
@@ -73,6 +78,7 @@ class Policy:
     regret: float = 0.1
     patience: int = 3
     protect: Protect = ()
+    until: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -161,6 +167,34 @@ class Policy:
         if unknown:
             raise SurgeryError(f"A policy has no {unknown[0]!r}.")
         return OwnPolicy(rule=rule, **settings)
+
+    @classmethod
+    def over(cls, steps: int, **settings: Any) -> Self:
+        """A policy for a run of so many steps: when it looks, settles and ends are shares of them.
+
+        Args:
+            steps: Of the whole run, 24 or more. See `tracker.training.schedule`.
+            settings: Other fields, and those of the schedule that are to be otherwise.
+
+        Raises:
+            SurgeryError: There is no such setting, it makes no sense, or the run is too short.
+        """
+        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
+        if unknown:
+            raise SurgeryError(f"A policy has no {unknown[0]!r}.")
+        return cls(**{**schedule(steps), **settings})
+
+    def fitted(self, steps: int) -> Self:
+        """The same policy for a run of so many steps: what its schedule leaves as it is by default is fitted.
+
+        Raises:
+            SurgeryError: The run is too short, or what is not fitted does not go with the rest.
+        """
+        usual = {f.name: f.default for f in fields(self)}
+        fitted: dict[str, Any] = {
+            n: v for n, v in schedule(steps).items() if getattr(self, n) == usual[n]
+        }
+        return replace(self, **fitted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; of a subclass with the name of its class, which `from_dict` looks for."""
@@ -360,6 +394,15 @@ class Phases:
     def policies(self) -> tuple[Policy, ...]:
         """All policies, in order."""
         return tuple(policy for _, policy in self.parts)
+
+    def fitted(self, steps: int) -> Phases:
+        """The same phases, the last of them fitted to what is left of a run of so many steps; see `Policy.fitted`.
+
+        Raises:
+            SurgeryError: Too little is left.
+        """
+        start, last = self.parts[-1]
+        return Phases([*self.parts[:-1], (start, last.fitted(steps - start))])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; `Policy.from_dict` reads it."""

@@ -11,7 +11,9 @@ from tracker.errors import SurgeryError
 # Field → least, most, and what it is. NaN is in no range.
 RANGES: dict[str, tuple[float, float, str]] = {
     "warm_up": (0, 2**62, "a number of steps, 0 or more"),
-    **dict.fromkeys(("every", "look", "settle"), (1, 2**62, "a number of steps, 1 or more")),
+    **dict.fromkeys(
+        ("every", "look", "settle", "until"), (1, 2**62, "a number of steps, 1 or more")
+    ),
     **dict.fromkeys(("floor", "ceiling"), (1, 2**62, "a number of units, 1 or more")),
     "insert": (0, 2**62, "a number of layers, 0 or more"),
     "patience": (0, 2**62, "a number of looks, 0 or more"),
