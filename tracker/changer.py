@@ -161,7 +161,7 @@ class Changer:
                 ranks.require_same_model(model, optimizers)
             if not dry_run:
                 self._note(drawn, change.receipt, (before, fingerprint(model)), change.log)
-        return change.receipt
+            return change.receipt  # inside: nothing can fail once the change is kept
 
     def _note(
         self, plan: Plan, receipt: Receipt, fingerprints: tuple[str, str], log: UndoLog
@@ -215,7 +215,7 @@ class Changer:
                 raise SurgeryError(f"{operation}: nothing of it can be done ({skipped[-1]}).")
             difference = witness.difference()
             whole.receipt = joined(operation, receipts, difference, skipped, dry_run=dry_run)
-        return whole.receipt
+            return whole.receipt
 
     def places(self, neurons: Neurons) -> list[tuple[str, int]]:
         """(layer, local index) of neurons given by ids, or as {layer: ids or local indices}."""

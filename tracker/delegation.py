@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,7 +26,6 @@ def call(part: str, method: Callable[Concatenate[Any, P], R]) -> Callable[Concat
 
     @wraps(method)
     def passed_on(facade: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        answer: R = getattr(getattr(facade, part), name)(*args, **kwargs)
-        return answer
+        return cast(R, getattr(getattr(facade, part), name)(*args, **kwargs))
 
     return passed_on

@@ -23,6 +23,8 @@ from tracker.sessions import Sessions
 from tracker.structure import Structure
 from tracker.surgeon import Surgeon
 from tracker.surgery.foresight import foretell
+from tracker.surgery.transaction import count
+from tracker.text import in_line
 from tracker.tracker import ActivationTracker
 from tracker.trainer import Trainer
 from tracker.training import Decision
@@ -122,6 +124,20 @@ class NeuronEngine:
         self.surgeon = Surgeon(self.tracker, self.changer, self.calibrator, self.analyzer)
         self.trainer = Trainer(self.tracker, self.sessions, self.surgeon)
         self.recorder = Recorder(self.tracker, self.sessions, self.analyzer)
+
+    def __repr__(self) -> str:
+        session = self.sessions.present
+        model = None if session is None else session.entry.observer.model()
+        if session is None or model is None:
+            return "NeuronEngine: no model is tracked"
+        layers = session.entry.layers
+        neurons = sum(len(layer.ids) for layer in layers.values())
+        changes = len(session.journal)
+        return (
+            f"NeuronEngine: {in_line(session.entry.name)!r}, a {type(model).__name__} of {count(model):,} parameters; "
+            f"{neurons:,} neurons in {len(layers)} layers; "
+            f"{sum(session.entry.observer.samples.values()):,} samples observed; {changes} change{'s' * (changes != 1)}"
+        )
 
     @property
     def activation_threshold(self) -> float:

@@ -192,21 +192,21 @@ class Session:
             self.last = None  # what is noted to undo this one must not keep the one before
         try:
             yield inner
+            kept = inner.receipt is not None and not inner.receipt.dry_run
+            if kept and outer is not None:
+                outer.log.add(inner.log.undo)
+            elif kept:
+                self.changed()
+                self.last = inner
+            elif outer is None:
+                self.last = last
+            self._open = outer  # the last line: from here on it is done
         except BaseException:
             inner.log.undo()
-            raise
-        finally:
             self._open = outer
-            kept = inner.receipt is not None and not inner.receipt.dry_run
             if outer is None:
                 self.last = last
-        if not kept:
-            return
-        if outer is None:
-            self.last = inner
-            self.changed()
-        else:
-            outer.log.add(inner.log.undo)
+            raise
 
 
 @contextmanager

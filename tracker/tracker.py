@@ -136,9 +136,9 @@ class ActivationTracker:
         self,
         model: nn.Module,
         name: str,
-        example_inputs: ExampleInputs | None,
-        axes: Mapping[str, int] | None,
-        batch_dim: int,
+        example_inputs: ExampleInputs | None = None,
+        axes: Mapping[str, int] | None = None,
+        batch_dim: int = 0,
         assume_unread: Collection[str] = (),
     ) -> TrackedModel:
         """Give ids to the neurons of `model` and make it the current one; again for the same model: the same ids."""
@@ -206,8 +206,8 @@ class ActivationTracker:
 
     def start(
         self,
-        correlate: bool,
-        mode: str | None,
+        correlate: bool = False,
+        mode: str | None = None,
         every: int = 1,
         layers: Collection[str] | None = None,
         sampling: int = 1,

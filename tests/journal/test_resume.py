@@ -61,6 +61,12 @@ AFTER: dict[str, Callable[[NeuronEngine, Tensor], Any]] = {
 }
 
 
+def _unmeasured(receipt: Any) -> list[str]:
+    """What a receipt says, but for the loss on batches that calibration held back: a checkpoint has no data."""
+    data = ("squared change of the output", "note: measured on", "note: of each batch")
+    return [line for line in str(receipt).splitlines() if not line.strip().startswith(data)]
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW fused"])
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 def test_all_changes_after_the_break(name: str, optimizer: str, tmp_path: Path) -> None:
@@ -73,7 +79,7 @@ def test_all_changes_after_the_break(name: str, optimizer: str, tmp_path: Path) 
     other, other_opt, _ = fresh(name, optimizer)
     resumed = NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
     for what, change in AFTER.items():
-        told = [str(change(each, x)) for each in (engine, resumed)]
+        told = [_unmeasured(change(each, x)) for each in (engine, resumed)]
         assert told[0] == told[1], what
         for _ in range(2):
             assert train(model, opt, x) == train(other, other_opt, x), what

@@ -104,7 +104,7 @@ def test_norms_are_taken_anew_over_all_batches() -> None:
     assert all(torch.equal(after[n], t) for n, t in before.items() if "running" not in n)
     engine.undo()
     assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
-    with pytest.raises(SurgeryError, match="No batch"):
+    with pytest.raises(SurgeryError, match="no batch"):
         engine.reestimate_norms([])
     plain = nn.Sequential(nn.Linear(3, 2))
     engine.track_model(plain, "plain", example_inputs=torch.randn(2, 3))

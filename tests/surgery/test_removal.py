@@ -255,7 +255,7 @@ def test_ids_and_statistics_move_along() -> None:
     gone = [ids["0"][1], ids["0"][4], ids["1"][1], ids["1"][4], ids["4"][3]]
     receipt = engine.prune_neurons([ids["0"][1], ids["0"][4], ids["4"][3]], compensate=False)
     assert receipt.removed_ids == gone
-    assert ids["0"] == [0, 2, 3, 5]
+    assert engine.track_model(model)["0"] == [0, 2, 3, 5]
     assert engine.get_neuron_info(5) == ("0", 3)
     after = engine.get_dataset_statistics()
     assert set(after) == set(before) - set(gone)

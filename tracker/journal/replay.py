@@ -17,6 +17,7 @@ from tracker.errors import CheckpointError
 from tracker.probe import computed_tensors
 from tracker.structure.ints import Attribute, missing, shadow
 from tracker.structure.sizes import adapt, tensors
+from tracker.structure.stacks import CONFIGS, config_of, count_name
 from tracker.structure.twins import is_free, liberate
 from tracker.surgery.copies import copied, is_block
 from tracker.surgery.depth import INSERTED, Bypass, ReluIdentity, ResidualBlock, replace_module
@@ -186,7 +187,11 @@ def _change(twin: nn.Module, entry: Entry, known: set[Attribute]) -> None:
             raise ValueError(
                 f"{unknown} of {unknown.module or 'the model'} is no integer of its code"
             )
-        _require_sizes(twin, entry.attributes, moved)
+        copies = sum(spec["kind"] == "Copy" for spec in entry.modules.values())
+        rest = {
+            a: v for a, v in entry.attributes.items() if not _counts_blocks(twin, a, v - copies)
+        }
+        _require_sizes(twin, rest, moved)
     adapt(twin, entry.attributes, lambda back: None)
     for name, spec in entry.modules.items():
         replace_module(twin, name, _built(twin, name, spec), [], UndoLog())
@@ -206,6 +211,14 @@ def _require_sizes(
             raise ValueError(
                 f"{attribute.name} of {attribute.module or 'the model'} cannot be {value}: no axis moved like that"
             )
+
+
+def _counts_blocks(twin: nn.Module, attribute: Attribute, before: int) -> bool:
+    """Whether it is how many blocks a configuration counts, and was so many before copies were inserted."""
+    if attribute.module or attribute.owner not in CONFIGS:
+        return False
+    config = config_of(twin, attribute.owner)
+    return attribute.name == count_name(config) and vars(config).get(attribute.name) == before
 
 
 def _follows(was: int, value: int, old: int, new: int) -> bool:
