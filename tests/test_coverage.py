@@ -43,7 +43,7 @@ def test_what_is_cut_wrongly_comes_out_as_wrong(monkeypatch: pytest.MonkeyPatch)
 
     def prune_and_turn(self: NeuronEngine, units: dict[str, list[int]], **how: bool) -> object:
         receipt = cut(self, units, **how)
-        model = self._tracker.current.model()
+        model = self.tracker.current.model()
         with torch.no_grad():
             model[2].weight.copy_(model[2].weight.roll(1, 1).clone())
         return receipt
