@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fashion_mnist_mlp import FashionMLP, evaluate, get_data_loaders, set_seed
 from tracker import NeuronEngine, Policy
-from tracker.training.schedule import schedule
+from tracker.training.schedule import LEAST, schedule
 
 EPOCHS = 5  # of the fixed network, or as many as come to
 STEPS = quick(8000) // 8  # steps: the embedded sample is small
@@ -172,7 +172,7 @@ def main() -> None:
     budget = steps * step_flops(FashionMLP(plan.fixed), images)
     paid = plan.share * budget
     policy, own = plan.policy, int(paid / step_flops(FashionMLP(plan.start), images))
-    if plan.start == plan.fixed and own < USUAL:
+    if plan.start == plan.fixed and LEAST <= own < USUAL:
         policy = replace(policy, **schedule(own))
     results = []
     for seed in range(options.seeds):

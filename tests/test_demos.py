@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tracker import NeuronEngine, recommend, reporter
+from tracker import NeuronEngine, recommend, reports
 from tracker.findings import LayerFindings
 from tracker.journal.checkpoint import FILES, MANIFEST
 from tracker.statistics import Activity, Covariance
@@ -156,7 +156,7 @@ def forget_to_prune(original: Callable[..., Any], *args: Any) -> Any:
         ("correlation", Covariance, "pairs_above", weaken_correlations),
         ("training", NeuronEngine, "log_epoch_statistics", round_the_loss),
         ("training", Activity, "value", shift_the_means),
-        ("reporting", reporter, "ranking", rank_by_id),
+        ("reporting", reports, "ranking", rank_by_id),
         ("optimization", recommend, "prune_layer", forget_to_prune),
         ("optimization", Covariance, "pairs_above", weaken_correlations),
     ],

@@ -185,18 +185,18 @@ def test_hidden_units_of_recurrent_layers_are_neurons(build: Any) -> None:
     receipt = engine.prune_units({group.name: [2]})
     directions = width // 7
     assert receipt.removed_ids == [own[2 + 7 * d] for d in range(directions)]
-    assert ids["layer"] == [n for n in own if n not in receipt.removed_ids]
+    assert engine.track_model(model)["layer"] == [n for n in own if n not in receipt.removed_ids]
     assert model.layer.hidden_size == 6
     with torch.no_grad():
         model(x)
     assert engine.get_neuron_stats(own[3])["batches"] == 2 * seen
     engine.undo()
-    assert ids["layer"] == own
+    assert engine.track_model(model)["layer"] == own
     with torch.no_grad():
         assert torch.equal(model(x), expected)
     grown = engine.expand_layer("layer", 2 * directions)
     assert grown.promise == "exact"
-    assert len(ids["layer"]) == width + 2 * directions
+    assert len(engine.track_model(model)["layer"]) == width + 2 * directions
     with torch.no_grad():
         assert apart(model(x), expected) < 1e-5
 

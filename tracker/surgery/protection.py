@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from torch import Tensor
+
 from tracker.errors import SurgeryError
 from tracker.structure import Structure, UnitGroup
 from tracker.tracker import ActivationTracker
 
+LONGEST = 1000  # characters of a name
 # Names or patterns of layers, modules or groups, and neuron ids; or {name or pattern: share of its units that stay}.
 Protect = str | int | Iterable[str | int] | Mapping[str, float]
 
@@ -141,11 +144,14 @@ def wanted(protect: Protect) -> tuple[dict[str, float], set[int]]:
                     "What is protected by shares is {name or pattern: share of its units that stay, 0 to 1}, not "
                     f"{{{name!r}: {share!r}}}."
                 )
+        for name in protect:
+            _require_name(name)
         return {name: float(share) for name, share in protect.items()}, set()
-    listed = [protect] if isinstance(protect, str | int) else protect
+    listed = [protect] if isinstance(protect, str | int | Tensor) else protect
     names, ids = dict[str, float](), set[int]()
     for one in listed if isinstance(listed, Iterable) else [listed]:
         if isinstance(one, str):
+            _require_name(one)
             names[one] = 1.0
         elif isinstance(one, int) and not isinstance(one, bool):
             ids.add(one)
@@ -155,6 +161,13 @@ def wanted(protect: Protect) -> tuple[dict[str, float], set[int]]:
                 f"stays}}; not {one!r}."
             )
     return names, ids
+
+
+def _require_name(name: str) -> None:
+    if len(name) > LONGEST:
+        raise SurgeryError(
+            f"A name or pattern of {len(name):,} characters, {name[:40]!r}..., is none: {LONGEST:,} are the most."
+        )
 
 
 def matching(tracker: ActivationTracker, pattern: str) -> list[UnitGroup]:
