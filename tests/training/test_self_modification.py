@@ -285,7 +285,7 @@ def test_the_same_life_however_the_passes_are_run(way: str) -> None:
 def test_what_makes_no_sense_is_refused_in_words() -> None:
     _model, _, engine, _ = prepared("mlp")
     assert engine.step(0.5) is None  # one script serves with and without a run
-    with pytest.raises(SurgeryError, match="Policy or Phases"):
+    with pytest.raises(SurgeryError, match="a Policy, Phases, a function"):
         engine.start_self_modification({"every": 3})  # type: ignore[arg-type]
     with pytest.raises(SurgeryError, match=r"\(step, policy\)"):
         Phases("ab")  # type: ignore[arg-type]
