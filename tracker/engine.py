@@ -66,6 +66,7 @@ def _public(*parts: type) -> list[str]:
         "protect",
         "floor",
         "round_to",
+        "assume_unread",
     ),
     **dict.fromkeys(_public(Watcher, Analyzer, Reporter), StatisticsError),
     **dict.fromkeys(HISTORY, StatisticsError),
