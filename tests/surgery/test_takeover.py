@@ -379,6 +379,7 @@ def test_copies_merge_exactly(name: str) -> None:
     receipt = engine.merge_neurons([(keep, drop)])
     assert receipt.promise == "exact", receipt
     assert drop in receipt.removed_ids
+    ids = engine.track_model(model)[CASES[name].layer]
     assert keep in ids
     assert drop not in ids
     assert apart(model, before, fresh(name, 4)) <= 1e-6
