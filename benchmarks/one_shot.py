@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from fashion_mnist_mlp import FashionMLP, evaluate, get_data_loaders, set_seed
 from tracker import NeuronEngine
-from tracker.surgery.problem import Limits, chosen_units, problems_of
+from tracker.surgery.prices.removal_problem import Limits, chosen_units, problems_of
 
 PAGE = ROOT / "docs" / "one_shot.md"
 CALIBRATION = 80  # batches

@@ -30,7 +30,7 @@ from one_shot import TITLES, Case, image_case, smollm_case, text_case
 from tqdm import tqdm
 
 from tracker import NeuronEngine
-from tracker.surgery.problem import Limits, problems_of
+from tracker.surgery.prices.removal_problem import Limits, problems_of
 
 PAGE = ROOT / "docs" / "prices.md"
 DEPTHS = (0.1, 0.25, 0.5, 0.75, 0.9)  # of a group's units
@@ -71,7 +71,7 @@ def measure(name: str, quick: bool) -> tuple[list[Row], float, tuple[float, floa
     engine.calibrate(fitted, loss=loss)
     seconds = time.perf_counter() - start
     start = time.perf_counter()
-    from tracker.surgery.calibration import collect, consumers
+    from tracker.surgery.calibration.consumers import collect, consumers
 
     collect(model, (x for x, _ in fitted), consumers(model, groups)[0])
     plain = time.perf_counter() - start

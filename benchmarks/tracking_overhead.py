@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks._kernels import covariances, kernels, machine, pair_search, profile
-from tracker.hooks import Observer, Site, attach, detach_sites
-from tracker.layers import Layer
+from tracker.modules.layers import Layer
+from tracker.observation.hooks import Observer, Site, attach, detach_sites
 
 THRESHOLD = 0.01
 

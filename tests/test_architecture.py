@@ -3,96 +3,40 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tracker"
 
-# Each room may import from rooms before it.
-ORDER = [
-    "errors",
-    "text",
-    "checks",
-    "files",
-    "nested",
-    "schema",
-    "slotmap",
-    "delegation",
-    "statistics",
-    "compensation",
-    "layers",
-    "identity",
-    "calls",
-    "signature",
-    "progress",
-    "chance",
-    "probe",
-    "batches",
-    "structure",
-    "observation",
-    "reads",
-    "graphs",
-    "hooks",
-    "snapshot",
-    "tracker",
-    "findings",
-    "recommend",
-    "history",
-    "reports",
-    "figures",
-    "analyzer",
-    "surgery",
-    "journal",
-    "memory",
-    "distributed",
-    "sharded",
-    "session",
-    "sessions",
-    "watcher",
-    "attachments",
-    "changer",
-    "calibrator",
-    "compressor",
-    "surgeon",
-    "training",
-    "trainer",
-    "life",
-    "page",
-    "reporter",
-    "recorder",
-    "engine",
-    "integrations",
-    "export",
-    "inspection",
-    "__main__",
-    "__init__",
-]
+
+def contracts(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The contracts of pyproject.toml on the package in a folder."""
+    code = "import sys; from importlinter.cli import lint_imports as lint; sys.exit(lint(no_cache=True))"
+    path = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=path
+    )
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_imports_point_down() -> None:
+    """Rooms import from rooms below them, and nothing goes round in a circle."""
+    done = contracts(PACKAGE.parent)
+    assert done.returncode == 0, done.stdout
 
 
-def imports(path: Path) -> set[str]:
-    """Rooms that a file imports from."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tracker":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names = [a.name.split(".") for a in node.names]
-            found |= {n[1] for n in names if n[0] == "tracker" and len(n) > 1}
-    return found
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
-def test_imports_point_down(path: Path) -> None:
-    here = ORDER.index(room(path))
-    for target in imports(path):
-        assert target in ORDER, f"{target} has no place in the order of rooms"
-        assert ORDER.index(target) <= here, f"{room(path)} climbs to {target}"
+def test_an_import_that_climbs_is_found(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "tracker", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PACKAGE.parent / "pyproject.toml", tmp_path)
+    with (tmp_path / "tracker" / "utils" / "text.py").open("a") as file:
+        file.write("\nfrom tracker.engine import NeuronEngine  # noqa\n")
+    done = contracts(tmp_path)
+    assert done.returncode == 1
+    assert "tracker.utils is not allowed to import tracker.engine" in done.stdout
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from tracker import NeuronEngine, recommend, reports
-from tracker.findings import LayerFindings
-from tracker.journal.checkpoint import FILES, MANIFEST
+from tracker import NeuronEngine
+from tracker.analysis import recommendations
+from tracker.analysis.findings import LayerFindings
+from tracker.checkpoint.checkpoint_files import FILES, MANIFEST
+from tracker.reporting import text_reports
 from tracker.statistics import Activity, Covariance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,8 +158,8 @@ def forget_to_prune(original: Callable[..., Any], *args: Any) -> Any:
         ("correlation", Covariance, "pairs_above", weaken_correlations),
         ("training", NeuronEngine, "log_epoch_statistics", round_the_loss),
         ("training", Activity, "value", shift_the_means),
-        ("reporting", reports, "ranking", rank_by_id),
-        ("optimization", recommend, "prune_layer", forget_to_prune),
+        ("reporting", text_reports, "ranking", rank_by_id),
+        ("optimization", recommendations, "prune_layer", forget_to_prune),
         ("optimization", Covariance, "pairs_above", weaken_correlations),
     ],
 )

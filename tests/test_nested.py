@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from tracker import NeuronEngine
-from tracker.nested import first_floating, replaced, tensors_in
+from tracker.utils.nested import first_floating, replaced, tensors_in
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from torch import nn
 
 from tracker import NeuronEngine
 from tracker.analyzer import Analyzer
-from tracker.calibrator import Calibrator
-from tracker.changer import Changer
-from tracker.compressor import Compressor
+from tracker.parts.calibrator import Calibrator
+from tracker.parts.changer import Changer
+from tracker.parts.compressor import Compressor
+from tracker.parts.sessions import Sessions
+from tracker.parts.surgeon import Surgeon
 from tracker.reporter import Reporter
-from tracker.sessions import Sessions
-from tracker.surgeon import Surgeon
 from tracker.tracker import ActivationTracker
-from tracker.trainer import Trainer
 from tracker.training import Policy
+from tracker.training.trainer import Trainer
 
 X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
 

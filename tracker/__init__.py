@@ -3,8 +3,9 @@
 `NeuronEngine` is the one facade; `NeuronTracker` is the same class under its other public name.
 """
 
-from tracker.calls import Call
-from tracker.distributed import renew
+from tracker.checkpoint.recorder import apply_journal
+from tracker.distributed.ranks import renew
+from tracker.distributed.sharded import gather_sharded, shard_anew
 from tracker.engine import NeuronEngine
 from tracker.errors import (
     CheckpointError,
@@ -18,9 +19,8 @@ from tracker.errors import (
     VerificationError,
     WriteError,
 )
+from tracker.inputs.calls import Call
 from tracker.journal import Entry, Journal
-from tracker.recorder import apply_journal
-from tracker.sharded import gather_sharded, shard_anew
 from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
 from tracker.surgery import Receipt
 from tracker.training import Bypass, Candidate, Decision, Phases, Policy, Requests, Size

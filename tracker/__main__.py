@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from tracker.checkpoint.inspect import differences, find, shown
 from tracker.errors import TrackerError
-from tracker.inspection import differences, find, shown
-from tracker.text import plain
+from tracker.utils.text import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

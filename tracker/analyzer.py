@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tracker import findings as of_layers
+from tracker.analysis import findings as of_layers
+from tracker.analysis.findings import LayerFindings
 from tracker.errors import StatisticsError
-from tracker.findings import LayerFindings
-from tracker.identity import NeuronId, named
-from tracker.observation import Observation
+from tracker.observation.neuron_ids import NeuronId, named
+from tracker.observation.records import Observation
 from tracker.tracker import ActivationTracker
 
 Findings = Mapping[str, LayerFindings]

@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tracker.analysis.epoch_history import TrainingHistory
 from tracker.analyzer import Analyzer
-from tracker.attachments import Attachments
-from tracker.calibrator import Calibrator
-from tracker.changer import Changer
-from tracker.checks import checked
-from tracker.compressor import Compressor
-from tracker.delegation import call
+from tracker.checkpoint.recorder import PathLike, Recorder, load_engine
 from tracker.errors import CheckpointError, StatisticsError, SurgeryError, UnknownNeuronError
-from tracker.history import TrainingHistory
 from tracker.journal import Journal
-from tracker.recorder import PathLike, Recorder, load_engine
+from tracker.parts.attachments import Attachments
+from tracker.parts.calibrator import Calibrator
+from tracker.parts.changer import Changer
+from tracker.parts.compressor import Compressor
+from tracker.parts.sessions import Sessions
+from tracker.parts.surgeon import Surgeon
+from tracker.parts.watcher import Watcher
 from tracker.reporter import Reporter
-from tracker.sessions import Sessions
 from tracker.structure import Structure
-from tracker.surgeon import Surgeon
-from tracker.surgery.foresight import foretell
+from tracker.surgery.prices.predictions import foretell
 from tracker.surgery.transaction import count
-from tracker.text import in_line
 from tracker.tracker import ActivationTracker
-from tracker.trainer import Trainer
 from tracker.training import Decision
-from tracker.watcher import Watcher
+from tracker.training.trainer import Trainer
+from tracker.utils.argument_checks import checked
+from tracker.utils.delegation import call
+from tracker.utils.text import in_line
 
 if TYPE_CHECKING:
     from typing_extensions import Self

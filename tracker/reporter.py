@@ -7,17 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker import figures, page, recommend, reports
+from tracker.analysis.epoch_history import write_json
+from tracker.analysis.recommendations import Thresholds, pruning_candidates, recommend
 from tracker.analyzer import Analyzer
 from tracker.errors import StatisticsError
-from tracker.files import picture, write_together
-from tracker.history import write_json
-from tracker.identity import layer_named
-from tracker.life import life
-from tracker.observation import Observation
-from tracker.sessions import Sessions
+from tracker.observation.neuron_ids import layer_named
+from tracker.observation.records import Observation
+from tracker.parts.sessions import Sessions
+from tracker.reporting import figures, html_page, text_reports
+from tracker.reporting.timeline import life
 from tracker.surgery.transaction import count
-from tracker.text import plain
+from tracker.utils.files import picture, write_together
+from tracker.utils.text import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,8 +68,8 @@ class Reporter:
         redundancy = self._analyzer.threshold(redundancy_threshold)
         observation, findings = self._analyzer.findings()
         self._analyzer.require_observed(findings)
-        thresholds = recommend.Thresholds(pruning_threshold, redundancy, saturation_threshold)
-        recommendations = recommend.recommend(observation, findings, thresholds)
+        thresholds = Thresholds(pruning_threshold, redundancy, saturation_threshold)
+        recommendations = recommend(observation, findings, thresholds)
         self._predict(observation, recommendations)
         self._recommendations = (self._analyzer.window(), recommendations)
         return recommendations
@@ -79,39 +80,39 @@ class Reporter:
 
     def print_optimization_recommendations(self, **thresholds: float) -> None:
         """Print the recommendations for people."""
-        print(reports.optimization_report(self._current_recommendations(thresholds)))
+        print(text_reports.optimization_report(self._current_recommendations(thresholds)))
 
     def generate_pruning_recommendations(self, top_n: int = 10) -> list[dict[str, Any]]:
         """Print and return the `top_n` least useful neurons of the hidden layers."""
-        reports.require_count("top_n", top_n)
+        text_reports.require_count("top_n", top_n)
         _, findings = self._analyzer.findings()
         self._analyzer.require_observed(findings)
-        candidates = recommend.pruning_candidates(findings)[:top_n]
-        print(reports.pruning_report(candidates, top_n))
+        candidates = pruning_candidates(findings)[:top_n]
+        print(text_reports.pruning_report(candidates, top_n))
         return candidates
 
     # Reports
 
     def print_activation_summary(self, limit: int | None = 10) -> None:
         """Print one line for each neuron: the first `limit` of each layer, None for all."""
-        reports.require_count("limit", limit)
-        print(reports.activation_summary(*self._analyzer.findings(), limit))
+        text_reports.require_count("limit", limit)
+        print(text_reports.activation_summary(*self._analyzer.findings(), limit))
 
     def print_dataset_summary(self) -> None:
         """Print dead neurons and firing, layer by layer."""
-        print(reports.dataset_summary(*self._analyzer.findings()))
+        print(text_reports.dataset_summary(*self._analyzer.findings()))
 
     def print_correlation_analysis(self, correlation_threshold: float | None = None) -> None:
         """Print the redundant pairs of every layer."""
         threshold = self._analyzer.threshold(correlation_threshold)
         observation, _ = self._analyzer.findings()
-        print(reports.correlation_report(observation, self._analyzer.correlated(), threshold))
+        print(text_reports.correlation_report(observation, self._analyzer.correlated(), threshold))
 
     def generate_neuron_report(
         self, show_heatmap: bool = True, save_heatmap: PathLike | None = None, top_n: int = 10
     ) -> str:
         """Print and return the activity report; show the heatmap where there is a window, save it where asked."""
-        reports.require_count("top_n", top_n)
+        text_reports.require_count("top_n", top_n)
         report = self._activity_report(top_n)
         print(report)
         if save_heatmap is not None or show_heatmap:
@@ -128,15 +129,18 @@ class Reporter:
         """
         target = Path(path)
         observation, findings = self._analyzer.findings()
-        parts = [self._activity_report(top_n=10), reports.dataset_summary(observation, findings)]
+        parts = [
+            self._activity_report(top_n=10),
+            text_reports.dataset_summary(observation, findings),
+        ]
         if any(f.layer.covariance is not None for f in findings.values()):
             correlated = self._analyzer.correlated()
             parts.append(
-                reports.correlation_report(
+                text_reports.correlation_report(
                     observation, correlated, self._analyzer.correlation_threshold
                 )
             )
-        parts.append(reports.optimization_report(self._current_recommendations({})))
+        parts.append(text_reports.optimization_report(self._current_recommendations({})))
         files: dict[PathLike, bytes] = {}
         if include_heatmap:
             beside = target.parent / f"{target.stem}_heatmap.png"
@@ -181,8 +185,8 @@ class Reporter:
         observation, findings = self._analyzer.findings()
         session = self._sessions.current
         current = session.entry
-        return page.write(
-            page.Run(
+        return html_page.write(
+            html_page.Run(
                 current.name,
                 observation,
                 findings,
@@ -200,8 +204,8 @@ class Reporter:
     def _activity_report(self, top_n: int) -> str:
         observation, findings = self._analyzer.findings()
         self._analyzer.require_observed(findings)
-        candidates = recommend.pruning_candidates(findings)
-        return reports.activity_report(
+        candidates = pruning_candidates(findings)
+        return text_reports.activity_report(
             observation, findings, candidates, self._analyzer.correlation_threshold, top_n
         )
 

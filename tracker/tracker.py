@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracker.calls import ExampleInputs, calls_of
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
-from tracker.graphs import forget_compiled_graphs
-from tracker.hooks import (
+from tracker.inputs.calls import ExampleInputs, calls_of
+from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.modules.layers import find_layers, require_axes, unwrap
+from tracker.observation.compiled import forget_compiled_graphs
+from tracker.observation.consumer_inputs import Read, reslotted
+from tracker.observation.hooks import (
     Observer,
     Site,
     attach,
@@ -24,14 +27,11 @@ from tracker.hooks import (
     resolve_widths,
     watch_inputs,
 )
-from tracker.identity import LayerIds, NeuronRegistry, layer_named
-from tracker.layers import find_layers, require_axes, unwrap
-from tracker.observation import Observation
-from tracker.probe import forward_once, quiet_copy
-from tracker.reads import Read, reslotted
-from tracker.slotmap import SlotMap
-from tracker.snapshot import first_mode, observed_layer
+from tracker.observation.neuron_ids import LayerIds, NeuronRegistry, layer_named
+from tracker.observation.records import Observation
+from tracker.observation.snapshot import first_mode, observed_layer
 from tracker.structure import Passes, Structure, require_known, trace_structure
+from tracker.utils.slotmap import SlotMap
 
 log = logging.getLogger("tracker")
 OBSERVE = ("reads", "output")

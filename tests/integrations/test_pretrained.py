@@ -201,7 +201,7 @@ def test_layers_one_behind_the_other_are_of_no_kind() -> None:
 
 def test_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of two cannot grow: the first is as before too."""
-    from tracker import surgeon
+    from tracker.parts import surgeon
 
     model, _, engine, x = prepared("residual")
     for i in (1, 2):

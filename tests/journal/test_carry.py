@@ -15,7 +15,7 @@ from torch import nn
 from tests.journal.runs import CHANGES, begun, fresh
 from tests.surgery.subjects import equal, snapshot, train
 from tracker import CheckpointError, NeuronEngine
-from tracker.journal.carry import KEY
+from tracker.journal.state_dict_hooks import KEY
 
 
 def changed(name: str) -> tuple[Any, ...]:

@@ -25,8 +25,9 @@ from benchmarks import kills
 from tests.journal.runs import CHANGES, ROOT, begun, fresh
 from tests.surgery.subjects import OPTIMIZERS, equal, snapshot, train
 from tracker import CheckpointError, NeuronEngine, TrackerError, apply_journal
-from tracker.files import unique
-from tracker.journal import checkpoint, places, read_checkpoint, write_checkpoint
+from tracker.checkpoint import checkpoint_files, directories
+from tracker.checkpoint.checkpoint_files import read_checkpoint, write_checkpoint
+from tracker.utils.files import unique
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -160,9 +161,9 @@ def test_several_threads_save_and_one_loads(
 ) -> None:
     """Also on file systems that cannot swap names, or have no locks: nothing is lost, nothing is mixed."""
     if not swap:
-        monkeypatch.setattr(places, "exchange", lambda one, other: False)
+        monkeypatch.setattr(directories, "exchange", lambda one, other: False)
     if not locks:
-        monkeypatch.setattr(places, "locked", lambda path, patience: nullcontext(False))
+        monkeypatch.setattr(directories, "locked", lambda path, patience: nullcontext(False))
     path, failed = tmp_path / "run", list[Exception]()
     writers = [kills.parts() for _ in range(3)]
     kills.save(1.0, path, writers[0])
@@ -219,9 +220,9 @@ def test_a_handler_saves_in_the_middle_of_a_save(tmp_path: Path) -> None:
 def test_dead_drafts_are_swept_and_nothing_else(tmp_path: Path) -> None:
     own, path = kills.parts(), tmp_path / "run"
     kills.save(1.0, path, own)
-    draft, other = places.begin(path), tmp_path / ".run.new-00000000-0123456789abcdef"
+    draft, other = directories.begin(path), tmp_path / ".run.new-00000000-0123456789abcdef"
     shutil.copytree(draft, other)  # of another machine, a moment ago
-    shutil.copytree(path, places.beside(path, "old"))
+    shutil.copytree(path, directories.beside(path, "old"))
     mine = tmp_path / f".run.new-{unique()}"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
@@ -265,10 +266,10 @@ def test_what_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     [
         (os, "fsync"),
         (os, "rename"),
-        (places, "exchange"),
+        (directories, "exchange"),
         (Path, "mkdir"),
-        (checkpoint, "bytes_of"),
-        (checkpoint, "_put"),
+        (checkpoint_files, "bytes_of"),
+        (checkpoint_files, "_put"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -277,7 +278,7 @@ def test_a_fault_leaves_the_old_or_the_new(
 ) -> None:
     """The disk is full at the n-th call, for n = 1, 2, ... until all goes well."""
     if name == "rename":  # as on file systems that cannot swap two names
-        monkeypatch.setattr(places, "exchange", lambda one, other: False)
+        monkeypatch.setattr(directories, "exchange", lambda one, other: False)
     _model, _, engine, _ = begun("mlp")
     engine.save_checkpoint(tmp_path / "run")
     engine.prune_neurons({"0": [0]})

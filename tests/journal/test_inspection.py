@@ -18,7 +18,7 @@ from tests.journal.runs import ROOT, begun
 from tests.journal.test_hostile_files import HOSTILE, edit, put
 from tests.surgery.subjects import train
 from tracker.__main__ import main
-from tracker.schema import FOLDER, load_schema, problems
+from tracker.utils.json_schema import FOLDER, load_schema, problems
 
 KEYWORDS = {
     "$ref", "type", "oneOf", "const", "enum", "minimum", "maximum", "minItems", "maxItems", "uniqueItems", "pattern",

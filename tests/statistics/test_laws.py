@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tracker.reads import Read, reslotted
-from tracker.slotmap import SlotMap
+from tracker.observation.consumer_inputs import Read, reslotted
 from tracker.statistics import Activity, Covariance, Scratch, observe
+from tracker.utils.slotmap import SlotMap
 
 NEURONS = 4
 Statistic = Activity | Covariance

@@ -14,7 +14,6 @@ import oracle
 import pytest
 import torch
 
-from tracker.slotmap import SlotMap
 from tracker.statistics import (
     Activity,
     ActivityStream,
@@ -27,7 +26,8 @@ from tracker.statistics import (
     stream,
 )
 from tracker.statistics.activity import M2, MEAN, OBSERVATIONS
-from tracker.statistics.native import build, loading
+from tracker.statistics.native import build, calls, loading
+from tracker.utils.slotmap import SlotMap
 
 STREAMS = oracle.streams()
 ROOT = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ def test_both_paths_agree_on_awkward_tensors(
     """Alone, and after a batch; with torch's threads as well, from the first value on."""
     x, axis = AWKWARD[name]
     before = torch.get_num_threads()
-    monkeypatch.setattr(loading, "PARALLEL", 1)
+    monkeypatch.setattr(calls, "PARALLEL", 1)
     torch.set_num_threads(threads)
     try:
         for batches in ([x], [torch.randn_like(x.detach()), x]):

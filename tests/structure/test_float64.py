@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracker import NeuronEngine, StructureError, VerificationError
-from tracker.calls import arguments
-from tracker.structure.float64 import _WIDER, Float64Code
-from tracker.structure.lending import InFloat64, light_copy, relative_difference
+from tracker.inputs.calls import arguments
 from tracker.structure.trace import plain_kernels
+from tracker.structure.trials.float64_mode import _WIDER, Float64Code
+from tracker.structure.trials.temporary_copies import InFloat64, light_copy, relative_difference
 from tracker.surgery import transaction
 
 

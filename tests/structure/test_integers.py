@@ -37,7 +37,7 @@ from tests.structure.models import (
 )
 from tests.structure.oracle_masks import relative_difference
 from tracker import SurgeryError
-from tracker.structure.ints import Attribute, TInt, evaluate, expression, text
+from tracker.structure.code_sizes.traced_int import Attribute, TInt, evaluate, expression, text
 
 
 @pytest.mark.parametrize("build", [Attention, Fused, Split, Configured], ids=lambda b: b.__name__)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from tests.structure.subjects import fresh, models
 from tracker import NeuronEngine, SurgeryError
-from tracker.calls import calls_of
-from tracker.probe import forward_once
-from tracker.structure.float64 import double
-from tracker.structure.lending import InFloat64, light_copy, relative_difference
+from tracker.inputs.calls import calls_of
+from tracker.inputs.forward_pass import forward_once
 from tracker.structure.trace import plain_kernels
+from tracker.structure.trials.float64_mode import double
+from tracker.structure.trials.temporary_copies import InFloat64, light_copy, relative_difference
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker import Call, NeuronEngine, StructureError, SurgeryError
-from tracker.journal.inputs import calls_from
+from tracker.inputs.serialized import calls_from
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tests.structure.test_float64 import Casting
 from tracker import NeuronEngine
-from tracker.structure import rule, rules, trace_structure
+from tracker.structure import rule, trace_structure
+from tracker.structure.rules import registry
 
 
 @torch.library.custom_op("test_said::twice", mutates_args=())
@@ -31,10 +32,10 @@ class Custom(nn.Module):
 
 @pytest.fixture
 def unruled() -> Iterator[None]:
-    before = dict(rules._RULES)
+    before = dict(registry._RULES)
     yield
-    rules._RULES.clear()
-    rules._RULES.update(before)
+    registry._RULES.clear()
+    registry._RULES.update(before)
 
 
 @pytest.mark.usefixtures("unruled")
@@ -65,7 +66,7 @@ def test_a_users_rule_that_raises_is_named_and_its_exception_kept(
 @pytest.mark.usefixtures("unruled")
 def test_a_users_rule_that_is_right_lets_units_go() -> None:
     @rule("test_said::twice")
-    def _(op: rules.Op) -> None:
+    def _(op: registry.Op) -> None:
         op.give(op.out, op.axes(op.args[0]))
 
     structure = trace_structure(Custom(), torch.randn(3, 4))

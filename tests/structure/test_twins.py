@@ -92,7 +92,7 @@ def test_padding_after_a_removal_in_a_later_layer() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
 def test_the_twin_gives_what_torch_gives(need_weights: bool, masked: bool, batched: bool) -> None:
-    from tracker.structure.twins import liberate
+    from tracker.structure.adapters.attention import liberate
 
     theirs = nn.MultiheadAttention(C, H, batch_first=True).double().eval()
     randomise(theirs, 0)
@@ -147,7 +147,7 @@ def test_the_twin_of_windows_gives_what_torchvision_gives(
     """Outputs and gradients; sides that need padding, and a window that covers one."""
     from torchvision.models import swin_transformer as swin
 
-    from tracker.structure.twins import is_free, liberate
+    from tracker.structure.adapters.attention import is_free, liberate
 
     kind = swin.ShiftedWindowAttentionV2 if version == 2 else swin.ShiftedWindowAttention
     theirs = kind(12, [3, 3], [shift, shift], 3, qkv_bias=bias).double()
@@ -178,7 +178,7 @@ def test_so_does_that_of_windows_in_three_dimensions(
 ) -> None:
     from torchvision.models.video import swin_transformer as swin
 
-    from tracker.structure.twins import liberate
+    from tracker.structure.adapters.attention import liberate
 
     theirs = swin.ShiftedWindowAttention3d(12, [2, 3, 3], list(shift), 3).double()
     randomise(theirs, 1)

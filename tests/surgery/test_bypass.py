@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker import NeuronEngine, SurgeryError, apply_journal
-from tracker.surgery.depth import Bypass
+from tracker.surgery.inserted_modules import Bypass
 
 ACTIVATIONS = [
     nn.ReLU, lambda: nn.ReLU(inplace=True), nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.Softplus, nn.Hardswish,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tracker import NeuronEngine
 from tracker.statistics import Covariance
-from tracker.surgery.readings import Readings
+from tracker.surgery.calibration.covariance_collector import Readings
 
 READERS = ("queries", "keys", "values")
 # In each pass: who reads which of two tensors, in which order, and whether the model writes to it afterwards.

@@ -297,8 +297,8 @@ def test_dry_run_touches_nothing_and_undo_is_bit_for_bit() -> None:
 
 def test_a_wrong_result_is_caught_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong columns for the consumer, shapes right: the swap is checked against the copy."""
-    from tracker.slotmap import SlotMap
     from tracker.surgery import apply as module
+    from tracker.utils.slotmap import SlotMap
 
     model, optimizer, engine = trained()
     before = snapshot(model, optimizer, engine)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tests.structure.oracle_masks import randomise
 from tracker import NeuronEngine, VerificationError
-from tracker.probe import arguments
-from tracker.structure.float64 import TOLERANCE, Precision
-from tracker.structure.integers import Integers
-from tracker.structure.lending import InFloat64, light_copy
-from tracker.structure.stream import Stream, differing
+from tracker.inputs.forward_pass import arguments
+from tracker.structure.code_sizes.size_equations import Integers
 from tracker.structure.structure import trace_structure
 from tracker.structure.trace import plain_kernels
+from tracker.structure.trials.float64_mode import TOLERANCE, Precision
+from tracker.structure.trials.op_stream import Stream, differing
+from tracker.structure.trials.temporary_copies import InFloat64, light_copy
 from tracker.surgery import transaction
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tracker.calls import Call
 from tracker.engine import NeuronEngine
 from tracker.errors import StructureError, VerificationError
-from tracker.nested import tensors_in
-from tracker.probe import forward_once
+from tracker.inputs.calls import Call
+from tracker.inputs.forward_pass import forward_once
+from tracker.utils.nested import tensors_in
 
 # Of the largest output, for each number format of a model: what another order of the same sums changes.
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracker.calls import Call
 from tracker.engine import NeuronEngine
 from tracker.errors import ExportError
 from tracker.export.compare import apart, current_model, example_calls, require_small
@@ -20,7 +19,8 @@ from tracker.export.llama_cpp import llama_cpp_logits
 from tracker.export.llama_like import LlamaLike, described, tensors
 from tracker.export.plain import to_plain
 from tracker.export.record import Exported, needed, size_of, whole_or_nothing
-from tracker.probe import forward_once
+from tracker.inputs.calls import Call
+from tracker.inputs.forward_pass import forward_once
 
 # Of the largest logit: the rounding of weights to each format, which adds up over the layers.
 CLOSE = {"f32": 1e-3, "f16": 1e-2, "q8_0": 1e-1}

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from tracker.calls import Call
 from tracker.engine import NeuronEngine
 from tracker.errors import ExportError, VerificationError
 from tracker.export.compare import current_model, example_calls, require_equal
 from tracker.export.plain import to_plain
 from tracker.export.record import Exported, needed, size_of, whole_or_nothing
 from tracker.export.uneven import MODULE, Uneven, compared_with_configuration, modelling_file
+from tracker.inputs.calls import Call
 from tracker.integrations.pretrained import fields_of, set_fields
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.calls import Arguments, Call
 from tracker.engine import NeuronEngine
 from tracker.errors import ExportError
 from tracker.export.compare import (
@@ -23,8 +22,9 @@ from tracker.export.compare import (
     require_small,
 )
 from tracker.export.record import Exported, needed, size_of, whole_or_nothing
-from tracker.nested import tensors_in
-from tracker.probe import forward_once, quiet_copy
+from tracker.inputs.calls import Arguments, Call
+from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.utils.nested import tensors_in
 
 
 def to_onnx(

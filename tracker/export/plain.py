@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracker.calls import Call
 from tracker.engine import NeuronEngine
 from tracker.errors import SurgeryError, VerificationError
 from tracker.export.compare import current_model, example_calls, require_equal
 from tracker.export.stacks import write_out_stacks
 from tracker.export.write_out import residual, write_out_attention, write_out_bypass
-from tracker.probe import copy_of, forward_once
-from tracker.structure.twins import FreeHeadsAttention, is_free
-from tracker.surgery.depth import INSERTED, Bypass, ReluIdentity, ResidualBlock
+from tracker.inputs.calls import Call
+from tracker.inputs.forward_pass import copy_of, forward_once
+from tracker.structure.adapters.attention import FreeHeadsAttention, is_free
+from tracker.surgery.inserted_modules import INSERTED, Bypass, ReluIdentity, ResidualBlock
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",

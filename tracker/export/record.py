@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tracker.errors import ExportError
-from tracker.files import exchange
+from tracker.utils.files import exchange
 
 # Endings of the files in a directory that transformers reads.
 EXPORTED = (".json", ".safetensors", ".txt", ".model", ".py", ".jinja", ".md")

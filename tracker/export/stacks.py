@@ -9,8 +9,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tracker.errors import SurgeryError
-from tracker.structure.stacks import CONFIGS, INDEX, KINDS, config_of, count_name
-from tracker.surgery.depth import INSERTED, Bypass
+from tracker.structure.adapters.transformers_stacks import (
+    CONFIGS,
+    INDEX,
+    KINDS,
+    config_of,
+    count_name,
+)
+from tracker.surgery.inserted_modules import INSERTED, Bypass
 
 
 def write_out_stacks(model: nn.Module, *, drop: bool) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tracker.structure.twins import FreeHeadsAttention
-from tracker.surgery.depth import Bypass, ResidualBlock
+from tracker.structure.adapters.attention import FreeHeadsAttention
+from tracker.surgery.inserted_modules import Bypass, ResidualBlock
 
 # torch.fx writes the annotation as it is, and TorchScript reads this one.
 _Mask = Optional[Tensor]  # noqa: UP045

@@ -12,11 +12,11 @@ from torch import nn
 
 from tracker.engine import NeuronEngine
 from tracker.errors import StructureError, SurgeryError
-from tracker.nested import tensors_in
-from tracker.probe import Arguments, forward_once, quiet_copy
+from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
 from tracker.surgery import Receipt
+from tracker.surgery.operations.uniform_widths import Key, key_of
 from tracker.surgery.transaction import unchanged
-from tracker.surgery.uniform import Key, key_of
+from tracker.utils.nested import tensors_in
 
 # Fields by which configurations name the width of an MLP, and the numbers of heads.
 MLP = (

@@ -1,11 +1,9 @@
-"""Memory: what was changed, in order, and how to do it again to freshly built model code."""
+"""The journal: what was changed, in order, and how to do it again to freshly built model code."""
 
-from tracker.journal.checkpoint import Checkpoint, read_checkpoint, read_text, write_checkpoint
 from tracker.journal.entries import Entry, Journal, When
 from tracker.journal.replay import become, fingerprint, fingerprint_of, lasting, twin_after
 
 __all__ = [
-    "Checkpoint",
     "Entry",
     "Journal",
     "When",
@@ -13,8 +11,5 @@ __all__ = [
     "fingerprint",
     "fingerprint_of",
     "lasting",
-    "read_checkpoint",
-    "read_text",
     "twin_after",
-    "write_checkpoint",
 ]

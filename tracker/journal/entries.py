@@ -12,13 +12,13 @@ from torch import nn
 
 from tracker.errors import CheckpointError
 from tracker.journal.replay import become, described, twin_after
-from tracker.journal.runs import Runs
-from tracker.slotmap import SlotMap
-from tracker.structure.ints import Attribute
+from tracker.journal.run_length import Runs
+from tracker.structure.code_sizes.traced_int import Attribute
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import Receipt
 from tracker.surgery.undo import UndoLog
-from tracker.text import in_line
+from tracker.utils.slotmap import SlotMap
+from tracker.utils.text import in_line
 
 SCHEMA_VERSION = 1
 OPERATIONS = (

@@ -14,13 +14,19 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from tracker.errors import CheckpointError
-from tracker.probe import computed_tensors
-from tracker.structure.ints import Attribute, missing, shadow
-from tracker.structure.sizes import adapt, tensors
-from tracker.structure.stacks import CONFIGS, config_of, count_name
-from tracker.structure.twins import is_free, liberate
-from tracker.surgery.copies import copied, is_block
-from tracker.surgery.depth import INSERTED, Bypass, ReluIdentity, ResidualBlock, replace_module
+from tracker.inputs.forward_pass import computed_tensors
+from tracker.structure.adapters.attention import is_free, liberate
+from tracker.structure.adapters.transformers_stacks import CONFIGS, config_of, count_name
+from tracker.structure.code_sizes.attributes import adapt, tensors
+from tracker.structure.code_sizes.traced_int import Attribute, missing, shadow
+from tracker.surgery.inserted_modules import (
+    INSERTED,
+    Bypass,
+    ReluIdentity,
+    ResidualBlock,
+    replace_module,
+)
+from tracker.surgery.operations.block_copies import copied, is_block
 from tracker.surgery.undo import UndoLog, rewrite, writable
 
 if TYPE_CHECKING:

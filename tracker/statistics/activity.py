@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tracker.slotmap import SlotMap
+from tracker.utils.slotmap import SlotMap
 
 # Rows of `Activity.table`. The first five simply add up.
 OBSERVATIONS, FIRED, ZEROS, NONFINITE, BATCHES, MEAN, M2, MINIMUM, MAXIMUM = range(9)

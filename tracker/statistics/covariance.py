@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracker.slotmap import SlotMap
 from tracker.statistics.native import kernel
 from tracker.statistics.native.products import NativeProducts
 from tracker.statistics.products import TorchProducts
 from tracker.statistics.reduce import split_at
+from tracker.utils.slotmap import SlotMap
 
 TILE = 64  # rows of pairs that are searched together: they stay in cache
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tracker.slotmap import SlotMap
 from tracker.statistics.activity import Activity
 from tracker.statistics.native import kernel, on_gpu
 from tracker.statistics.reduce import (
@@ -18,6 +17,7 @@ from tracker.statistics.reduce import (
     sums_of,
     tables_of,
 )
+from tracker.utils.slotmap import SlotMap
 
 # Batches whose sums wait to be merged together: merging one by one costs a small layer as much as reducing it.
 PENDING = 16

@@ -5,10 +5,9 @@ those of its result (`rules`, an open registry) in an algebra of labels (`axes`)
 units, in groups of alternatives (`units`). What the rules do not understand is frozen, with the reason.
 """
 
-from tracker.structure import rules_index, rules_math, rules_shape  # noqa: F401  (they register themselves)
+from tracker.structure.read_points import Tap
 from tracker.structure.rules import rule
 from tracker.structure.structure import Structure, trace_structure
-from tracker.structure.taps import Tap
 from tracker.structure.trace import Passes
 from tracker.structure.units import Frozen, Slice, UnitGroup
 from tracker.structure.unseen import require_known

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.errors import StructureError
 from tracker.structure.units import Frozen, Place, UnitGroup
-from tracker.text import in_picture
+from tracker.utils.text import in_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tracker.calls import Arguments, Call, ExampleInputs, calls_of
 from tracker.errors import StructureError
-from tracker.files import write_picture
-from tracker.probe import uninterrupted
-from tracker.structure.failures import RuleFailure
-from tracker.structure.float64 import Precision
-from tracker.structure.integers import Integers, couple
-from tracker.structure.ints import shadow
-from tracker.structure.listen import Listener
+from tracker.inputs.calls import Arguments, Call, ExampleInputs, calls_of
+from tracker.inputs.forward_pass import uninterrupted
+from tracker.structure.code_sizes.int_recorder import Listener
+from tracker.structure.code_sizes.size_equations import Integers, couple
+from tracker.structure.code_sizes.traced_int import shadow
 from tracker.structure.picture import draw
-from tracker.structure.rules import apply_rule
-from tracker.structure.stream import Forecast
-from tracker.structure.taps import Tap, find_taps
+from tracker.structure.read_points import Tap, find_taps
+from tracker.structure.rule_failures import RuleFailure
+from tracker.structure.rules.registry import apply_rule
 from tracker.structure.trace import CallKey, Passes, Trace, record
-from tracker.structure.trial import try_groups
+from tracker.structure.trials.float64_mode import Precision
+from tracker.structure.trials.op_stream import Forecast
+from tracker.structure.trials.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
 from tracker.structure.unseen import owners, refuse_unseen, unseen_in, without
-from tracker.text import in_line
+from tracker.utils.files import write_picture
+from tracker.utils.text import in_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,19 +24,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tracker.calls import Call
 from tracker.errors import StructureError
-from tracker.nested import tensors_in
-from tracker.probe import forward_once, tables_kept
+from tracker.inputs.calls import Call
+from tracker.inputs.forward_pass import forward_once, tables_kept
 from tracker.structure.axes import Axis, Labels
-from tracker.structure.failures import RuleFailure
-from tracker.structure.paths import Glance, Path
-from tracker.structure.reading import Reading
-from tracker.structure.weights import Origin, Outputs, Weights, follow
+from tracker.structure.op_path import Glance, Path
+from tracker.structure.parameters_read import Reading
+from tracker.structure.rule_failures import RuleFailure
+from tracker.structure.weight_origins import Origin, Outputs, Weights, follow
+from tracker.utils.nested import tensors_in
 
 _TORCH = str(pathlib.Path(torch.__file__).parent) + os.sep  # and not torchvision
 _HERE = pathlib.Path(__file__).parent
-_OURS = (str(_HERE) + os.sep, str(_HERE.parent / "chance.py"))
+_OURS = (str(_HERE) + os.sep, str(_HERE.parent / "inputs" / "repeatable.py"))
 
 
 class CallKey(NamedTuple):

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tracker.errors import SurgeryError
 from tracker.structure.axes import Labels
-from tracker.structure.taps import made_axis
+from tracker.structure.read_points import made_axis
 from tracker.structure.trace import Trace
 
 Place = tuple[str, int]  # a tensor's key in the state dict, and a dimension

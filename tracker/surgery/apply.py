@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tracker.errors import SurgeryError
-from tracker.structure.ints import missing
-from tracker.structure.sizes import adapt, tensors
-from tracker.surgery.depth import replace_module
-from tracker.surgery.newborn import watch
-from tracker.surgery.optimizers import StateChange, is_flat, moved, moved_state
+from tracker.structure.code_sizes.attributes import adapt, tensors
+from tracker.structure.code_sizes.traced_int import missing
+from tracker.surgery.inserted_modules import replace_module
+from tracker.surgery.optimizer_state.moments import StateChange, is_flat, moved, moved_state
+from tracker.surgery.optimizer_state.slot_age import watch
 from tracker.surgery.plan import Mix, Plan
 from tracker.surgery.undo import UndoLog, rewrite, writable
 

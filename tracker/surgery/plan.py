@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tracker.errors import SurgeryError
-from tracker.slotmap import SlotMap
 from tracker.structure import Structure, UnitGroup
-from tracker.structure.integers import UnsolvableError
-from tracker.structure.ints import Attribute
-from tracker.structure.sizes import tensors
-from tracker.surgery.outlook import Outlook
+from tracker.structure.code_sizes.attributes import tensors
+from tracker.structure.code_sizes.size_equations import UnsolvableError
+from tracker.structure.code_sizes.traced_int import Attribute
+from tracker.surgery.loss_change import Outlook
+from tracker.utils.slotmap import SlotMap
 
 
 @dataclass(frozen=True, slots=True)

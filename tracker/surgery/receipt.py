@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tracker.text import in_line
+from tracker.utils.text import in_line
 
 
 @dataclass(frozen=True, slots=True)

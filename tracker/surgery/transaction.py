@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracker.calls import Call
 from tracker.errors import StructureError, SurgeryError, VerificationError
-from tracker.nested import tensors_in
-from tracker.probe import forward_once, is_running, uninterrupted
+from tracker.inputs.calls import Call
+from tracker.inputs.forward_pass import forward_once, is_running, uninterrupted
 from tracker.structure import Structure
-from tracker.structure.float64 import Precision
-from tracker.structure.lending import (
+from tracker.structure.adapters.attention import liberate
+from tracker.structure.trace import Passes, plain_kernels
+from tracker.structure.trials.float64_mode import Precision
+from tracker.structure.trials.op_stream import Stream, differing
+from tracker.structure.trials.temporary_copies import (
     InFloat64,
     borrowed,
     is_finite,
@@ -23,19 +25,17 @@ from tracker.structure.lending import (
     relative_difference,
     vivid,
 )
-from tracker.structure.stream import Stream, differing
-from tracker.structure.trace import Passes, plain_kernels
-from tracker.structure.trial import shuffled
-from tracker.structure.twins import liberate
+from tracker.structure.trials.trial import shuffled
 from tracker.surgery.apply import apply, require
-from tracker.surgery.attachments import follower_of
-from tracker.surgery.flops import flops
-from tracker.surgery.optimizers import unwrapped
-from tracker.surgery.outlook import Outlook
+from tracker.surgery.loss_change import Outlook
+from tracker.surgery.optimizer_state.attachments import follower_of
+from tracker.surgery.optimizer_state.moments import unwrapped
 from tracker.surgery.plan import Plan
+from tracker.surgery.prices.flops import flops
 from tracker.surgery.receipt import Receipt
 from tracker.surgery.undo import UndoLog
 from tracker.tracker import ActivationTracker, TrackedModel
+from tracker.utils.nested import tensors_in
 
 # Outputs that a change leaves as they were may differ by the rounding of the rewritten weights.
 EXACT = 1e-6

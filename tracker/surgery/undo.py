@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tracker.errors import SurgeryError
-from tracker.surgery.stale import resized
+from tracker.surgery.optimizer_state.stale_steps import resized
 
 Step = Callable[[], object]
 

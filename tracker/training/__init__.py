@@ -1,8 +1,8 @@
 """Self-modification while training: policies say when to look and what to do, the loop carries it out and watches."""
 
 from tracker.training.choices import Bypass, Candidate, Requests, Size
+from tracker.training.custom_policies import OwnPolicy, as_policy
 from tracker.training.loop import Decision, SelfModification
-from tracker.training.own import OwnPolicy, as_policy
 from tracker.training.policy import Phases, Policy
 
 __all__ = [

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 from tracker.compensation.linear import constant
 from tracker.errors import TrackerError
-from tracker.nested import tensors_in
-from tracker.probe import Arguments, forward_once, quiet_copy
+from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
 from tracker.structure import UnitGroup
-from tracker.structure.lending import borrowed
-from tracker.structure.sizes import tensors
+from tracker.structure.code_sizes.attributes import tensors
+from tracker.structure.trials.temporary_copies import borrowed
 from tracker.surgery.apply import apply
-from tracker.surgery.depth import INSERTED, can_follow
-from tracker.surgery.pairs import cheapest_pairs
+from tracker.surgery.inserted_modules import INSERTED, can_follow
+from tracker.surgery.operations.depth import plan_layer_removal
+from tracker.surgery.operations.merge_pairs import cheapest_pairs
 from tracker.surgery.plan import Plan
-from tracker.surgery.problem import Limits, Problem, problems_of
-from tracker.surgery.protection import NOTHING, Protect, Protection, protects
-from tracker.surgery.restructuring import plan_layer_removal
+from tracker.surgery.prices.protection import NOTHING, Protect, Protection, protects
+from tracker.surgery.prices.removal_problem import Limits, Problem, problems_of
 from tracker.tracker import ActivationTracker
 from tracker.training.choices import Bypass, Candidate, Size
 from tracker.training.policy import Policy
+from tracker.utils.nested import tensors_in
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from tracker.errors import SurgeryError, TrackerError
-from tracker.probe import Arguments, quiet_copy
-from tracker.reads import Read
-from tracker.session import Session, Transaction
+from tracker.inputs.forward_pass import Arguments, quiet_copy
+from tracker.observation.consumer_inputs import Read
+from tracker.parts.session import Session, Transaction
 from tracker.surgery import Receipt
-from tracker.surgery.depth import inserted_layers
-from tracker.surgery.flops import flops_by_weight
-from tracker.surgery.latency import latency
-from tracker.surgery.protection import Protection, protection, protects
+from tracker.surgery.inserted_modules import inserted_layers
+from tracker.surgery.prices.flops import flops_by_weight
+from tracker.surgery.prices.latency import latency
+from tracker.surgery.prices.protection import Protection, protection, protects
 from tracker.surgery.transaction import count
 from tracker.tracker import ActivationTracker
 from tracker.training.candidates import Prices, bypasses, candidates, grown, neurons_of
 from tracker.training.choices import Requests, Size
-from tracker.training.look import Look, Seen
-from tracker.training.own import taken_by
+from tracker.training.custom_policies import taken_by
+from tracker.training.observation_phase import Look, Seen
 from tracker.training.policy import Phases, Policy
 
 if TYPE_CHECKING:
-    from tracker.surgeon import Surgeon
+    from tracker.parts.surgeon import Surgeon
 
 POINTS = 8  # of the loss curve, from one look to the next
 DONE = {

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from tracker.errors import SurgeryError
-from tracker.surgery.protection import Protect, wanted
+from tracker.surgery.prices.protection import Protect, wanted
 from tracker.training.choices import Bypass, Candidate, Requests, Size
+from tracker.training.field_checks import require_kinds, require_sensible
 from tracker.training.schedule import schedule
-from tracker.training.sense import require_kinds, require_sensible
 from tracker.training.subclasses import name_of, subclass_named
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Policy:
         Raises:
             SurgeryError: It cannot decide, or a setting makes no sense.
         """
-        from tracker.training.own import OwnPolicy
+        from tracker.training.custom_policies import OwnPolicy
 
         unknown = sorted(set(settings) - {f.name for f in fields(Policy)})
         if unknown:
@@ -373,7 +373,7 @@ class Phases:
     parts: tuple[tuple[int, Policy], ...]
 
     def __init__(self, parts: Iterable[tuple[int, Any]]) -> None:
-        from tracker.training.own import as_policy
+        from tracker.training.custom_policies import as_policy
 
         try:
             made = tuple((step, as_policy(policy)) for step, policy in parts)
@@ -412,7 +412,7 @@ class Phases:
 def _policy(data: Mapping[str, Any]) -> Policy:
     data = dict(data)
     if "rule" in data and CLASS not in data:
-        from tracker.training.own import rule_named
+        from tracker.training.custom_policies import rule_named
 
         rule = rule_named(data.pop("rule"))
         settings = _policy(data)

@@ -18,7 +18,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tracker.statistics.activity import ROWS
-from tracker.statistics.native.loading import require
+from tracker.statistics.native.calls import require
 
 TILE = 4096  # values of a tile
 PROGRAMS = 2048  # about as many run at once as a large GPU takes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tracker.errors import StatisticsError
-from tracker.statistics.native.loading import TYPES, Kernel, require
+from tracker.statistics.native.calls import TYPES, Kernel, require
 from tracker.statistics.products import NARROW
 
 CAPACITY = 512  # rows that are multiplied out together

@@ -1,0 +1,291 @@
+"""The part of an engine that remembers: history, journal and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from tracker.analysis.epoch_history import TrainingHistory
+from tracker.analyzer import Analyzer
+from tracker.checkpoint import run_state
+from tracker.checkpoint.checkpoint_files import read_checkpoint, write_checkpoint
+from tracker.checkpoint.optimizer_states import check_ownership, load_optimizers
+from tracker.checkpoint.random_states import here, restorer
+from tracker.errors import CheckpointError, StatisticsError
+from tracker.journal import Entry, become, twin_after
+from tracker.journal.state_dict_hooks import carry
+from tracker.modules.layers import find_layers, unwrap
+from tracker.parts.attachments import Attachments
+from tracker.parts.sessions import Sessions
+from tracker.surgery import UndoLog
+from tracker.surgery.optimizer_state.moments import unwrapped
+from tracker.surgery.optimizer_state.slot_age import watch
+from tracker.tracker import ActivationTracker
+from tracker.training import Policy, SelfModification
+from tracker.training.trainer import Trainer
+
+PathLike = str | os.PathLike[str]
+MOST_IDS = 2**16  # new neurons that a layer may get at once, beside 64 times those that it has
+
+
+class Recorder:
+    """Logs epochs, carries journals, and saves the whole of a run.
+
+    Args:
+        tracker: Holds models, ids and statistics.
+        sessions: History, journal and run of each model.
+        analyzer: Tells whether anything was observed in an epoch.
+    """
+
+    def __init__(self, tracker: ActivationTracker, sessions: Sessions, analyzer: Analyzer) -> None:
+        self._tracker = tracker
+        self._sessions = sessions
+        self._analyzer = analyzer
+
+    def log_epoch_statistics(
+        self, epoch: int, train_loss: float | None = None, train_acc: float | None = None
+    ) -> None:
+        """Remember the current window, and the epoch's loss and accuracy, in the history.
+
+        Raises:
+            StatisticsError: Nothing was observed since `start_tracking`.
+        """
+        observation, findings = self._analyzer.findings()
+        if not any(found.observed.any() for found in findings.values()):
+            raise StatisticsError(
+                f"Epoch {epoch!r} cannot be logged: no activation was observed since start_tracking. Call "
+                "start_tracking() before the epoch's forward passes."
+            )
+        self._sessions.history.log(observation, epoch, train_loss, train_acc)
+        run = self._run
+        if train_acc is not None and run is not None:
+            run.accuracies.append((run.steps, float(train_acc)))
+
+    def save_training_history(self, path: PathLike) -> Path:
+        """Write the history as JSON."""
+        return self._sessions.history.save(path)
+
+    def load_training_history(self, path: PathLike) -> TrainingHistory:
+        """Read a history back in place of the current one; a file that is none changes nothing.
+
+        Raises:
+            StatisticsError: The file is missing, broken, or foreign.
+        """
+        loaded = TrainingHistory.load(path)
+        self._sessions.history = loaded
+        return loaded
+
+    def get_neuron_evolution(self, neuron_id: int) -> dict[str, list[Any]]:
+        """Lists over the logged epochs: `epochs`, `mean`, `variance`, `frequency`, `loss`, `accuracy`."""
+        return self._sessions.history.evolution(neuron_id)
+
+    def carry_journal(self) -> None:
+        """Have the current model's `state_dict` carry its journal, and `load_state_dict` replay one.
+
+        Call it after `track_model`, before the load. Then checkpoints of other frameworks load into freshly built
+        models: architecture, weights and ids. Optimizer state is loaded by the framework, after the model's.
+        """
+        session = self._sessions.current
+        model = session.entry.model()
+        if not session.carried:
+            session.carried = True
+            journal, this, held = session.journal, weakref.ref(self), weakref.ref(model)
+
+            def replay(entries: Sequence[Entry]) -> None:
+                recorder, own = this(), held()
+                assert own is not None
+                if recorder is None:  # nobody asks for ids any more
+                    journal.replay(own, entries)
+                else:
+                    recorder.replay(own, entries)
+                journal.entries += entries
+
+            carry(model, lambda: journal, replay)
+
+    def replay(self, model: nn.Module, entries: Sequence[Entry]) -> None:
+        """Do changes of a journal again, on the model and in what the tracker knows of it; all or nothing.
+
+        Raises:
+            CheckpointError: They do not fit what is tracked.
+        """
+        tracker = self._tracker
+        session = self._sessions.of(tracker.tracked(model))
+        plain = unwrapped(session.optimizers)
+        with tracker.speaking_of(session.entry):
+            with _all_or_nothing("of the state dict") as log:
+                for part in _parts(entries):
+                    # What the journal claims was held against the state dict before.
+                    twin = twin_after(model, part, math.inf)
+                    become(model, twin, {}, part, log, plain)
+                    for entry in part:
+                        self._move_ids(entry, log)
+                session.know(log)
+                widths = {n: len(layer.ids) for n, layer in tracker.current.layers.items()}
+                for layer in find_layers(model):
+                    if layer.neurons is not None and widths.get(layer.name) != layer.neurons:
+                        raise CheckpointError(
+                            f"The journal gives {layer.name} {layer.neurons} neurons and "
+                            f"{widths.get(layer.name, 'no')} ids."
+                        )
+            for optimizer in plain:  # moments of another shape would be read beyond their end
+                for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
+                    del optimizer.state[parameter]
+                watch(optimizer)  # the ages of young slots come with its state
+        session.last = None
+        session.changed()
+
+    def _move_ids(self, entry: Entry, log: UndoLog) -> None:
+        tracker = self._tracker
+        known = tracker.current.layers
+        for name, runs in entry.layers.items():
+            width = len(known[name].ids) if name in known else -1
+            if runs.reach > width or runs.size > MOST_IDS + 64 * width:
+                raise CheckpointError(
+                    f"Entry {entry.number} of the journal moves neurons of {name!r} that it does not have."
+                )
+        layers = {name: runs.slots() for name, runs in entry.layers.items()}
+        tracker.reslot(layers, {}, entry.reason, log.add)
+        reads, tracker.current.reads = tracker.current.reads, {}
+        log.add(lambda: setattr(tracker.current, "reads", reads))
+        if entry.modules:
+            tracker.resite(entry.reason, log.add)
+
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> Path:
+        """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.
+
+        One that is there already is replaced at the end: whenever the machine stops, the old or the new one loads.
+
+        Raises:
+            CheckpointError: Something cannot be saved, or `path` is something else.
+        """
+        settings = {
+            "activation_threshold": self._tracker.threshold,
+            "correlation_threshold": self._analyzer.correlation_threshold,
+            "observe": self._tracker.observe_at,
+        }
+        run = self._run
+        content = run_state.gather(
+            self._tracker,
+            unwrapped(self._sessions.current.optimizers),
+            self._sessions.history,
+            self._sessions.current.journal,
+            settings,
+            (None, {}, {}) if run is None else run.gather(),
+        )
+        return write_checkpoint(path, content)
+
+    @property
+    def _run(self) -> SelfModification | None:
+        """The run of the current model."""
+        session = self._sessions.present
+        found: SelfModification | None = None if session is None else session.run
+        return found
+
+
+class Parts(Protocol):
+    """The parts of an engine that a checkpoint is loaded into."""
+
+    tracker: ActivationTracker
+    sessions: Sessions
+    attachments: Attachments
+    trainer: Trainer
+
+
+E = TypeVar("E", bound=Parts)
+
+
+def load_engine(
+    make: Callable[..., E], path: PathLike, fresh_model: nn.Module, optimizer: Any = None
+) -> E:
+    """An engine of `make` that goes on where a checkpoint was saved; see `NeuronEngine.load_checkpoint`.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or does not fit; model and optimizer are as they were.
+    """
+    content = read_checkpoint(path)
+    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [o for o in given if o is not None]
+    model = unwrap(fresh_model)
+    with _all_or_nothing(path) as log:
+        facts = content.texts["engine"]
+        noise = restorer(content.tensors["random"], facts["random"])
+        plain = unwrapped(optimizers)
+        check_ownership(model, plain)
+        journal = run_state.load_model(model, content, log)
+        load_optimizers(model, plain, content.tensors["optimizer"], facts["optimizers"], log)
+        engine = make(**facts["settings"])
+        log.add(engine.tracker.let_go)
+        run_state.require_ids(journal, facts["registry"])
+        history, seen = run_state.load_tracker(engine.tracker, model, content)
+        if facts["run"] is not None:
+            engine.trainer.start_self_modification(Policy.from_dict(facts["run"]["policy"]))
+            run = engine.trainer.run
+            assert run is not None
+            log.add(engine.trainer.stop_self_modification)
+            tables = content.tensors["statistics"]
+            look = {name: t for name, t in tables.items() if name.startswith("look.")}
+            run.go_on(facts["run"], seen, look)
+    engine.attachments.attach_optimizer(*optimizers)
+    session = engine.sessions.current
+    session.journal = journal
+    if history is not None:
+        session.history = history
+    noise()
+    return engine
+
+
+def _shape(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Size:
+    """The shape that an optimizer's state of a parameter was made for."""
+    known = [
+        v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor) and v.ndim
+    ]
+    return known[0].shape if known else parameter.shape
+
+
+def _parts(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries up to each one that brings a new layer: what lies between is never made, however large."""
+    part: list[Entry] = []
+    for entry in entries:
+        part.append(entry)
+        if entry.modules:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def apply_journal(fresh_model: nn.Module, path: PathLike) -> nn.Module:
+    """Give a freshly built model the architecture and the weights of a checkpoint, for deployment; return it.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or does not fit; the model is as it was.
+    """
+    content = read_checkpoint(path)
+    with _all_or_nothing(path) as log:
+        run_state.load_model(unwrap(fresh_model), content, log)
+    return fresh_model
+
+
+@contextmanager
+def _all_or_nothing(path: PathLike) -> Iterator[UndoLog]:
+    """On any error inside, what the log knows and the random states are as they were, and it is a CheckpointError."""
+    log, noise = UndoLog(), here()
+    try:
+        with torch.inference_mode(False):
+            yield log
+    except BaseException as error:
+        log.undo()
+        noise()
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""What a model is called with: example calls, batches of any shape, and one forward pass that leaves no trace."""

@@ -1,0 +1,232 @@
+"""One forward pass that leaves no trace in the model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.errors import StructureError
+from tracker.inputs.calls import Arguments, Call, ExampleInputs, arguments
+from tracker.inputs.repeatable import certain
+
+
+def forward_once(
+    model: nn.Module,
+    call: ExampleInputs | Arguments,
+    within: AbstractContextManager[object] | None = None,
+    *,
+    heard: bool = False,
+    given: str = "the example inputs",
+) -> object:
+    """The output of one call of the model, without gradients, the call itself `within` a context.
+
+    It is made in eval mode, unless it is a `Call` in train mode; there nothing is drawn at random.
+
+    Training flags, buffers, and the random states of the devices are as before afterwards. No engine observes this
+    pass, unless it is to be `heard`. `given`: what it is called with, for messages.
+
+    Raises:
+        StructureError: The forward pass failed.
+    """
+    args, kwargs = arguments(call)
+    method = call.method if isinstance(call, Call) else "forward"
+    training = isinstance(call, Call) and call.training is True
+    with _unchanged(model), _plain(model), torch.no_grad(), nullcontext() if heard else _probing():
+        for module in model.modules():  # model.train is the user's: it may merge weights, say
+            module.training = training
+        try:
+            with within or nullcontext(), _in_train_mode(model) if training else nullcontext():
+                return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
+        except Exception as error:
+            raise StructureError(
+                f"{_the_pass(call)} of {type(model).__name__} with {given} failed ({type(error).__name__}: {error}). "
+                + _WAYS.get(
+                    given,
+                    "Pass batches that the model accepts, or say what it takes of them: `inputs=`.",
+                )
+            ) from error
+
+
+def is_probing() -> bool:
+    """Whether the pass under way is one of ours, and no new data."""
+    return _probes.get() > 0
+
+
+def is_running(model: nn.Module) -> bool:
+    """Whether a forward pass of the model, or of a module in it, is under way in any thread.
+
+    The stack tells, and not what hooks noted: a pass that was broken off leaves no trace.
+    """
+    own = {id(module) for module in model.modules()}
+    for frame in sys._current_frames().values():
+        inner: FrameType | None = frame
+        while inner is not None:
+            if inner.f_code is _CALL and id(inner.f_locals.get("self")) in own:
+                return True
+            inner = inner.f_back
+    return False
+
+
+_CALL = nn.Module._call_impl.__code__
+_WAYS = {
+    "the example inputs": "Pass example_inputs that the model accepts: a tuple of positional arguments, a dict of "
+    "keyword arguments, one tensor, or a list of several calls."
+}
+
+
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of `model`; `memo` as of `copy.deepcopy`. Hooks that cannot be copied are shared.
+
+    Raises:
+        StructureError: The model cannot be copied.
+    """
+    memo = {} if memo is None else memo  # the caller's: it is filled
+    for key, tensor in computed_tensors(model).items():
+        memo.setdefault(key, tensor)
+    known = dict(memo)
+    try:
+        try:
+            copied = copy.deepcopy(model, memo)
+        except TypeError:  # a hook may be a method of anything: a logger, an engine
+            for m in model.modules():
+                for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks):
+                    known |= {id(hook): hook for hook in hooks.values()}
+            memo.clear()
+            memo.update(known)
+            copied = copy.deepcopy(model, memo)
+        # What is tried on a copy would be done to the model.
+        theirs = {id(m) for m in model.modules()}
+        if own := [n for n, m in copied.named_modules() if id(m) in theirs]:
+            raise TypeError(f"{own[0] or 'the model'} gives itself for its copy")
+    except Exception as error:
+        raise StructureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and every change is tried on "
+            "a copy first. Keep what cannot be copied out of its modules, or give it a __deepcopy__."
+        ) from error
+    return copied
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, by id, of tensors that modules keep of their last pass: with its graph they bear no deepcopy.
+
+    Pruning masks and the older spectral norm of torch keep the weight that they computed.
+    """
+    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    return {id(t): t.detach().clone() for t in held if not t.is_leaf}
+
+
+def quiet_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares all tensors with `model`, and whose passes are not seen by the hooks that users put on it.
+
+    Hooks of torch itself (weight norm, pruning masks) and of inserted layers are part of what the model computes, and
+    stay.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    copied = copy_of(model, {id(t): t for t in tensors})
+    for module in copied.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if not _is_of_the_model(hook)]:
+                del hooks[key]
+    return copied
+
+
+def _is_of_the_model(hook: object) -> bool:
+    owner = hook if hasattr(hook, "__qualname__") else type(hook)
+    return (getattr(owner, "__module__", None) or "").startswith(("torch.", "tracker."))
+
+
+@contextmanager
+def tables_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever is set in the modules' own tables inside is put back: attributes, parameters, buffers."""
+    modules = list(model.modules())
+    saved = [(dict(vars(m)), dict(dict.items(m._parameters)), dict(m._buffers)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, saved, strict=True):
+            _put_table(vars(module), before[0])
+            _put_table(module._parameters, before[1])
+            _put_table(module._buffers, before[2])
+
+
+def _put_table(table: dict[str, Any], before: dict[str, Any]) -> None:
+    if list(table) != list(before):
+        table.clear()
+    dict.update(table, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """No search for garbage inside: many small objects are made that all stay, each search goes through all others."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_probes: ContextVar[int] = ContextVar("probes", default=0)
+
+
+@contextmanager
+def _probing() -> Iterator[None]:
+    token = _probes.set(_probes.get() + 1)
+    try:
+        yield
+    finally:
+        _probes.reset(token)
+
+
+@contextmanager
+def _in_train_mode(model: nn.Module) -> Iterator[None]:
+    with tables_kept(model), certain(model):
+        yield
+
+
+def _the_pass(call: object) -> str:
+    """What was run, for people."""
+    if not isinstance(call, Call):
+        return "A forward pass"
+    mode = " in train mode" if call.training else ""
+    return f"A forward pass{mode}" if call.method == "forward" else f"A call of {call.method}{mode}"
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Whatever the caller is in: no inference mode, and no autocast, whose cached casts would hide the parameters."""
+    kinds = {"cpu"} | {p.device.type for p in model.parameters() if p.device.type != "meta"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in sorted(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    flags = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    counted = tuple(b for b, _ in buffers if not b.is_inference())
+    # What was written is as before: a backward pass that is still to come need not know.
+    kept = torch.autograd._unsafe_preserve_version_counter(counted)
+    with kept, torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

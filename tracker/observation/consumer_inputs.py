@@ -1,0 +1,108 @@
+"""What consumers were seen to read, by the keys of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tracker.statistics import Covariance
+from tracker.utils.slotmap import SlotMap
+
+
+class Later:
+    """A covariance after its columns moved, made when it is first asked for.
+
+    Of a large model all together take as much memory again, and mostly the next change is calibrated anew.
+    """
+
+    def __init__(self, source: Covariance | Later, slots: SlotMap) -> None:
+        self._value: Covariance | None = None
+        self._source: Covariance
+        self._slots: SlotMap
+        if isinstance(source, Later) and source._value is None:  # both moves at once
+            self._source, self._slots = source._source, source._slots.then(slots)
+        else:
+            self._source = source.value() if isinstance(source, Later) else source
+            self._slots = slots
+
+    def value(self) -> Covariance:
+        """The covariance, always the same object."""
+        if self._value is None:
+            self._value = self._source = self._source.reslot(self._slots)
+        return self._value
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How the loss depends on what a consumer puts out, as a mean over batches.
+
+    curvature: (outputs, outputs), or (outputs,) the diagonal.
+    across: Dimension of the consumer's weight along its outputs.
+    slope: Gradient of the loss by its weight as a matrix, inputs centred where a bias can hold their mean:
+        (outputs · places, columns). None where it is not known, and zero where the loss is the change itself.
+    """
+
+    curvature: Tensor
+    across: int
+    slope: Tensor | None = None
+
+    def reslotted(self, dims: Mapping[int, SlotMap]) -> Sensitivity:
+        """After slots of the weight moved. The slope is that of another network then."""
+        bent, outputs = self.curvature, dims.get(self.across)
+        if outputs is not None:
+            for dim in range(bent.ndim):
+                bent = outputs.take(bent, fill=0, dim=dim)
+        return Sensitivity(bent, self.across)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a consumer reads along dimension `dim` of its weight.
+
+    taps: Columns of each feature, one behind the other: the places of a convolution's kernel, or 1.
+    loss: How the loss depends on what the consumer puts out; None where no gradients were taken.
+    """
+
+    dim: int
+    seen: Covariance | Later
+    taps: int = 1
+    loss: Sensitivity | None = None
+
+    @property
+    def covariance(self) -> Covariance:
+        """Of its columns."""
+        return self.seen.value() if isinstance(self.seen, Later) else self.seen
+
+    def columns(self, features: Iterable[int]) -> list[int]:
+        """Columns of these features."""
+        return [i * self.taps + t for i in features for t in range(self.taps)]
+
+    def of_features(self) -> Covariance:
+        """Covariance of the features at one place: the middle of the kernel."""
+        if self.taps == 1:
+            return self.covariance
+        c = self.covariance
+        at = torch.arange(self.taps // 2, len(c.mean), self.taps)
+        return Covariance(c.count[at], c.mean[at], c.comoment[at[:, None], at])
+
+
+def reslotted(
+    reads: Mapping[str, Read], tensors: Mapping[str, Mapping[int, SlotMap]]
+) -> dict[str, Read]:
+    """What consumers read after slots of their weights moved; what some share, they go on sharing."""
+    done: dict[tuple[int, SlotMap], Later] = {}
+    found = {}
+    for name, read in reads.items():
+        slots = tensors.get(name, {}).get(read.dim)
+        if slots is not None:
+            later = done.setdefault(
+                (id(read.seen), slots), Later(read.seen, slots.widened(read.taps))
+            )
+            read = replace(read, seen=later)
+        if read.loss is not None and name in tensors:
+            read = replace(read, loss=read.loss.reslotted(tensors[name]))
+        found[name] = read
+    return found

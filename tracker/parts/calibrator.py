@@ -1,0 +1,160 @@
+"""What changes are computed and priced from: statistics of calibration data, and batches to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tracker.inputs.batches import BatchReader, Inputs, each
+from tracker.parts.changer import Changer
+from tracker.parts.sessions import Sessions
+from tracker.surgery.calibration.consumers import Consumer, collect, consumers
+from tracker.surgery.calibration.held_back import Batches, measured
+from tracker.surgery.calibration.loss import Loss, Objective
+from tracker.surgery.operations.batch_norm_statistics import reestimate
+from tracker.surgery.plan import Plan
+from tracker.surgery.transaction import unchanged
+from tracker.tracker import ActivationTracker
+
+
+class Calibrator:
+    """Calibrates the current model, and keeps by what.
+
+    Args:
+        tracker: Holds models and what their consumers read.
+        sessions: Where a model's calibration is kept.
+        changer: Tells the structure, and carries out the rounds of a compression.
+    """
+
+    def __init__(self, tracker: ActivationTracker, sessions: Sessions, changer: Changer) -> None:
+        self._tracker = tracker
+        self._sessions = sessions
+        self._changer = changer
+
+    def calibrate(
+        self,
+        batches: Iterable[Any],
+        limit: int | None = None,
+        *,
+        loss: Loss | None = None,
+        inputs: Inputs | None = None,
+        patches: bool = False,
+        progress: bool | None = None,
+    ) -> int:
+        """Observe what the consumers of prunable groups read, for changes that make up for what goes.
+
+        One pass in eval mode over `batches` (or the first `limit`), a data loader, say. Each is what the model takes (a
+        tensor, a tuple of positional arguments, a dict of keyword arguments, a `Call`), or that with targets: (inputs,
+        targets), or a dict with more keys than `forward` has arguments. Which part the model takes, its forward
+        signature and its example calls tell; the logger "tracker" has one line about it. Where they do not tell,
+        `inputs` does. Takes (columns)² numbers of 8 bytes for each consumer.
+
+        Gradients of the first batches tell what errors of the consumers cost in `loss`. Without one, the loss is the
+        divergence from the model's own predictions where its outputs are logits by name or log-probabilities, else the
+        squared change of its outputs. Where no gradients can be taken, errors count relative to what each consumer puts
+        out.
+
+        Args:
+            batches: What is gone through, once.
+            limit: At most so many batches.
+            loss: `loss(output, batch)`: one number, the mean over the batch; the batch as it was given, targets too.
+            inputs: What the model takes of a batch: `inputs=lambda batch: batch[0]`, say.
+            patches: Fit convolutions place by place of their kernels, not channel by channel: nearer, and slower, since
+                each channel is as many columns as the kernel has places.
+            progress: Whether a bar is shown; None: on terminals and in notebooks.
+
+        Returns:
+            Consumers that were observed.
+
+        Raises:
+            SurgeryError: There is no batch, or nothing tells which part of one the model takes.
+            StructureError: The model cannot be called with a batch.
+        """
+        reader = self.reader(inputs, loss=loss)
+        some = Batches(batches, reader, limit=limit, hold_back=False, progress=progress)
+        return self._calibrate(some, Objective(loss), patches=patches)
+
+    def reestimate_norms(
+        self,
+        batches: Iterable[Any],
+        limit: int | None = None,
+        *,
+        inputs: Inputs | None = None,
+        progress: bool | None = None,
+    ) -> list[str]:
+        """Take the running statistics of batch norms anew; `undo` gives them back. Arguments as for `calibrate`.
+
+        After channels went, the old ones describe another network.
+
+        Returns:
+            Names of these norms.
+
+        Raises:
+            SurgeryError: No norm keeps running statistics, or no batch reached one.
+        """
+        entry, reader = self._tracker.current, self.reader(inputs)
+        some = map(reader.read, each(reader, batches, "Norms", progress, limit))
+        with entry.observer.paused(), self._sessions.current.transaction() as change:
+            names = reestimate(entry.model(), some, change.log)
+            change.receipt = unchanged("reestimate_norms", entry)
+        return names
+
+    def _calibrate(self, batches: Batches, objective: Objective, *, patches: bool = False) -> int:
+        entry = self._tracker.current
+        with entry.observer.paused(), self._changer.together("calibrate"):
+            reads = collect(
+                entry.model(), batches, self.consumers(), patches=patches, objective=objective
+            )
+        session = self._sessions.current
+        entry.reads = reads if session.ranks is None else session.ranks.merge_reads(reads)
+        session.calibration = batches.calibration(objective)
+        return len(entry.reads)
+
+    def calibrate_by(
+        self,
+        batches: Iterable[Any],
+        loss: Loss | None,
+        inputs: Inputs | None,
+        progress: bool | None,
+    ) -> None:
+        """Calibrate for one change, with some batches held back to measure it on."""
+        reader = self.reader(inputs, loss=loss)
+        alone = self._sessions.current.ranks is None
+        some = Batches(batches, reader, hold_back=alone, progress=progress)
+        self._calibrate(some, Objective(loss))
+
+    def reader(self, inputs: Inputs | None, *, loss: object = None) -> BatchReader:
+        """What tells which part of a batch the current model takes."""
+        entry = self._tracker.current
+        return BatchReader(entry.model(), entry.observer.calls, inputs, targets=loss is not None)
+
+    @contextmanager
+    def calibrating(self, *, dry_run: bool) -> Iterator[None]:
+        """What is calibrated inside stays, unless it is for a dry run or something fails."""
+        session = self._sessions.current
+        entry, before, reads = session.entry, session.calibration, dict(session.entry.reads)
+        try:
+            yield
+        except BaseException:
+            dry_run = True
+            raise
+        finally:
+            if dry_run:
+                entry.reads, session.calibration = reads, before
+
+    def consumers(self) -> list[Consumer]:
+        """What reads the units of prunable groups."""
+        groups = [g for g in self._changer.structure.groups if g.prunable]
+        return consumers(self._tracker.current.model(), groups)[0]
+
+    def measured(self, plan: Plan, notes: list[str]) -> tuple[Plan, list[str]]:
+        """The plan with the loss that was measured after it, where there are batches to measure on."""
+        session = self._sessions.current
+        calibration = session.calibration if session.ranks is None else None
+        if calibration is None or not calibration.batches:
+            return plan, notes
+        with session.entry.observer.paused():
+            plan, note = measured(session.entry.model(), plan, calibration)
+        told = [n for n in calibration.reader.notes() if n not in notes]
+        return plan, [*notes, note, *told]

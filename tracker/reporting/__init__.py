@@ -1,0 +1,1 @@
+"""Findings, changes and runs as text, figures and one HTML page."""

@@ -1,0 +1,117 @@
+"""Sizes that modules keep beside their parameters, brought in line with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tracker.structure.adapters.attention import FreeHeadsAttention, is_parted, liberate
+from tracker.structure.adapters.transformers_stacks import list_kinds
+from tracker.structure.code_sizes.traced_int import Attribute, assign
+
+_MISSING = object()
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that are in no state dict."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+
+
+def adapt(
+    model: nn.Module,
+    attributes: Mapping[Attribute, int],
+    undo: Callable[[Callable[[], None]], None],
+) -> None:
+    """After a change of its tensors: set the attributes, and what modules of torch keep of their sizes.
+
+    `undo` is told how to take it back, before anything is written.
+    """
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    made: list[tuple[nn.Module, type, dict[str, Any]]] = []
+
+    def changes() -> list[tuple[nn.Module, type, dict[str, Any]]]:
+        return [(module, kind, _changed(module, values)) for module, kind, values in before]
+
+    undo(lambda: _put_back(made or changes()))
+    for module, *_ in before:
+        if is_parted(module):
+            liberate(module)
+    assign(model, attributes)
+    if any(a.owner for a in attributes):  # the configurations are this model's own now
+        list_kinds(model)
+    for module, *_ in before:
+        refit(module)
+    # Only what was changed here goes back: flags and hooks may change in the meantime.
+    made += changes()
+
+
+def _changed(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    now = vars(module)
+    keys = dict.fromkeys((*values, *now))
+    return {
+        k: values.get(k, _MISSING)
+        for k in keys
+        if now.get(k, _MISSING) is not values.get(k, _MISSING)
+    }
+
+
+def _put_back(changes: list[tuple[nn.Module, type, dict[str, Any]]]) -> None:
+    for module, kind, values in changes:
+        if type(module) is not kind:
+            module.__class__ = kind
+        for key, value in values.items():
+            if value is _MISSING:
+                vars(module).pop(key, None)
+            else:
+                vars(module)[key] = value
+
+
+def refit(module: nn.Module) -> None:
+    """Set the sizes that a module of torch keeps beside its parameters to what these are now."""
+    m: Any = module  # mypy takes every attribute of a module for a tensor or a module
+    if isinstance(m, nn.Linear):
+        m.out_features, m.in_features = _stored_weight(m).shape
+    elif isinstance(m, _ConvNd):
+        weight = _stored_weight(m)
+        rows, columns = weight.shape[:2]
+        if isinstance(m, _ConvTransposeNd):
+            m.in_channels, m.out_channels = rows, columns * m.groups
+        else:
+            m.in_channels, m.out_channels = columns * m.groups, rows
+    elif isinstance(m, _NormBase) and m.running_mean is not None:
+        m.num_features = len(m.running_mean)
+    elif isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
+        m.normalized_shape = tuple(m.weight.shape)
+    elif isinstance(m, nn.GroupNorm) and m.weight is not None:
+        m.num_channels = len(m.weight)
+    elif isinstance(m, nn.Embedding):
+        m.embedding_dim = m.weight.shape[1]
+    elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):  # transformers' linear layer of GPT-2
+        m.nx, m.nf = m.weight.shape
+    elif isinstance(m, nn.PReLU):
+        m.num_parameters = len(m.weight)
+    elif isinstance(m, nn.TransformerEncoder):
+        if any(isinstance(part, FreeHeadsAttention) for part in m.modules()):
+            m.use_nested_tensor = False  # it is made for torch's own attention
+    elif isinstance(m, FreeHeadsAttention):
+        q, k, v = (w for w, _ in m._weights())
+        m.embed_dim, m.kdim, m.vdim = (w.shape[1] for w in (q, k, v))
+    elif isinstance(m, nn.RNNBase):
+        weights = dict(m.named_parameters())
+        m.input_size, m.hidden_size = (weights[f"weight_{w}_l0"].shape[1] for w in ("ih", "hh"))
+        m._init_flat_weights()
+
+
+def _stored_weight(module: Any) -> Tensor:
+    """The weight as it is kept: what hooks compute of it (masks, an older norm) is of the last pass."""
+    own: dict[str, Tensor | None] = module._parameters
+    for name in ("weight", "weight_orig", "weight_v"):
+        if (kept := own.get(name)) is not None:
+            return kept
+    computed: Tensor = module.weight
+    return computed

@@ -1,0 +1,1 @@
+"""What changes are computed and priced from: consumers' inputs, curvature and gradients of the loss."""

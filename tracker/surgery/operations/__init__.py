@@ -1,0 +1,1 @@
+"""The changes, one file each: a request becomes a frozen plan."""

@@ -1,0 +1,1 @@
+"""What optimizers keep for each parameter, moved along with a change; fresh slots; state that nobody moved."""

@@ -1,0 +1,1 @@
+"""What a change costs: in the loss, parameters, FLOPs and milliseconds; which units a budget takes."""
