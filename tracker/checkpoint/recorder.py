@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from torch import nn
 from tracker.analysis.epoch_history import TrainingHistory
 from tracker.analyzer import Analyzer
 from tracker.checkpoint import run_state
+from tracker.checkpoint.carried_run import MOST_IDS, pack_run, unpack_run
 from tracker.checkpoint.checkpoint_files import read_checkpoint, write_checkpoint
 from tracker.checkpoint.optimizer_states import check_ownership, load_optimizers
 from tracker.checkpoint.random_states import here, restorer
@@ -24,6 +26,7 @@ from tracker.journal import Entry, become, twin_after
 from tracker.journal.state_dict_hooks import carry
 from tracker.modules.layers import find_layers, unwrap
 from tracker.parts.attachments import Attachments
+from tracker.parts.session import Transaction
 from tracker.parts.sessions import Sessions
 from tracker.surgery import UndoLog
 from tracker.surgery.optimizer_state.moments import unwrapped
@@ -33,7 +36,7 @@ from tracker.training import Policy, SelfModification
 from tracker.training.trainer import Trainer
 
 PathLike = str | os.PathLike[str]
-MOST_IDS = 2**16  # new neurons that a layer may get at once, beside 64 times those that it has
+MOST_NEW = 2**16  # new neurons that a layer may get at once, beside 64 times those that it has
 
 
 class Recorder:
@@ -87,31 +90,52 @@ class Recorder:
         """Lists over the logged epochs: `epochs`, `mean`, `variance`, `frequency`, `loss`, `accuracy`."""
         return self._sessions.history.evolution(neuron_id)
 
-    def carry_journal(self) -> None:
+    def carry_journal(self, *, run: bool = False) -> None:
         """Have the current model's `state_dict` carry its journal, and `load_state_dict` replay one.
 
         Call it after `track_model`, before the load. Then checkpoints of other frameworks load into freshly built
         models: architecture, weights and ids. Optimizer state is loaded by the framework, after the model's.
+
+        Args:
+            run: Carry the run of `start_self_modification` too. After a load, the next call of
+                `start_self_modification` goes on with it: step, timeline, what a look saw, and the change that awaits
+                its verdict.
         """
         session = self._sessions.current
         model = session.entry.model()
+        session.carries_run = session.carries_run or run
         if not session.carried:
             session.carried = True
             journal, this, held = session.journal, weakref.ref(self), weakref.ref(model)
 
-            def replay(entries: Sequence[Entry]) -> None:
+            of = weakref.ref(session)
+
+            def replay(entries: Sequence[Entry], packed: torch.Tensor | None) -> None:
                 recorder, own = this(), held()
                 assert own is not None
                 if recorder is None:  # nobody asks for ids any more
                     journal.replay(own, entries)
+                    journal.entries += entries
                 else:
-                    recorder.replay(own, entries)
-                journal.entries += entries
+                    recorder.replay(own, entries, packed)
 
-            carry(model, lambda: journal, replay)
+            def packed() -> torch.Tensor | None:
+                current = of()
+                if current is None or not current.carries_run or current.run is None:
+                    return None
+                return pack_run(current)
 
-    def replay(self, model: nn.Module, entries: Sequence[Entry]) -> None:
+            carry(model, lambda: journal, packed, replay)
+
+    def replay(
+        self, model: nn.Module, entries: Sequence[Entry], packed: torch.Tensor | None = None
+    ) -> None:
         """Do changes of a journal again, on the model and in what the tracker knows of it; all or nothing.
+
+        Args:
+            model: A tracked one.
+            entries: Those that follow what its journal has.
+            packed: The run that came with them, which waits for `start_self_modification`.
 
         Raises:
             CheckpointError: They do not fit what is tracked.
@@ -119,15 +143,18 @@ class Recorder:
         tracker = self._tracker
         session = self._sessions.of(tracker.tracked(model))
         plain = unwrapped(session.optimizers)
+        carried = None if packed is None else unpack_run(packed)
+        here = len(session.journal) + len(entries)
+        first = here if carried is None or carried.entries is None else carried.entries
+        first = max(min(first, here) - len(session.journal), 0)
+        change = Transaction()  # which awaits its verdict
         with tracker.speaking_of(session.entry):
             with _all_or_nothing("of the state dict") as log:
-                for part in _parts(entries):
-                    # What the journal claims was held against the state dict before.
-                    twin = twin_after(model, part, math.inf)
-                    become(model, twin, {}, part, log, plain)
-                    for entry in part:
-                        self._move_ids(entry, log)
+                self._redo(model, entries[:first], log, plain)
                 session.know(log)
+                log.add(change.log.undo)
+                self._redo(model, entries[first:], change.log, plain)
+                session.know(change.log)
                 widths = {n: len(layer.ids) for n, layer in tracker.current.layers.items()}
                 for layer in find_layers(model):
                     if layer.neurons is not None and widths.get(layer.name) != layer.neurons:
@@ -139,18 +166,38 @@ class Recorder:
                 for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
                     del optimizer.state[parameter]
                 watch(optimizer)  # the ages of young slots come with its state
-        session.last = None
+            journal = session.journal
+            journal.entries += entries
+            session.last = None
+            if carried is not None and entries[first:]:
+                for entry in reversed(entries[first:]):
+                    change.log.add_last(partial(journal.take_back, entry))
+                change.receipt, session.last = carried.receipt, change
+            if carried is not None and (session.run is None or session.run.stopped):
+                session.waiting = carried
         session.changed()
+
+    def _redo(
+        self, model: nn.Module, entries: Sequence[Entry], log: UndoLog, optimizers: Any
+    ) -> None:
+        for part in _parts(entries):
+            # What the journal claims was held against the state dict before.
+            twin = twin_after(model, part, math.inf)
+            become(model, twin, {}, part, log, optimizers)
+            for entry in part:
+                self._move_ids(entry, log)
 
     def _move_ids(self, entry: Entry, log: UndoLog) -> None:
         tracker = self._tracker
         known = tracker.current.layers
         for name, runs in entry.layers.items():
             width = len(known[name].ids) if name in known else -1
-            if runs.reach > width or runs.size > MOST_IDS + 64 * width:
+            if runs.reach > width or runs.size > MOST_NEW + 64 * width:
                 raise CheckpointError(
                     f"Entry {entry.number} of the journal moves neurons of {name!r} that it does not have."
                 )
+        # Ids of changes that were undone in between are not given again.
+        tracker.registry.skip_to(min([*entry.added_ids, MOST_IDS]) if entry.added_ids else 0)
         layers = {name: runs.slots() for name, runs in entry.layers.items()}
         tracker.reslot(layers, {}, entry.reason, log.add)
         reads, tracker.current.reads = tracker.current.reads, {}

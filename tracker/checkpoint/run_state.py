@@ -82,7 +82,7 @@ def gather(
         {
             "model": weights,
             "optimizer": states,
-            "statistics": {**_seen(tracker), **_reads("run", run[1]), **run[2], **inputs},
+            "statistics": {**_seen(tracker), **reads_tables("run", run[1]), **run[2], **inputs},
             "random": noise,
         },
         {"journal": journal.to_dict(), "engine": engine},
@@ -155,11 +155,16 @@ def _values(twin: nn.Module, content: Checkpoint) -> dict[str, Tensor]:
     # As they lay in memory: kernels round by that.
     for name, strides in _part(content, "strides", dict).items():
         if name in saved:
-            saved[name] = _laid_out(saved[name], tuple(map(_whole, strides)))
+            saved[name] = laid_out(saved[name], tuple(map(_whole, strides)))
     return saved
 
 
-def _laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+def laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same values with these strides in memory.
+
+    Raises:
+        CheckpointError: A tensor of this shape cannot have them.
+    """
     order = sorted(zip(strides, value.shape, strict=True))
     place = 1
     for stride, size in order:
@@ -225,7 +230,7 @@ def load_tracker(
             tracker.hook()
         elif observer.inputs is not None:
             entry.detach()  # nothing has to be waited for at the model's door
-        seen = _restore_seen(tracker, content.tensors["statistics"])
+        seen = restore_seen(tracker, content.tensors["statistics"])
         observer.recording = bool(facts["recording"] and facts["hooked"])
         history = facts["history"]
         return None if history is None else TrainingHistory.from_dict(history), seen
@@ -326,10 +331,11 @@ def _seen(tracker: ActivationTracker) -> dict[str, Tensor]:
                     found.update(
                         _parts(f"covariance/{mode}/{site.name}", window.covariance.value())
                     )
-    return found | _reads("read", tracker.current.reads)
+    return found | reads_tables("read", tracker.current.reads)
 
 
-def _reads(kind: str, reads: Mapping[str, Read]) -> dict[str, Tensor]:
+def reads_tables(kind: str, reads: Mapping[str, Read]) -> dict[str, Tensor]:
+    """What consumers read, as tensors that `restore_seen` takes; `kind` begins their names."""
     found: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, read in reads.items():
@@ -354,7 +360,7 @@ def _parts(key: str, value: Covariance) -> dict[str, Tensor]:
     }
 
 
-def _restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> dict[str, Read]:
+def restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> dict[str, Read]:
     """Give the statistics back; what a run had observed is returned."""
     entry = tracker.current
     reads: dict[str, dict[str, Read]] = {"read": entry.reads, "run": {}}

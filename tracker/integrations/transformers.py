@@ -11,28 +11,27 @@ from transformers import TrainerCallback
 
 from tracker.engine import NeuronEngine
 from tracker.errors import SurgeryError
-from tracker.training import Phases, Policy
 
 
 class SelfModificationCallback(TrainerCallback):
     """Tracks the model, hands the engine its optimizer, and takes a step of self-modification after each of its.
 
-    The Trainer does not tell callbacks the loss; it is read off the model's own output.
+    The Trainer does not tell callbacks the loss; it is read off the model's own output. Its checkpoints carry all that
+    is needed to go on: `Trainer.train(resume_from_checkpoint=True)`, with a model at its original sizes, changes it as
+    its journal says, and the run goes on with its policy, its timeline, and the change that awaits its verdict.
 
     Args:
-        policy: None for the default one.
+        policy: What `start_self_modification` takes. None: that of the checkpoint, else the default one.
         engine: To use; else `callback.engine` is a new one.
     """
 
-    def __init__(
-        self, policy: Policy | Phases | None = None, engine: NeuronEngine | None = None
-    ) -> None:
+    def __init__(self, policy: Any = None, engine: NeuronEngine | None = None) -> None:
         self.policy, self.engine = policy, engine or NeuronEngine()
         self._losses: list[torch.Tensor] = []
         self._handle: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer's call.
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer's call, before it loads a checkpoint into the model.
 
         Raises:
             SurgeryError: Several processes train: the Trainer keeps the wrapper that would have to be renewed.
@@ -40,13 +39,22 @@ class SelfModificationCallback(TrainerCallback):
         if args.world_size > 1:
             raise SurgeryError(
                 f"The Trainer runs in {args.world_size} processes and keeps its wrapper, which a change makes stale. "
-                "Use one process, or a loop of your own with attach_process_group and renew."
+                "Use one process, Lightning, or a loop of your own with attach_process_group and renew."
             )
+        if kwargs.get("model") is not None:  # else it is made when training begins
+            self._track(kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer's call, once there is an optimizer, with its state."""
         model = kwargs["model"]
-        self.engine.track_model(model, type(model).__name__)
+        self._track(model)
         self.engine.attach_optimizer(kwargs["optimizer"])
         self.engine.start_self_modification(self.policy)
         self._handle = model.register_forward_hook(_seen_by(self._losses))
+
+    def _track(self, model: nn.Module) -> None:
+        self.engine.track_model(model, type(model).__name__)
+        self.engine.carry_journal(run=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer's call, after the optimizer's step."""

@@ -18,25 +18,36 @@ from tracker.journal.entries import Entry, Journal
 from tracker.journal.replay import twin_after
 
 KEY = "_tracker_journal"
+RUN = "_tracker_run"
 LARGEST = 2**28  # bytes of a journal
 
 
+Replay = Callable[[Sequence[Entry], Tensor | None], None]
+
+
 def carry(
-    model: nn.Module, journal: Callable[[], Journal], replay: Callable[[Sequence[Entry]], None]
+    model: nn.Module,
+    journal: Callable[[], Journal],
+    run: Callable[[], Tensor | None],
+    replay: Replay,
 ) -> None:
     """Put both hooks on a model, once.
 
-    journal: Of the model, now. replay: Changes the model, and what knows it, by more entries; all or nothing.
+    Args:
+        model: Whose state dict is to carry them.
+        journal: Of the model, now.
+        run: Of the model, now, as bytes; None where there is none to carry.
+        replay: Changes the model, and what knows it, by more entries, and takes in a run; all or nothing.
     """
-    model.register_state_dict_post_hook(Saving(journal))
+    model.register_state_dict_post_hook(Saving(journal, run))
     model.register_load_state_dict_pre_hook(Loading(model, journal, replay))
 
 
 class Saving:
-    """Adds the journal to a state dict; a model that was never changed has none."""
+    """Adds journal and run to a state dict; a model that was never changed has no journal."""
 
-    def __init__(self, journal: Callable[[], Journal]) -> None:
-        self._journal = journal
+    def __init__(self, journal: Callable[[], Journal], run: Callable[[], Tensor | None]) -> None:
+        self._journal, self._run = journal, run
 
     def __deepcopy__(self, memo: object) -> Silent:
         return Silent()
@@ -52,17 +63,15 @@ class Saving:
         if len(journal):
             text = json.dumps(journal.to_dict()).encode()
             state[prefix + KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        run = self._run()
+        if run is not None:
+            state[prefix + RUN] = run
 
 
 class Loading:
     """Changes the model as the journal of a state dict says, before its tensors are loaded."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        journal: Callable[[], Journal],
-        replay: Callable[[Sequence[Entry]], None],
-    ) -> None:
+    def __init__(self, model: nn.Module, journal: Callable[[], Journal], replay: Replay) -> None:
         self._model, self._journal, self._replay = weakref.ref(model), journal, replay
 
     def __deepcopy__(self, memo: object) -> Silent:
@@ -80,9 +89,11 @@ class Loading:
             CheckpointError: The journal cannot be read or does not lead on from here; the model is as it was.
         """
         model = self._model()
-        if model is None or prefix + KEY not in state:
+        if model is None or not {prefix + KEY, prefix + RUN} & set(state):
             return
-        asked, known = read(state.pop(prefix + KEY)), self._journal()
+        run = state.pop(prefix + RUN, None)
+        asked = read(state.pop(prefix + KEY)) if prefix + KEY in state else Journal()
+        known = self._journal()
         if len(known) > len(asked) or asked.entries[: len(known)] != known.entries:
             raise CheckpointError(
                 "This state dict is of a model that was changed in other ways. Load it into a freshly built one."
@@ -91,13 +102,17 @@ class Loading:
         if entries:
             held = sum(t.numel() for t in state.values() if isinstance(t, Tensor))
             _require_whole(twin_after(model, entries, held), state, prefix)
-            self._replay(entries)
+        if entries or run is not None:
+            self._replay(entries, run)
 
 
 def _require_whole(twin: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
     """All that the changed model has is there and fits, and nothing else: what follows only copies."""
-    wanted = twin.state_dict()
+    wanted = twin.state_dict(keep_vars=True)
     given = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    there = {id(wanted[name]) for name in given if name in wanted}
+    # Of tied weights some frameworks save one.
+    given |= {name for name, tensor in wanted.items() if id(tensor) in there}
     odd = sorted(given ^ set(wanted))
     if odd:
         raise CheckpointError(
@@ -105,9 +120,9 @@ def _require_whole(twin: nn.Module, state: Mapping[str, Any], prefix: str) -> No
             f"journal leads to ({len(odd)} such names). To load a part of it, remove {prefix + KEY!r} first."
         )
     for name, tensor in wanted.items():
-        saved = state[prefix + name]
-        if not isinstance(tensor, Tensor):
-            continue  # an extra state
+        saved = state.get(prefix + name)
+        if not isinstance(tensor, Tensor) or prefix + name not in state:
+            continue  # an extra state, or a tied weight
         if not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_meta:
             raise CheckpointError(f"The state dict's {name} is no tensor with values.")
         if saved.shape != tensor.shape:

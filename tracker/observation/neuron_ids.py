@@ -77,6 +77,15 @@ class NeuronRegistry:
         entry.index = {}
         return fresh.ids
 
+    @property
+    def next_id(self) -> int:
+        """The id that the next new neuron gets."""
+        return self._next
+
+    def skip_to(self, neuron_id: int) -> None:
+        """Give out no id below this one any more: they were given to neurons of changes that were undone."""
+        self._next = max(self._next, neuron_id)
+
     def restore(self, entry: LayerIds, ids: list[int]) -> None:
         """Take a `reslot` back."""
         for neuron in ids:

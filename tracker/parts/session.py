@@ -67,6 +67,8 @@ class Session:
     run: Any = None  # the last one that was started
     clock: Callable[[], int] | None = None  # steps of the run, for the journal
     carried: bool = False  # its state_dict carries the journal
+    carries_run: bool = False  # and the run
+    waiting: Any = None  # a run that came with a state dict, and goes on when one is started
     tried: bool = False  # of a copy, on which a change is only tried
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the parameters, as last known
     _open: Transaction | None = None
@@ -194,7 +196,7 @@ class Session:
             yield inner
             kept = inner.receipt is not None and not inner.receipt.dry_run
             if kept and outer is not None:
-                outer.log.add(inner.log.undo)
+                outer.log.include(inner.log)
             elif kept:
                 self.changed()
                 self.last = inner

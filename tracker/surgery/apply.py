@@ -194,7 +194,19 @@ def _state_swaps(
     fresh, lost = moved_state(optimizer, tensor, change)  # type: ignore[arg-type]
     if lost:
         notes.append(f"reset, it could not be moved: {lost}")
-    return [] if fresh is None else [_state_swap(optimizer, tensor, fresh)]
+    return [
+        _no_state(optimizer, tensor) if fresh is None else _state_swap(optimizer, tensor, fresh)
+    ]
+
+
+def _no_state(optimizer: Optimizer, parameter: Tensor) -> Callable[[UndoLog], None]:
+    """The optimizer knows nothing of a parameter: what it will know fits only the changed one."""
+
+    def swap(log: UndoLog) -> None:
+        log.add(lambda: optimizer.state.pop(parameter, None))
+        log.before.states.setdefault((id(optimizer), id(parameter)), (optimizer, parameter, {}))
+
+    return swap
 
 
 def _state_swap(
@@ -203,6 +215,7 @@ def _state_swap(
     def swap(log: UndoLog) -> None:
         old = optimizer.state[parameter]
         log.add(lambda: optimizer.state.__setitem__(parameter, old))
+        log.before.states.setdefault((id(optimizer), id(parameter)), (optimizer, parameter, old))
         if fresh is None:
             del optimizer.state[parameter]
         else:

@@ -196,6 +196,7 @@ def replace_module(
         parent._modules.update(order)
 
     log.add(back)
+    log.before.modules.setdefault((id(model), name), (model, name, old))
     parent._modules[child] = module
     if child == INSERTED:
         known = set(parent._forward_hooks)
@@ -208,6 +209,8 @@ def replace_module(
     mates |= {id(p) for p in gone}
     named = dict(module.named_parameters())
     for optimizer in optimizers:
+        joins = list(named.values())
+        log.add(lambda o=optimizer, j=joins: [o.state.pop(p, None) for p in j])  # type: ignore[misc]
         for group in optimizer.param_groups:
             here = {id(p) for p in group["params"]}
             fresh = [
@@ -221,6 +224,9 @@ def replace_module(
             if parameter in optimizer.state:
                 state = optimizer.state[parameter]
                 log.add(lambda o=optimizer, p=parameter, s=state: o.state.__setitem__(p, s))  # type: ignore[misc]
+                log.before.states.setdefault(
+                    (id(optimizer), id(parameter)), (optimizer, parameter, state)
+                )
                 del optimizer.state[parameter]
 
 
@@ -237,5 +243,6 @@ def _regroup(
 ) -> None:
     params = list(group["params"])
     log.add(lambda: group.__setitem__("params", params))
+    log.before.groups.setdefault(id(group), (group, params))
     lost = {id(p) for p in gone}
     group["params"] = [*(p for p in params if id(p) not in lost), *fresh]

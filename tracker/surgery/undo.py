@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracker.errors import SurgeryError
 from tracker.surgery.optimizer_state.stale_steps import resized
@@ -14,21 +16,65 @@ from tracker.surgery.optimizer_state.stale_steps import resized
 Step = Callable[[], object]
 
 
+@dataclass(slots=True)
+class Before:
+    """What undoing gives back, as values: for a checkpoint from which a change can still be undone.
+
+    Of what was written several times, the first value is kept.
+
+    Attributes:
+        tensors: Tensor by id, and its content.
+        states: Optimizer, parameter and its state, by the ids of both.
+        groups: Group of an optimizer by id, and its parameters.
+        modules: Model, name and the module that stood there (None: no module), by the model's id and the name.
+    """
+
+    tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    states: dict[tuple[int, int], tuple[Any, Tensor, Any]] = field(default_factory=dict)
+    groups: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
+    modules: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = field(
+        default_factory=dict
+    )
+
+    def follow(self, later: Before) -> None:
+        """Add what was written after this."""
+        for mine, theirs in (
+            (self.tensors, later.tensors),
+            (self.states, later.states),
+            (self.groups, later.groups),
+            (self.modules, later.modules),
+        ):
+            table: dict[Any, Any] = mine
+            for key, value in theirs.items():
+                table.setdefault(key, value)
+
+
 class UndoLog:
     """How to take back what was done, the last first."""
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
+        self.before = Before()
 
     def add(self, step: Step) -> None:
         """Remember how to take back what is about to be done."""
         self._steps.append(step)
+
+    def add_last(self, step: Step) -> None:
+        """Remember what is to be done once everything is taken back."""
+        self._steps.insert(0, step)
+
+    def include(self, log: UndoLog) -> None:
+        """Take back what another log holds, too."""
+        self.add(log.undo)
+        self.before.follow(log.before)
 
     def undo(self) -> None:
         """Take everything back."""
         with writable():
             while self._steps:
                 self._steps.pop()()
+        self.before = Before()
         torch.clear_autocast_cache()
 
 
@@ -47,10 +93,18 @@ def rewrite(tensor: Tensor, new: Tensor, gradient: Tensor | None, log: UndoLog) 
         tensor.grad = old_gradient
 
     log.add(back)
+    log.before.tensors.setdefault(id(tensor), (tensor, old))
     _refuse_earlier_graphs(tensor)
     tensor.grad = None
     _set(tensor, new)
     tensor.grad = gradient
+
+
+def put_back(tensor: Tensor, content: Tensor) -> None:
+    """Give a tensor the content that it had before a change, which is not in this process any more."""
+    _refuse_earlier_graphs(tensor)
+    tensor.grad = None
+    _set(tensor, content)
 
 
 def _set(tensor: Tensor, new: Tensor) -> None:

@@ -57,6 +57,25 @@ class Decision:
     widths: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is known of a change until its effect is measured.
+
+    Attributes:
+        step: After which it was made.
+        loss: Mean of the last steps before it.
+        groups: What it changed.
+        change: The change itself; None where it cannot be taken back. It holds the model.
+        entries: Length of the journal before it.
+    """
+
+    step: int
+    loss: float
+    groups: tuple[str, ...]
+    change: weakref.ref[Transaction] | None
+    entries: int
+
+
 class SelfModification:
     """One run of a policy on one model.
 
@@ -87,11 +106,10 @@ class SelfModification:
             str, int
         ] = {}  # of each group, when it was first seen: shares are of these
         self._seen = Seen()  # in the last look, beside what consumers read
-        # A change that awaits its verdict: step, loss before, groups, and the change itself.
-        self._open: tuple[int, float, tuple[str, ...], weakref.ref[Transaction] | None] | None = (
-            None
-        )
+        self._open: Verdict | None = None  # of the last change
         self._stopped = False
+        # What `gather` gives once it is stopped in the middle of a look.
+        self._parting: tuple[dict[str, Any], dict[str, Read], dict[str, Tensor]] | None = None
         self._interrupted = False  # the model changed during a look, which begins anew
         for part in policy.policies():  # a name that matches nothing is told now
             if part.protect and self._session.entry.observer.calls:
@@ -121,7 +139,7 @@ class SelfModification:
         if self.steps % stretch == 0:
             self.losses.append((self.steps, self._mean(stretch)))
         taken_back = None
-        if self._open is not None and self.steps >= self._open[0] + policy.settle:
+        if self._open is not None and self.steps >= self._open.step + policy.settle:
             taken_back = self._judge()
         if since >= 0 and phase == 0:
             try:
@@ -138,8 +156,10 @@ class SelfModification:
     def gather(self) -> tuple[dict[str, Any], dict[str, Read], dict[str, Tensor]]:
         """Where the run is, as plain data, and what it observed since it began to look: reads, and other tensors.
 
-        A change that awaits its verdict is not among it: nothing could take it back later.
+        A change that awaits its verdict is not among it; see `verdict`.
         """
+        if self._parting is not None:
+            return self._parting
         data = {
             "policy": self.policy.to_dict(),
             "steps": self.steps,
@@ -151,6 +171,7 @@ class SelfModification:
             "sizes": dict(self._sizes),
             "life": [asdict(decision) for decision in self.life],
             "observes": self._watch is not None or self._interrupted,
+            "interrupted": self._interrupted,
         }
         if self._watch is None:
             return data, {}, {}
@@ -177,13 +198,29 @@ class SelfModification:
         self._blocked = {str(n): operator.index(looks) for n, looks in data["blocked"].items()}
         self._sizes = {str(n): operator.index(k) for n, k in data.get("sizes", {}).items()}
         self.life[:] = life
-        if data["observes"]:
+        no_inputs = not self._session.entry.observer.calls  # they were no plain data
+        if data["observes"] and (no_inputs or data.get("interrupted", False)):
+            self._interrupted = True
+        elif data["observes"]:
             self._begin_to_observe()
             assert self._watch is not None
             self._watch.go_on(seen, tables, data.get("inputs"))
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """The change that awaits its verdict, as long as it can be taken back."""
+        waits = self._open
+        change = None if waits is None or waits.change is None else waits.change()
+        return waits if change is not None and self._session.last is change else None
+
+    def await_verdict(self, verdict: Verdict) -> None:
+        """Judge a change that was made before this run was loaded."""
+        self._open = verdict
+
     def stop(self) -> None:
         """Observe and change nothing any more."""
+        if self._watch is not None and self._session.carries_run:
+            self._parting = self.gather()
         self._stopped = True
         if self._watch is not None:
             self._watch.stop()
@@ -216,7 +253,7 @@ class SelfModification:
         self._recent = []
         self._means.append(loss)
         self._blocked = {name: n - 1 for name, n in self._blocked.items() if n > 1}
-        wanted = self._decided(policy)
+        wanted, entries = self._decided(policy), len(self._session.journal)
         if not wanted.groups:
             self._note("kept", wanted.why, loss)
             return None
@@ -229,7 +266,7 @@ class SelfModification:
             return None
         change = self._session.last
         held = None if change is None else weakref.ref(change)  # it holds the model
-        self._open = (self.steps, lately, wanted.groups, held)
+        self._open = Verdict(self.steps, lately, wanted.groups, held, entries)
         self._note(DONE[receipt.operation], wanted.why, loss)
         return receipt
 
@@ -325,8 +362,8 @@ class SelfModification:
     def _judge(self) -> Receipt | None:
         """Whether the last change kept what it promised; if not, it is taken back with the steps since."""
         assert self._open is not None
-        _, before, names, held = self._open
-        self._open = None
+        verdict, self._open = self._open, None
+        before, held = verdict.loss, verdict.change
         _, policy = self.policy.at(self.steps - 1)
         after = self._mean(policy.settle // 2)
         change = None if held is None else held()
@@ -334,7 +371,7 @@ class SelfModification:
         if kept or change is None or self._session.last is not change:
             return None  # it kept what it promised, or something else was changed since
         receipt = self._surgeon.undo()
-        for name in names:
+        for name in verdict.groups:
             self._blocked[name] = policy.patience
         self._note("undone", f"the loss rose from {before:.4f} to {after:.4f}", after)
         return receipt

@@ -14,7 +14,7 @@ from tracker.parts.sessions import Sessions
 from tracker.parts.surgeon import Surgeon
 from tracker.surgery import Receipt
 from tracker.tracker import ActivationTracker
-from tracker.training import Decision, Policy, SelfModification, as_policy
+from tracker.training import Decision, Phases, Policy, SelfModification, as_policy
 
 
 class Trainer:
@@ -41,24 +41,31 @@ class Trainer:
     def start_self_modification(self, policy: Any = None, steps: int | None = None) -> None:
         """Let the current model change itself while it trains, as the policy says; call `step` after each step.
 
-        Between looks nothing is observed. Model, optimizer and scheduler stay the same objects.
+        Between looks nothing is observed. Model, optimizer and scheduler stay the same objects. After the load of a
+        state dict that carries a run (see `carry_journal`), that run goes on.
 
         Args:
-            policy: A Policy, Phases, a function or an object with `decide` (see `Policy.of`); None for the default one.
+            policy: A Policy, Phases, a function or an object with `decide` (see `Policy.of`); None for the default one,
+                or that of the run that goes on.
             steps: Of the whole run, where they are known: a schedule that the policy leaves at its defaults becomes
                 shares of them, and the last quarter is left in peace; see `Policy.over`.
 
         Raises:
             SurgeryError: `policy` is none of these, or protects what is not there; the run is too short to change in.
+            CheckpointError: The run that was loaded is not one of this model.
         """
-        chosen = Policy() if policy is None else as_policy(policy)
+        session = self._sessions.current
+        carried = session.waiting
+        chosen = _policy(policy, carried)
         if steps is not None:
             chosen = chosen.fitted(steps)
-        session = self._sessions.current
         refuse_alone(session.ranks)
+        run = SelfModification(self._tracker, session, self._surgeon, chosen)
+        if carried is not None:
+            carried.resume(session, run)
         if session.run is not None:
             session.run.stop()
-        session.run = run = SelfModification(self._tracker, session, self._surgeon, chosen)
+        session.run, session.waiting = run, None
         session.clock = lambda: run.steps
 
     def step(self, loss: torch.Tensor | float, *, model: nn.Module | None = None) -> Receipt | None:
@@ -114,3 +121,10 @@ class Trainer:
                 f"Several models modify themselves ({names}): say which, step(loss, model=model)."
             )
         return running[0]
+
+
+def _policy(policy: object, carried: Any) -> Policy | Phases:
+    """What was given, else what a run that goes on has, else the default one."""
+    if policy is not None:
+        return as_policy(policy)
+    return Policy() if carried is None else Policy.from_dict(carried.policy)

@@ -56,7 +56,8 @@ class _Before:
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if AGE in optimizer.state.get(parameter, ()) and parameter.grad is not None:
+                # Whether it gets a gradient is known later, where the step runs a closure.
+                if AGE in optimizer.state.get(parameter, ()):
                     self.values[parameter] = parameter.detach().clone()
 
 
@@ -69,7 +70,7 @@ class _After:
         values, self._before.values = self._before.values, {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter in values:
+                if parameter in values and parameter.grad is not None:
                     state = optimizer.state[parameter]
                     # Loading a state gives it the parameter's dtype, and bfloat16 cannot count beyond 256.
                     age = state[AGE] = _placed(state[AGE], parameter).float() + 1
