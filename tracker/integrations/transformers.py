@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from tracker.engine import NeuronEngine
 from tracker.errors import SurgeryError
+from tracker.observation.compiled import is_new_data
 
 
 class SelfModificationCallback(TrainerCallback):
@@ -72,6 +73,8 @@ class SelfModificationCallback(TrainerCallback):
 
 def _seen_by(losses: list[torch.Tensor]) -> Callable[[nn.Module, Any, Any], None]:
     def see(module: nn.Module, args: Any, output: Any) -> None:
+        if not is_new_data():
+            return  # the model is only tried
         loss = output.get("loss") if isinstance(output, dict) else None
         if module.training and loss is not None:
             losses.append(loss.detach().float())
