@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracker.modules.kinds import is_linear, made_along, weight_of
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.utils.nested import tensors_in
 
@@ -39,15 +40,16 @@ class GradientWatcher:
         for layer, names in readers.items():
             makes: Any = model.get_submodule(layer)
             reads: list[Any] = [model.get_submodule(name) for name in names]
-            if not reads or not all(isinstance(m, nn.Linear) for m in (makes, *reads)):
+            if not reads or not all(is_linear(m) for m in (makes, *reads)):
                 continue
             into, start = _IntoHook(), 0
-            rows = sum(m.out_features for m in reads)
-            products[layer] = torch.zeros(rows, makes.in_features, dtype=torch.float64)
+            widths = [weight_of(m).shape[made_along(m)] for m in reads]
+            features = weight_of(makes).shape[1 - made_along(makes)]
+            products[layer] = torch.zeros(sum(widths), features, dtype=torch.float64)
             self.handles.append(makes.register_forward_pre_hook(into, with_kwargs=True))
-            for module in reads:
-                part = products[layer][start : start + module.out_features]
-                start += module.out_features
+            for module, width in zip(reads, widths, strict=True):
+                part = products[layer][start : start + width]
+                start += width
                 self.handles.append(module.register_forward_hook(_OutOfHook(into, part)))
 
 
