@@ -203,7 +203,8 @@ def masked_copy(
         computes = piece.tensor in buffers and piece.tensor.endswith(("_u", "_v"))
         if (piece.role == "reads" or silence) and not computes:
             module = masked.get_submodule(layer_of(piece.tensor))
-            if not _mask_at_the_door(module, piece):
+            # A plain weight is zeroed too: functional code may read it, and then no door is passed.
+            if not _mask_at_the_door(module, piece) or _is_plain(module):
                 assert ".parametrizations." not in piece.tensor, piece
                 indices = torch.tensor(piece.indices, dtype=torch.long)
                 with torch.no_grad():
@@ -220,6 +221,12 @@ def copied(model: nn.Module) -> nn.Module:
 def layer_of(tensor: str) -> str:
     """The module whose weight a tensor is, or is computed into."""
     return f".{tensor}".rpartition(".")[0].partition(".parametrizations.")[0][1:]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it multiplies with the very parameter that it keeps."""
+    own = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    return type(module) in own and isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
 def _mask_at_the_door(module: nn.Module, piece: Any) -> bool:
