@@ -88,7 +88,10 @@ class MaskedWeights(TorchDispatchMode):
         if with_data or (not given and is_random(func)):
             for tensor in made:
                 self._data[id(tensor)] = weakref.ref(tensor)
-        if packet not in _CONTRACTED and packet is not aten.convolution:
+        if packet in _CONTRACTED:
+            if not with_data:
+                self._through(_CONTRACTED[packet], args, result)
+        elif packet is not aten.convolution:
             for place in dict.fromkeys(p for t in given for p in self._of(t)):
                 self._follow(place, func, args, kwargs, result)
         return result
@@ -126,6 +129,20 @@ class MaskedWeights(TorchDispatchMode):
         if isinstance(value, dict):
             return {key: self._made(part) for key, part in value.items()}
         return type(value)(map(self._made, value)) if type(value) in (list, tuple) else value
+
+    def _through(
+        self, dims: tuple[tuple[int, int], ...], args: tuple[Any, ...], result: Tensor
+    ) -> None:
+        """In a product of weights, masked rows stay rows and masked columns columns."""
+        for at, dim in dims:
+            for place, mask in self._of(args[at]).items():
+                small = _without_repeats(mask)
+                if (small.any(dim) == small.all(dim)).all():  # not along what is added up over
+                    kept = small.any(dim, keepdim=True)
+                    if kept.ndim == result.ndim:
+                        self._keep(result, {place: kept.expand(result.shape)})
+                    elif kept.ndim == result.ndim + 1:  # times a vector
+                        self._keep(result, {place: kept.squeeze(dim).expand(result.shape)})
 
     def _follow(
         self, place: Place, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
