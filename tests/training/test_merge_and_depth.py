@@ -156,7 +156,10 @@ def test_the_predicted_error_of_merging_is_the_one_that_comes(name: str) -> None
     engine.correlation_threshold = 0.05
     engine.calibrate([x])
     found = candidates(
-        engine.tracker, Policy(merge=True, floor=1), Prices({}, 0.0), engine.correlation_threshold
+        engine.tracker,
+        Policy(merge=True, floor=1, gradients=False),
+        Prices({}, 0.0),
+        engine.correlation_threshold,
     )
     one = next(c for c in found if len(c.pairs) > 2)
     errors = list(one.merge_errors)

@@ -59,6 +59,7 @@ def backward(
     ridge: float | None = None,
     tolerance: float = EXACT,
     block: int = BLOCK,
+    limit: float = float("inf"),
 ) -> Selection:
     """Greedy backward elimination (OBS): again and again the unit whose loss costs least, the rest compensating.
 
@@ -66,6 +67,7 @@ def backward(
     weight:     (m, n): all consumers of these columns, stacked
     units:      columns of each unit; protected: units that stay; remove: how many go (None: all that may)
     mean:       (n,): lets columns that vary only by fp32 rounding count as constant
+    limit:      the error behind which nothing more is looked for: the last of `errors` may lie above it
 
     Units that the others explain exactly (dead, constant, duplicate, linearly dependent) go first. Ties go to the
     lowest index. Source: Hassibi & Stork (1993).
@@ -91,9 +93,11 @@ def backward(
         state = Elimination(h, w.T @ w, slots, block)
         del h
         stays = torch.tensor([u not in set(free) for u in kept])
-        found, prices = _greedy(state, penalty, stays, remove - len(order), sign=1)
+        base = float(errors[-1]) if len(errors) else 0.0
+        found, prices = _greedy(
+            state, penalty, stays, remove - len(order), sign=1, limit=limit - base
+        )
         order += [kept[u] for u in found]
-        base = errors[-1] if len(errors) else 0.0
         errors = torch.cat((errors, base + prices.cumsum(0).clamp(min=0)))
     return Selection(tuple(order), errors, total, len(exact))
 
@@ -205,10 +209,18 @@ def select(
 
 
 def _greedy(
-    state: Elimination, penalty: Tensor, taken: Tensor, steps: int, sign: int
+    state: Elimination,
+    penalty: Tensor,
+    taken: Tensor,
+    steps: int,
+    sign: int,
+    limit: float = float("inf"),
 ) -> tuple[list[int], Tensor]:
-    """`steps` units, each the least (sign 1) or greatest (-1) score less penalty; and those differences."""
-    alive, found, prices = ~taken, [], []
+    """`steps` units, each the least (sign 1) or greatest (-1) score less penalty; and those differences.
+
+    limit: Of their sum, behind which no more are taken.
+    """
+    alive, found, prices, total = ~taken, list[int](), list[float](), 0.0
     start = state.hb.diagonal(dim1=1, dim2=2).amin(1)
     for _ in range(steps):
         alive = state.settle(alive)
@@ -220,6 +232,9 @@ def _greedy(
         at = int(price.argmin())
         found.append(int(state.units[at]))
         prices.append(float(price[at]))
+        total += prices[-1]
+        if total > limit:
+            break
         state.eliminate(at)
         alive[at] = False
     return found, torch.tensor(prices, dtype=torch.float64)

@@ -182,7 +182,7 @@ class Ranks:
         return merged
 
     def sums(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over all ranks of float64 tensors that all have."""
+        """Sums over all ranks of tensors that all have."""
         found = {}
         for name in sorted(products):
             sent = products[name].to(self._device, copy=True)

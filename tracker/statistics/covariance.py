@@ -145,6 +145,9 @@ class CovarianceStream:
         x = split_at(output.detach(), axis)
         if not x.numel():
             return
+        if mean is None:
+            own = x.mean((0, 2), dtype=torch.float64)
+            mean = own if bool(own.isfinite().all()) else None
         if mean is not None and self._products.add(x, mean):
             return
         # Left out as zeros after centring, so that no step waits for the device.
@@ -177,8 +180,7 @@ class CovarianceStream:
             return
         first = turn % step
         x = x[first::step] if outer >= step else x[:, :, first::step]
-        own = x.double().mean((0, 2))
-        self.add(x, own if bool(own.isfinite().all()) else None, axis=1)
+        self.add(x, axis=1)
 
     @torch.no_grad()
     def value(self) -> Covariance:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import Tensor, nn
 
-from tracker.compensation.linear import constant
 from tracker.errors import TrackerError
 from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
-from tracker.modules.kinds import is_linear, kind_of, weight_of
-from tracker.modules.layers import known_width
 from tracker.structure import UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.structure.trials.temporary_copies import borrowed
@@ -25,7 +23,11 @@ from tracker.surgery.prices.removal_problem import Limits, Problem, problems_of
 from tracker.tracker import ActivationTracker
 from tracker.training.choices import Bypass, Candidate, Size
 from tracker.training.policy import Policy
+from tracker.training.seen import NOTHING_SEEN, Seen
+from tracker.training.spending import TRADE
 from tracker.utils.nested import tensors_in
+
+DEARER = 10  # tolerances that one group may give up for others
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +42,55 @@ class Prices:
         return Size(parameters, flops, flops * self.time)
 
 
+class Wanted(Enum):
+    """How far the errors of units that go are looked for."""
+
+    TOLERATED = "within the tolerance of the policy"
+    TRADES = "as far as units elsewhere could gain more"
+    ALL = "all that may go"
+
+
 def candidates(
     tracker: ActivationTracker,
     policy: Policy,
     price: Prices,
     correlation_threshold: float,
     protected: Protection = NOTHING,
-    gradients: Mapping[str, float] | None = None,
+    seen: Seen = NOTHING_SEEN,
+    loss: float = 1.0,
+    wanted: Wanted = Wanted.ALL,
+    blocked: Collection[str] = (),
 ) -> list[Candidate]:
     """The groups that can change by themselves, and what that is predicted to cost; those that may.
 
-    gradients: Mean square of the loss's gradient by parameter, where it was observed.
+    seen: What the look saw beside what consumers read. loss: Of the last steps: rises and falls are shares of it.
+    wanted: How far errors are looked for. blocked: Groups that are left alone.
     """
     model = tracker.current.model()
     groups, problems, _ = problems_of(tracker, Limits(floor=policy.floor, protected=protected))
     learnt = {name for name, _ in model.named_parameters()}
     held = {name: t.shape for name, t in tensors(model).items()}
     modules = dict(model.named_modules())
+    gradients, size = seen.gradients(), abs(loss)
+    priced = policy.gradients and problems.priced and 0 < size < float("inf")
+    dead = [_dead(problems.constant(i), protected.pinned_of(g)) for i, g in enumerate(groups)]
+    gains = [_gains(tracker, policy, g, seen, size) if priced else () for g in groups]
+    free = [d for d, g in zip(dead, groups, strict=True) if g.name not in blocked]
     found = []
+    within = policy.tolerance
+    if wanted is Wanted.ALL:
+        within = float("inf")
+    elif policy.recycle and any(free):
+        within = -1.0  # these get a new start at this look, and nothing else happens
+    elif wanted is Wanted.TRADES:
+        most = max(TRADE * sum(g) for g in gains) if gains else 0.0
+        within = max(within, min(most, DEARER * within))
     for i, group in enumerate(groups):
-        problem = problems.plain(i)  # a policy's tolerance is a share of what the consumers compute
+        problem = problems[i] if priced else problems.plain(i)
+        total = size if priced else max(problem.total, 1e-300)
         most = min(int(policy.at_most * group.size), group.size - policy.floor)
-        selection = problem.backward(max(most, 1) if group.size > 1 else 0)
-        total = max(selection.total, 1e-300)
+        most = 0 if within < 0 or group.size == 1 else max(most, 1)
+        selection = problem.backward(most, within * total)
         parameters = flops = 0.0
         for (name, dim), indices in group.members[0].items():
             share = len(indices) / held[name][dim]
@@ -82,13 +110,15 @@ def candidates(
                 tuple(u for u in selection.order if u < group.size),
                 tuple((selection.errors / total).tolist()),
                 price.size(parameters, flops),
-                tuple(u for u in _dead(problem, group.size) if u not in problem.protected),
+                dead[i],
                 pairs,
                 losses,
                 _deeper(modules.get(layer), layer, price) if policy.insert else None,
                 protected.floor(group),
                 *_spread(problem, group.size),
-                _norm(group, gradients or {}),
+                _norm(group, gradients),
+                gains[i],
+                priced,
             )
         )
     return found
@@ -107,7 +137,7 @@ def bypasses(
     model = tracker.current.model()
     fitted, asked = (inputs, inputs) if len(inputs) == 1 else (inputs[::2], inputs[1::2])
     known = [c.layer for c in able if c.layer in tracker.current.layers]
-    linear = [name for name in known if is_linear(model.get_submodule(name))]
+    linear = [name for name in known if isinstance(model.get_submodule(name), nn.Linear)]
     found = []
     for name in [*linear, *_blocks(model, inputs[0])]:
         if protects(tracker, protect, name):
@@ -153,20 +183,26 @@ def _norm(group: UnitGroup, gradients: Mapping[str, float]) -> float:
     return sum(gradients.get(name, 0.0) for name in made) ** 0.5
 
 
-def _dead(problem: Problem, size: int) -> tuple[int, ...]:
-    """Units of which every consumer reads a constant."""
-    quiet = constant(problem.covariance, problem.mean)
-    return tuple(u for u, columns in enumerate(problem.units[:size]) if bool(quiet[columns].all()))
+def _gains(
+    tracker: ActivationTracker, policy: Policy, group: UnitGroup, seen: Seen, loss: float
+) -> tuple[float, ...]:
+    """Relative falls of the loss by the next units; none where no room is left for them."""
+    if not policy.grow or (policy.ceiling is not None and group.size >= policy.ceiling):
+        return ()
+    return seen.gains(grown(tracker, group)[0], tracker.current.reads, loss)
+
+
+def _dead(units: Sequence[int], pinned: Collection[int]) -> tuple[int, ...]:
+    return tuple(u for u in units if u not in pinned)
 
 
 def _deeper(layer: nn.Module | None, name: str, price: Prices) -> Size | None:
     """At most what a layer costs that is inserted behind this one: two square ones with biases."""
     if layer is None or not can_follow(layer):
         return None
-    width = (known_width(layer) or (0, -1))[0]
-    kind = kind_of(layer)
-    key = (kind.weight if kind is not None else None) or "weight"
-    each = price.flops.get(f"{name}.{key}", 0.0) / weight_of(layer).numel()
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    width = int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+    each = price.flops.get(f"{name}.weight", 0.0) / weight.numel()
     return price.size(2 * width * (width + 1), 2 * each * width * width)
 
 

@@ -24,16 +24,19 @@ class Candidate:
     """What is known of one group of units when the policy looks.
 
     size: Units.
-    errors: Predicted relative error of its consumers once 1, 2, … units are gone, in `order`.
+    errors: Predicted relative rise of the loss once 1, 2, … units are gone, in `order`; to one behind the tolerance,
+        unless a budget or a policy of the user's own may want more.
     cost: Of one unit.
     dead: Units of which the consumers read a constant.
     pairs: (unit that stays, unit that is folded into it), each unit in one part only.
-    merge_errors: Predicted relative error of the consumers once 1, 2, … pairs are folded, in the order of `pairs`.
+    merge_errors: Predicted relative rise of the loss once 1, 2, … pairs are folded, in the order of `pairs`.
     deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
     floor: Units that must stay, as the policy protects them.
     means, variances: Of what the consumers read of each unit; of several columns (a head) the mean and the sum.
     gradient: Norm of the loss's gradient by the weights that make the units, root mean square over the look's passes;
         0.0 where none came, and unless a policy of the user's own decides.
+    gains: Predicted relative fall of the loss by the first, second, … unit that comes; none where nothing tells.
+    in_loss: Whether gradients told how the loss depends on the consumers. Else errors are shares of what they compute.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Candidate:
     means: tuple[float, ...] = ()
     variances: tuple[float, ...] = ()
     gradient: float = 0.0
+    gains: tuple[float, ...] = ()
+    in_loss: bool = True
 
 
 @dataclass(frozen=True, slots=True)

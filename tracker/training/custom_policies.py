@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -69,7 +69,7 @@ class OwnPolicy(Policy):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; the rule by its name."""
         settings = {f.name: getattr(self, f.name) for f in fields(Policy)}
-        return asdict(Policy(**settings)) | {"rule": _name(self.rule)}
+        return Policy(**settings).to_dict() | {"rule": _name(self.rule)}
 
 
 def as_policy(policy: object) -> Policy | Phases:

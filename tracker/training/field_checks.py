@@ -17,7 +17,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("floor", "ceiling"), (1, 2**62, "a number of units, 1 or more")),
     "insert": (0, 2**62, "a number of layers, 0 or more"),
     "patience": (0, 2**62, "a number of looks, 0 or more"),
-    "tolerance": (0, float("inf"), "a relative error, 0 or more"),
+    "tolerance": (0, float("inf"), "a relative rise of the loss, 0 or more"),
     "drop": (0, float("inf"), "a relative error, 0 or more"),
     "regret": (0, float("inf"), "a relative rise of the loss, 0 or more"),
     "plateau": (0, 1, "a share from 0 to 1"),
@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
         (0, float("inf"), "a number, 0 or more"),
     ),
 }
+MEANING = {"tolerance_of": "loss"}  # part of plain data: it used to be one of what layers compute
 BOUNDS = (
     ("floor", "ceiling"),
     ("min_parameters", "max_parameters"),
@@ -45,6 +46,20 @@ def require_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
             raise SurgeryError(
                 f"{name} of a policy is {described(kinds[name])}, not {shown(value)}."
             )
+
+
+def require_meaning(data: dict[str, Any]) -> None:
+    """Take MEANING out of a policy's plain data.
+
+    Raises:
+        SurgeryError: It is not there: the policy is of an older schema.
+    """
+    if data.pop("tolerance_of", None) != "loss" and "tolerance" in data:
+        raise SurgeryError(
+            f"This policy is of an older schema: its tolerance of {shown(data['tolerance'])} is a relative error of "
+            "what layers compute, and is now a relative rise of the loss. Choose one anew (by default 0.001) and add "
+            '"tolerance_of": "loss".'
+        )
 
 
 def require_sensible(policy: Any, kinds: Mapping[str, Any]) -> None:

@@ -24,11 +24,13 @@ from tracker.surgery.prices.latency import latency
 from tracker.surgery.prices.protection import Protection, protection, protects
 from tracker.surgery.transaction import count
 from tracker.tracker import ActivationTracker
-from tracker.training.candidates import Prices, bypasses, candidates, grown, neurons_of
+from tracker.training.candidates import Prices, Wanted, bypasses, candidates, grown, neurons_of
 from tracker.training.choices import Requests, Size
 from tracker.training.custom_policies import taken_by
-from tracker.training.observation_phase import Look, Seen
+from tracker.training.observation_phase import Look
 from tracker.training.policy import Phases, Policy
+from tracker.training.seen import Seen
+from tracker.training.sensitivity import with_curvature
 
 if TYPE_CHECKING:
     from tracker.parts.surgeon import Surgeon
@@ -107,6 +109,7 @@ class SelfModification:
         ] = {}  # of each group, when it was first seen: shares are of these
         self._seen = Seen()  # in the last look, beside what consumers read
         self._open: Verdict | None = None  # of the last change
+        self._counted: tuple[int, tuple[dict[str, float], float]] | None = None
         self._stopped = False
         # What `gather` gives once it is stopped in the middle of a look.
         self._parting: tuple[dict[str, Any], dict[str, Read], dict[str, Tensor]] | None = None
@@ -243,17 +246,22 @@ class SelfModification:
         if self._watch is None:
             return None
         tracker = self._tracker
-        reads, ranks = self._watch.stop(), self._session.ranks
-        tracker.current.reads = reads if ranks is None else ranks.merge_reads(reads)
-        self._seen, self._watch = self._watch.seen, None
+        reads, ranks, look = self._watch.stop(), self._session.ranks, self._watch
+        self._seen, self._watch = look.seen, None
         if ranks is not None:
+            reads = ranks.merge_reads(reads)
             self._seen.products = ranks.sums(self._seen.products)
+            self._seen.bent = ranks.sums(self._seen.bent)
+            self._seen.facts = ranks.sums({"facts": self._seen.facts})["facts"]
+        tracker.current.reads = with_curvature(
+            reads, look.wanted, self._seen.bent, self._seen.facts, self._mean(policy.look)
+        )
         lately = self._mean(policy.settle)
         loss = self._mean()
         self._recent = []
         self._means.append(loss)
         self._blocked = {name: n - 1 for name, n in self._blocked.items() if n > 1}
-        wanted, entries = self._decided(policy), len(self._session.journal)
+        wanted, entries = self._decided(policy, lately), len(self._session.journal)
         if not wanted.groups:
             self._note("kept", wanted.why, loss)
             return None
@@ -270,7 +278,7 @@ class SelfModification:
         self._note(DONE[receipt.operation], wanted.why, loss)
         return receipt
 
-    def _decided(self, policy: Policy) -> Requests:
+    def _decided(self, policy: Policy, loss: float) -> Requests:
         """What the policy wants; of several ranks, what the first one's wants."""
         tracker, ranks = self._tracker, self._session.ranks
         wanted = Requests("the first rank decides")
@@ -278,20 +286,22 @@ class SelfModification:
             if ranks is None or ranks.rank == 0:
                 inputs = tracker.current.observer.inputs
                 assert inputs is not None  # there is a structure
-                bench = quiet_copy(self.model)
-                by_weight, other = flops_by_weight(bench, Arguments(*inputs))
-                flops = sum(by_weight.values()) + other
-                time = latency(bench, Arguments(*inputs)) if policy.times else 0.0
+                by_weight, flops = self._flops(Arguments(*inputs))
+                time = 0.0
+                if policy.times:
+                    time = latency(quiet_copy(self.model), Arguments(*inputs))
                 now = Size(count(self.model), flops, time)
                 price = Prices(by_weight, time / max(flops, 1.0))
-                protected, gradients = self._protected(policy), self._seen.gradients()
                 able = candidates(
                     self._tracker,
                     policy,
                     price,
                     self._surgeon.correlation_threshold,
-                    protected,
-                    gradients,
+                    self._protected(policy),
+                    self._seen,
+                    loss,
+                    _wanted(policy, now),
+                    [name for name, looks in self._blocked.items() if looks],
                 )
                 more: dict[str, Any] = {"inserted": inserted_layers(self.model), "step": self.steps}
                 more = taken_by(policy.decide, more)  # of a subclass, what it knows
@@ -302,6 +312,15 @@ class SelfModification:
                         bypasses=bypasses(tracker, able, self._seen.inputs, price, policy.protect)
                     )
         return wanted if ranks is None else Requests(**ranks.of_first(asdict(wanted)))
+
+    def _flops(self, inputs: Arguments) -> tuple[dict[str, float], float]:
+        """FLOPs by weight, and in all; counted anew once it changed."""
+        version = self._session.entry.observer.version
+        known = self._counted
+        if known is None or known[0] != version:
+            by_weight, other = flops_by_weight(quiet_copy(self.model), inputs)
+            self._counted = known = version, (by_weight, sum(by_weight.values()) + other)
+        return known[1]
 
     def _protected(self, policy: Policy) -> Protection:
         """What the policy leaves alone, whatever it decides."""
@@ -389,6 +408,13 @@ class SelfModification:
         layers = self._tracker.current.layers
         widths = {name: len(layer.ids) for name, layer in layers.items()}
         self.life.append(Decision(self.steps, what, why, loss, count(self.model), widths))
+
+
+def _wanted(policy: Policy, now: Size) -> Wanted:
+    """What a policy must know of a network of this size."""
+    if type(policy).decide is not Policy.decide or policy.over_budget(now):
+        return Wanted.ALL
+    return Wanted.TRADES if policy.trades else Wanted.TOLERATED
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:

@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tracker.inputs.forward_pass import Arguments
-from tracker.inputs.serialized import gather_inputs, inputs_from
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.observation.consumer_inputs import Read
 from tracker.surgery.calibration.consumers import Watcher, consumers
-from tracker.surgery.calibration.growth_directions import GradientWatcher, directions_of
+from tracker.surgery.calibration.growth_directions import GradientWatcher
 from tracker.tracker import ActivationTracker
 from tracker.training.candidates import grown
 from tracker.training.policy import Policy
+from tracker.training.seen import Seen
+from tracker.training.sensitivity import LossWatcher
 
-# Keys of tensors in a checkpoint.
-PRODUCT, INPUT, NORM = "look.product/", "look.input/", "look.norm/"
-
-
-@dataclass(slots=True)
-class Seen:
-    """What a look saw beside what consumers read.
-
-    products: By layer, Σ δᵀx over its passes: see `directions_of`. inputs: Of the model's passes, in order.
-    norms: By parameter, (2,): Σ ‖gradient‖² over its backward passes, and their number.
-    """
-
-    products: dict[str, Tensor] = field(default_factory=dict)
-    inputs: list[Arguments] = field(default_factory=list)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-
-    def gradients(self) -> dict[str, float]:
-        """Mean square of the gradient by parameter, of those that got one."""
-        pairs = {name: value.tolist() for name, value in self.norms.items()}
-        return {name: total / count for name, (total, count) in pairs.items() if count}
-
-    def directions(self, layers: Iterable[str]) -> dict[str, Tensor]:
-        """Incoming weights for new units, best first, of those layers of which the gradients tell."""
-        found = {n: directions_of(self.products[n]) for n in layers if n in self.products}
-        return {name: best for name, best in found.items() if best is not None}
-
-    def gather(self) -> tuple[dict[str, Tensor], Any]:
-        """Tensors by key, and where the inputs stand among them."""
-        tables, places = gather_inputs((tuple(tuple(pair) for pair in self.inputs), {}))
-        products = {PRODUCT + name: value for name, value in self.products.items()}
-        products |= {NORM + name: value.cpu() for name, value in self.norms.items()}
-        return {**products, **{INPUT + key: value for key, value in tables.items()}}, places
-
-    def go_on(self, tables: Mapping[str, Tensor], places: Any) -> None:
-        """Have seen this already.
-
-        Raises:
-            KeyError, TypeError, ValueError: It is nothing that `gather` gave.
-        """
-        for key, value in tables.items():
-            name = key.removeprefix(PRODUCT)
-            if name != key:
-                if name not in self.products:
-                    continue  # it does not grow any more
-                if self.products[name].shape != value.shape:
-                    raise ValueError(f"the gradients of {name} have another shape")
-                self.products[name].copy_(value)
-            if key.startswith(NORM):
-                self.norms[key.removeprefix(NORM)].copy_(value.view(2))
-        mine = {k.removeprefix(INPUT): v for k, v in tables.items() if k.startswith(INPUT)}
-        passes = inputs_from(mine, places)
-        self.inputs[:] = [Arguments(*pair) for pair in passes[0]] if passes is not None else []  # type: ignore[misc]
+ROWS = (
+    512  # of what a layer reads in one pass, or two for each of its columns: more tell little more
+)
 
 
 class Look:
@@ -79,10 +30,13 @@ class Look:
     def __init__(self, tracker: ActivationTracker, policy: Policy) -> None:
         model = tracker.current.model()
         groups = [g for g in tracker.structure().groups if g.prunable and g.exact]
-        wanted, _ = consumers(model, groups)
+        self.wanted, _ = consumers(model, groups)
         self.seen = Seen()
-        self._watcher = Watcher(model, wanted)
+        self._watcher = Watcher(model, self.wanted, most=ROWS)
         self._handles: list[Any] = []
+        if policy.gradients:
+            bent = LossWatcher(model, self.wanted, self.seen.bent, self.seen.facts)
+            self._handles += bent.handles
         if policy.grow and policy.gradients:
             readers = {}
             for group in groups:
@@ -90,7 +44,8 @@ class Look:
                 if own == 1 and layer in tracker.current.layers:
                     reads = [t for (t, _), role in group.roles.items() if role == "reads"]
                     readers[layer] = sorted({t.rpartition(".")[0] for t in reads})
-            self._gradients = GradientWatcher(model, readers, self.seen.products)
+                    self.seen.readers[layer] = tuple(f"{name}.weight" for name in readers[layer])
+            self._gradients = GradientWatcher(model, readers, self.seen.products, self.seen.into)
             self._handles += self._gradients.handles
         if type(policy).decide is not Policy.decide:
             self._handles += _norm_hooks(model, self.seen.norms)

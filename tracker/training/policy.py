@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from tracker.errors import SurgeryError
 from tracker.surgery.prices.protection import Protect, wanted
 from tracker.training.choices import Bypass, Candidate, Requests, Size
-from tracker.training.field_checks import require_kinds, require_sensible
+from tracker.training.field_checks import MEANING, require_kinds, require_meaning, require_sensible
 from tracker.training.schedule import schedule
+from tracker.training.spending import cheapest, fits, forced, less, traded
 from tracker.training.subclasses import name_of, subclass_named
 
 if TYPE_CHECKING:
@@ -27,18 +28,22 @@ class Policy:
     warm_up: Steps before the first look.
     every: Steps between two looks.
     look: Steps that are observed before each decision; between looks nothing is.
-    tolerance: Predicted relative error of the consumers up to which units go, in all groups at once.
+    tolerance: Relative rise of the loss that one look may cost, as its gradients and curvature predict it: up to it
+        units go, in all groups together, each where it costs least for what it saves. Where no gradients come
+        (compiled graphs, `gradients=False`), the error of the consumers relative to what they put out stands for it.
     at_most: Share of a group's units that may go, or come, at a time.
     floor, ceiling: Units of each group, at least and at most.
     shrink: Whether units may go.
-    grow: Whether layers may be expanded, once the loss stands still.
+    grow: Whether layers may be expanded, once the loss stands still: where it is predicted to fall most for what a
+        unit costs. A network that may not become larger also gives up units where they cost less than that.
     recycle: Whether units that say nothing get a new start in their places, rather than go.
     merge: Whether redundant units are folded into others, pair by pair, up to the tolerance, before any go.
     insert: Layers that may be inserted in all, one at a time, once the loss stands still and none can be expanded.
     drop: Relative error of the model's outputs up to which a layer or a residual block is removed, one at a time,
         what is left refitted; measured on inputs that the fit did not see. 0: none is.
-    gradients: Whether new units of linear layers look where the loss falls fastest, as the gradients of the look's
-        passes tell; else, and where these tell nothing, in random directions.
+    gradients: Whether the gradients of the look's passes are used: for what changes cost in the loss, and for new
+        units of linear layers, which look where it falls fastest; else, and where they tell nothing, these begin in
+        random directions.
     plateau: Relative improvement of the loss between two looks below which it stands still; 1: always.
     min_parameters, max_parameters: Between which the network stays; None for no bound. Where it is larger than the
         greatest at the beginning, units go beyond the tolerance until it is not.
@@ -97,6 +102,16 @@ class Policy:
         """Whether the model's latency counts."""
         return self.min_latency is not None or self.max_latency is not None
 
+    def over_budget(self, now: Size) -> bool:
+        """Whether a network of this size is larger than it may be."""
+        return min(self._bounds(now, least=False)) < 0
+
+    @property
+    def trades(self) -> bool:
+        """Whether units may go to make room for others."""
+        tops = (self.max_parameters, self.max_flops, self.max_latency)
+        return self.grow and self.shrink and any(top is not None for top in tops)
+
     def at(self, step: int) -> tuple[int, Policy]:
         """The step from which a policy holds at `step`, and that policy: always this one."""
         return 0, self
@@ -133,7 +148,8 @@ class Policy:
         merge = self._merging(free, now) if self.merge else {}
         if merge:
             count = sum(map(len, merge.values()))
-            why = f"{count} units can be folded into others within an error of {self.tolerance:g}"
+            what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
+            why = f"{count} units can be folded into others within {what} {self.tolerance:.2%}"
             return Requests(why, merge=merge)
         remove, why = self._removal(free, now)
         if remove:
@@ -198,7 +214,8 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; of a subclass with the name of its class, which `from_dict` looks for."""
-        return asdict(self) | ({} if type(self) is Policy else {CLASS: name_of(type(self))})
+        kind = {} if type(self) is Policy else {CLASS: name_of(type(self))}
+        return asdict(self) | MEANING | kind
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Policy | Phases:
@@ -231,15 +248,22 @@ class Policy:
     def _merging(
         self, free: Sequence[Candidate], now: Size
     ) -> dict[str, tuple[tuple[int, int], ...]]:
-        left, merge = self._bounds(now, least=True), dict[str, tuple[tuple[int, int], ...]]()
-        for one in free:
-            most = min(int(self.at_most * one.size), one.size - max(self.floor, one.floor))
-            count = sum(e <= self.tolerance for e in one.merge_errors[: max(most, 0)])
-            count = min(count, *_fits(left, one.cost))
-            if count > 0:
-                merge[one.name] = one.pairs[:count]
-                left = _less(left, one.cost, count)
-        return merge
+        left = self._bounds(now, least=True)
+        errors = {c.name: c.merge_errors[: self._most(c)] for c in free}
+        counts = cheapest(errors, free, self.tolerance, left, self._measure)
+        return {c.name: c.pairs[: counts[c.name]] for c in free if counts.get(c.name)}
+
+    def _most(self, one: Candidate) -> int:
+        """Units of a group that may go at a time."""
+        return max(min(int(self.at_most * one.size), one.size - max(self.floor, one.floor)), 0)
+
+    @property
+    def _measure(self) -> int:
+        """Which of parameters, FLOPs and milliseconds counts."""
+        lows = self.min_parameters, self.min_flops, self.min_latency
+        tops = self.max_parameters, self.max_flops, self.max_latency
+        bound = [low is not None or top is not None for low, top in zip(lows, tops, strict=True)]
+        return max((i for i in range(3) if bound[i]), default=0)
 
     def _dropping(self, able: Sequence[Bypass], now: Size) -> Bypass | None:
         """Of the layers without which the outputs err little enough, the one that saves most for what they err."""
@@ -247,9 +271,9 @@ class Policy:
         fit = [
             b
             for b in able
-            if b.error <= self.drop and min(_less(least, b.cost, 1)) >= 0
+            if b.error <= self.drop and min(less(least, b.cost, 1)) >= 0
             # What reads a narrow layer may become larger without it.
-            if all(m >= 0 or c > 0 for m, c in zip(_less(most, b.cost, -1), b.cost, strict=True))
+            if all(m >= 0 or c > 0 for m, c in zip(less(most, b.cost, -1), b.cost, strict=True))
         ]
         if self.drop <= 0 or not fit:
             return None
@@ -270,7 +294,7 @@ class Policy:
         able = [
             (c.errors[0] / max(c.deeper.parameters, 1.0), c.layer)
             for c in free
-            if c.deeper is not None and c.errors and min(_less(room, c.deeper, 1)) >= 0
+            if c.deeper is not None and c.errors and min(less(room, c.deeper, 1)) >= 0
         ]
         if not able:
             return Requests("no layer can be inserted within the budget")
@@ -286,49 +310,40 @@ class Policy:
     ) -> tuple[dict[str, tuple[int, ...]], str]:
         if not self.shrink:
             return {}, "nothing is to shrink"
-        left, counts = self._bounds(now, least=True), dict[str, int]()
-        most = {
-            c.name: min(int(self.at_most * c.size), c.size - max(self.floor, c.floor), len(c.order))
-            for c in free
-        }
-        for one in free:
-            count = sum(error <= self.tolerance for error in one.errors[: max(most[one.name], 0)])
-            count = min(count, *_fits(left, one.cost))
-            if count > 0:
-                counts[one.name] = count
-                left = _less(left, one.cost, count)
-        why = f"{sum(counts.values())} units can go within an error of {self.tolerance:g}"
+        left = self._bounds(now, least=True)
+        most = {c.name: min(self._most(c), len(c.order)) for c in free}
+        errors = {c.name: c.errors[: most[c.name]] for c in free}
+        counts = cheapest(errors, free, self.tolerance, left, self._measure)
+        what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
+        why = f"{sum(counts.values())} units can go within {what} {self.tolerance:.2%}"
         room = self._bounds(now, least=False)
         for one in free:
-            room = _less(room, one.cost, -counts.get(one.name, 0))
-        forced = self._forced(free, most, counts, room)
-        if forced:
-            why = f"the network is larger than its budget: {forced} units beyond an error of {self.tolerance:g} go"
+            room = less(room, one.cost, -counts.get(one.name, 0))
+        beyond = forced(free, most, counts, room)
+        if beyond:
+            why = f"the network is larger than its budget: {beyond} units beyond {what} {self.tolerance:.2%} go"
+        elif given := self._given_up(free, most, counts, room):
+            why = f"{given} units that cost less than what as many elsewhere would gain make room"
         if not counts:
-            why = f"no unit can go within an error of {self.tolerance:g}"
+            why = f"no unit can go within {what} {self.tolerance:.2%}"
         return {c.name: c.order[: counts[c.name]] for c in free if counts.get(c.name)}, why
 
-    @staticmethod
-    def _forced(
-        free: Sequence[Candidate], most: Mapping[str, int], counts: dict[str, int], room: Size
+    def _given_up(
+        self, free: Sequence[Candidate], most: Mapping[str, int], counts: dict[str, int], room: Size
     ) -> int:
-        """Take more, unit by unit, each where it loses least for what it costs, until the budget is met."""
-        taken = 0
-        while min(room) < 0:
-            short = next(i for i, space in enumerate(room) if space < 0)
-            able = [c for c in free if counts.get(c.name, 0) < most[c.name] and c.cost[short] > 0]
-            if not able:
-                break
+        """Units that go, where there is no room left, for those that would gain more."""
+        able = [c for c in free if c.gains and (self.ceiling is None or c.size < self.ceiling)]
+        if not self.grow or min(room) == float("inf") or not able:
+            return 0
+        best = max(able, key=self._gain)
+        count = min(max(1, int(self.at_most * best.size)), len(best.gains))
+        if min(fits(room, best.cost)) >= count:
+            return 0
+        return traded(free, most, counts, best, count, self._measure)
 
-            def price(c: Candidate, short: int = short) -> float:
-                at = counts.get(c.name, 0)
-                return (c.errors[at] - (c.errors[at - 1] if at else 0.0)) / c.cost[short]
-
-            best = min(able, key=price)
-            counts[best.name] = counts.get(best.name, 0) + 1
-            room = _less(room, best.cost, -1)
-            taken += 1
-        return taken
+    def _gain(self, one: Candidate) -> float:
+        """What the next unit gains for its cost."""
+        return one.gains[0] / max(one.cost[self._measure], 1e-300)
 
     def _growth(
         self, free: Sequence[Candidate], now: Size, losses: Sequence[float], otherwise: str
@@ -340,10 +355,13 @@ class Policy:
         room = self._bounds(now, least=False)
 
         def worth(c: Candidate) -> float:
-            """Where the unit that matters least matters most for what it costs."""
-            return c.errors[0] / max(c.cost.parameters, 1.0)
+            """What a unit gains for its cost or, where that is not known of all, what the least of them matters."""
+            if known:
+                return self._gain(c)
+            return c.errors[0] / max(c.cost[self._measure], 1e-300)
 
         able = [c for c in free if c.errors and (self.ceiling is None or c.size < self.ceiling)]
+        known = all(c.gains for c in able)
         ranked = sorted(able, key=worth, reverse=True)
         expand: dict[str, int] = {}
         for one in ranked:
@@ -352,10 +370,10 @@ class Policy:
             count = max(1, int(self.at_most * one.size))
             if self.ceiling is not None:
                 count = min(count, self.ceiling - one.size)
-            count = min(count, *_fits(room, one.cost))
+            count = min(count, *fits(room, one.cost))
             if count > 0:
                 expand[one.name] = count
-                room = _less(room, one.cost, count)
+                room = less(room, one.cost, count)
         if not expand:
             return Requests("a larger network would exceed its budget")
         names = ", ".join(c.layer for c in ranked if c.name in expand)
@@ -411,11 +429,12 @@ class Phases:
 
 def _policy(data: Mapping[str, Any]) -> Policy:
     data = dict(data)
+    require_meaning(data)
     if "rule" in data and CLASS not in data:
         from tracker.training.custom_policies import rule_named
 
         rule = rule_named(data.pop("rule"))
-        settings = _policy(data)
+        settings = _policy(data | MEANING)
         return Policy.of(rule, **{f.name: getattr(settings, f.name) for f in fields(Policy)})
     kind = subclass_named(data.pop(CLASS), Policy) if CLASS in data else Policy
     unknown = set(data) - {f.name for f in fields(kind) if f.init}
@@ -429,16 +448,3 @@ def _policy(data: Mapping[str, Any]) -> Policy:
 def _kinds() -> dict[str, Any]:
     # What is protected has checks of its own.
     return {name: kind for name, kind in get_type_hints(Policy).items() if name != "protect"}
-
-
-def _fits(room: Size, each: Size) -> tuple[int, ...]:
-    """How many units of cost `each` have room, by each measure that has a bound and a price."""
-    found = [10**9]
-    for space, price in zip(room, each, strict=True):
-        if price > 0 and space < float("inf"):
-            found.append(max(int(space // price), 0))
-    return tuple(found)
-
-
-def _less(room: Size, each: Size, count: int) -> Size:
-    return Size(*(space - count * price for space, price in zip(room, each, strict=True)))

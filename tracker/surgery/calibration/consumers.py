@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tracker.compensation.linear import EXACT
 from tracker.inputs.batches import EXAMPLE, Batch
 from tracker.inputs.forward_pass import forward_once, quiet_copy
-from tracker.modules.kinds import kind_of
 from tracker.observation.compiled import GraphHook, forget_compiled_graphs, is_new_data
 from tracker.observation.consumer_inputs import Read
 from tracker.statistics import Covariance
@@ -70,30 +69,32 @@ def consumer(model: nn.Module, place: tuple[str, int]) -> Consumer | str:
     weight, dim = place
     name, _, attribute = weight.rpartition(".")
     module: Any = model.get_submodule(name)
-    kind = kind_of(module)
-    if kind is None or kind.reads is None:
-        return f"{name} is a {type(module).__name__}"
-    if attribute != kind.weight or attribute not in module._parameters:
+    if attribute != "weight" or "weight" not in module._parameters:
         return f"{weight} is not the weight of a layer"
-    own = module._parameters[attribute]
-    owners = sum(p is own for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners = sum(
+        p is module.weight for m in model.modules() for p in m._parameters.values() if p is not None
+    )
     if owners > 1:
         return f"{weight} is tied: what else it does would change"
-    if why := kind.why_not(module):
-        return f"{name} {why}"
-    has_bias = kind.bias is not None and getattr(module, kind.bias, None) is not None
-    # Where zeros are padded, a constant is a bias inside the map only.
-    padding = getattr(module, "padding", "valid") if isinstance(module, _ConvNd) else "valid"
-    padded = padding != "valid" and any(padding) and module.padding_mode == "zeros"
-    found = Consumer(
-        name,
-        weight,
-        kind.reads(module),
-        kind.makes(module),
-        kind.axis(module),
-        f"{name}.{kind.bias}" if has_bias else None,
-        padded,
-    )
+    bias = None if getattr(module, "bias", None) is None else f"{name}.bias"
+    if isinstance(module, _ConvNd):
+        transposed = isinstance(module, _ConvTransposeNd)
+        if module.groups > 1:
+            return f"{name} is a grouped convolution"
+        spatial = len(module.kernel_size)
+        # Where outputs overlap unevenly, a constant is no bias. Where zeros are padded it is one inside the map.
+        reads, makes = (0, 1) if transposed else (1, 0)
+        padded = module.padding != "valid" and any(module.padding)
+        padded = padded and module.padding_mode == "zeros"
+        found = Consumer(
+            name, weight, reads, makes, -1 - spatial, None if transposed else bias, padded
+        )
+    elif isinstance(module, nn.Linear):
+        found = Consumer(name, weight, 1, 0, -1, bias)
+    elif hasattr(module, "nf") and module.weight.ndim == 2:  # transformers' Conv1D
+        found = Consumer(name, weight, 0, 1, -1, bias)
+    else:
+        return f"{name} is a {type(module).__name__}"
     return found if dim == found.reads else f"{weight} does not read along dimension {dim}"
 
 
@@ -169,7 +170,11 @@ def collect(
 
 
 class Watcher:
-    """Hooks that turn the inputs of consumers into covariances, until `stop`. `heard`: also in passes of our own."""
+    """Hooks that turn the inputs of consumers into covariances, until `stop`.
+
+    heard: Also in passes of our own. most: Rows of one input that are taken, or two for each column, evenly spread; all
+    if None.
+    """
 
     def __init__(
         self,
@@ -178,8 +183,9 @@ class Watcher:
         *,
         heard: bool = False,
         patches: bool = False,
+        most: int | None = None,
     ) -> None:
-        self._readings = Readings()
+        self._readings, self._most = Readings(), most
         self._dims: dict[str, tuple[int, int]] = {}
         self._handles = []
         self._seen = 0
@@ -225,7 +231,7 @@ class Watcher:
 
     def add(self, one: Consumer, module: nn.Module, taps: int, tensor: Tensor) -> None:
         """Take one input of a consumer in."""
-        rows = _rows(tensor, one.axis) if taps == 1 else self._patches(module, tensor)
+        rows = _rows(tensor, one.axis, self._most) if taps == 1 else self._patches(module, tensor)
         moved = one.axis % tensor.ndim != tensor.ndim - 1
         self._readings.add(one.weight, tensor, rows, alone=moved or taps > 1)
 
@@ -278,9 +284,16 @@ def kernel_places(module: nn.Module) -> int:
     return math.prod(module.kernel_size)
 
 
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    moved = tensor.detach().movedim(axis, -1)
-    return moved.reshape(-1, moved.shape[-1])
+def _rows(tensor: Tensor, axis: int, most: int | None = None) -> Tensor:
+    columns = tensor.shape[axis]
+    rows = tensor.numel() // max(columns, 1)
+    step = 1 if most is None else rows // max(most, 2 * columns)
+    if step > 1 and tensor.ndim > 2 and axis % tensor.ndim != tensor.ndim - 1:
+        # Before they are copied: positions of every sample.
+        moved = tensor.detach().movedim(axis, 1).flatten(2)
+        return moved[:, :, step // 2 :: step].transpose(1, 2).reshape(-1, columns)
+    moved = tensor.detach().movedim(axis, -1).reshape(-1, columns)
+    return moved[step // 2 :: step] if step > 1 else moved
 
 
 def _from_window(tracker: ActivationTracker, one: Consumer) -> Covariance | None:

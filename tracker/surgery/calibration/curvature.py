@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracker.compensation.linear import TINY
+from tracker.compensation.linear import cholesky
 from tracker.errors import StructureError, SurgeryError
-from tracker.modules.kinds import is_linear
 from tracker.observation.consumer_inputs import Sensitivity
 from tracker.surgery.calibration.loss import Objective
 from tracker.utils.nested import tensors_in
@@ -173,13 +172,12 @@ class _Sums:
         if x is None:
             self._lost = True
             return
-        if is_linear(module):
+        if isinstance(module, nn.Linear):
             slope = self._rows(gradient).float().T @ self._rows(x).float()
         else:
-            key = self.one.weight.rpartition(".")[2]
-            weight = module.get_parameter(key).detach().requires_grad_()
+            weight = module.get_parameter("weight").detach().requires_grad_()
             alone = copy.copy(module)  # its hooks are not to see this
-            alone._parameters = {**module._parameters, key: weight}  # type: ignore[dict-item]
+            alone._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
             with torch.enable_grad():
                 again = alone.forward(x)
             slope = self.one.matrix(torch.autograd.grad(again, weight, gradient)[0], self._taps)
@@ -221,7 +219,6 @@ def in_loss(weight: Tensor, curvature: Tensor) -> Tensor:
     outputs = weight.view(len(half), -1)
     if half.ndim == 1:
         return (half.clamp(min=0).sqrt()[:, None] * outputs).view(-1, weight.shape[1])
-    values, vectors = torch.linalg.eigh(half)
-    live = values > TINY * values[-1].clamp(min=0)
-    root = values[live].clamp(min=0).sqrt()[:, None] * vectors[:, live].T
-    return (root @ outputs).view(-1, weight.shape[1])
+    if not bool((half.diagonal() > 0).any()):
+        return torch.zeros_like(outputs).view(-1, weight.shape[1])
+    return (cholesky(half).T @ outputs).view(-1, weight.shape[1])

@@ -8,6 +8,7 @@ loads with it), and after a step the displacement of young slots is scaled to wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,17 +49,30 @@ def watch(optimizer: Optimizer) -> None:
 
 
 class _Before:
-    """Keeps the values of parameters with young slots, for the time of one step."""
+    """Keeps the values of young slots, for the time of one step."""
 
     def __init__(self) -> None:
-        self.values: dict[nn.Parameter, Tensor] = {}
+        self.young: dict[nn.Parameter, _Young] = {}
+        self.under_way: list[_Young] = []
 
+    @torch.no_grad()
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.under_way, known = [], self.young
+        self.young = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                # Whether it gets a gradient is known later, where the step runs a closure.
-                if AGE in optimizer.state.get(parameter, ()):
-                    self.values[parameter] = parameter.detach().clone()
+                state = optimizer.state.get(parameter, ())
+                if AGE in state:
+                    mine = known.get(parameter)
+                    if mine is None or mine.age is not state[AGE] or mine.grown_up:
+                        mine = _Young(parameter, state, group["betas"])
+                    if mine.grown_up:
+                        del state[AGE]
+                        continue
+                    self.young[parameter] = mine
+                    # Whether it gets a gradient is known later, where the step runs a closure.
+                    mine.keep()
+                    self.under_way.append(mine)
 
 
 class _After:
@@ -67,20 +81,103 @@ class _After:
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        values, self._before.values = self._before.values, {}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in values and parameter.grad is not None:
-                    state = optimizer.state[parameter]
-                    # Loading a state gives it the parameter's dtype, and bfloat16 cannot count beyond 256.
-                    age = state[AGE] = _placed(state[AGE], parameter).float() + 1
-                    factor = _correction(age, *group["betas"]).to(parameter.dtype)
-                    old = values[parameter]
-                    parameter.copy_(
-                        torch.where(factor == 1, parameter, old + (parameter - old) * factor)
-                    )
-                    if bool((age >= GROWN_UP).all()):
-                        del state[AGE]
+        under_way, self._before.under_way = self._before.under_way, []
+        for each in under_way:
+            if each.moves:
+                each.correct()
+
+
+class _Young:
+    """The young slots of one parameter: whole rows and columns of it, since slots are born whole.
+
+    What a step costs is proportional to them alone. A sharded parameter is taken as a whole.
+    """
+
+    def __init__(self, parameter: Any, state: dict[str, Any], betas: tuple[float, float]) -> None:
+        # Loading a state gives it the parameter's dtype, and bfloat16 cannot count beyond 256.
+        self.age = state[AGE] = _placed(state[AGE], parameter).float()
+        self._parameter = parameter
+        self._table = _corrections(float(betas[0]), float(betas[1]))
+        self._parts: list[tuple[int, Tensor | None]] = []  # dimension, and slots along it
+        self._ages: list[float | None] = []  # where all elements of a part are of one age, that age
+        self._values: list[Tensor] = []
+        young = self.age < GROWN_UP
+        self._left = 0  # steps until the youngest has grown up
+        if bool(young.any()):
+            self._left = GROWN_UP - int(self.age.min())
+            self._divide(young, sharded=hasattr(parameter, "placements"))
+
+    def _divide(self, young: Tensor, *, sharded: bool) -> None:
+        rest = young
+        for dim in range(young.ndim) if not sharded else ():
+            slots = young.movedim(dim, 0).reshape(young.shape[dim], -1).all(1).nonzero().flatten()
+            if len(slots) and bool(rest.any()):
+                ages = self.age.index_select(dim, slots)
+                alike = bool((ages == ages.flatten()[0]).all())
+                self._parts.append((dim, slots))
+                self._ages.append(float(ages.flatten()[0]) if alike else None)
+                rest = rest.index_fill(dim, slots, False)
+        if sharded or bool(rest.any()):
+            self._parts, self._ages = [(0, None)], [None]  # not of whole slots, or not here alone
+
+    @property
+    def grown_up(self) -> bool:
+        """Whether nothing is left to correct."""
+        return self._left <= 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether the optimizer had a gradient to step along."""
+        return self._parameter.grad is not None
+
+    def keep(self) -> None:
+        """Before the step."""
+        self._values = [_part(self._parameter.detach(), *at).clone() for at in self._parts]
+
+    def correct(self) -> None:
+        """After it. Where rows and columns cross, both are written with the same values."""
+        parameter, new = self._parameter.detach(), []
+        self._left -= 1
+        for number, (dim, slots) in enumerate(self._parts):
+            one, age = self._ages[number], None
+            if one is not None:
+                self._ages[number] = one + 1
+                factor: Any = float(self._table[min(int(one) + 1, GROWN_UP)])
+            else:
+                age = _part(self.age, dim, slots) + 1
+                factor = self._factors(age).to(parameter.dtype)
+            old, after = self._values[number], _part(parameter, dim, slots)
+            values = old + (after - old) * factor
+            new.append((age, values if age is None else torch.where(factor == 1, after, values)))
+        for (dim, slots), one, (age, values) in zip(self._parts, self._ages, new, strict=True):
+            if slots is None:
+                assert age is not None
+                parameter.copy_(values)
+                self.age.copy_(age)
+                continue
+            parameter.index_copy_(dim, slots, values)
+            if age is None:
+                assert one is not None
+                self.age.index_fill_(dim, slots, one)
+            else:
+                self.age.index_copy_(dim, slots, age)
+        self._values = []
+
+    def _factors(self, age: Tensor) -> Tensor:
+        table = self._table.to(age.device)
+        if not hasattr(age, "placements"):
+            return table[age.clamp(max=GROWN_UP).long()]
+        from torch.distributed.tensor import DTensor
+
+        whole: Any = age
+        own = table[whole.to_local().clamp(max=GROWN_UP).long()]
+        return DTensor.from_local(
+            own, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
+        )
+
+
+def _part(tensor: Tensor, dim: int, slots: Tensor | None) -> Tensor:
+    return tensor if slots is None else tensor.index_select(dim, slots)
 
 
 def _placed(age: Tensor, parameter: Any) -> Tensor:
@@ -93,6 +190,10 @@ def _placed(age: Tensor, parameter: Any) -> Tensor:
     return placed
 
 
-def _correction(age: Tensor, beta1: float, beta2: float) -> Tensor:
+@functools.cache
+def _corrections(beta1: float, beta2: float) -> Tensor:
+    """By age, up to GROWN_UP, from which on it is 1: (GROWN_UP + 1,) float32."""
+    age = torch.arange(GROWN_UP + 1, dtype=torch.float64).clamp(min=1)
     factor = (1 - beta2**age).sqrt() / (1 - beta1**age) * (age / WARM_UP).clamp(max=1)
-    return torch.where(age >= GROWN_UP, 1.0, factor)
+    factor[GROWN_UP] = 1.0
+    return factor.float()

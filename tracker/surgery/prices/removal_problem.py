@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.compensation import Selection, backward, select, slope_along
-from tracker.compensation.linear import default_ridge, second_moment
+from tracker.compensation.linear import constant, default_ridge, second_moment
 from tracker.errors import SurgeryError
 from tracker.observation.consumer_inputs import Read
 from tracker.structure import UnitGroup
@@ -95,7 +95,7 @@ class Problem:
         w = self.weight.double()
         return max(float(((w @ self.covariance) * w).sum()), 1e-300)
 
-    def backward(self, remove: int | None = None) -> Selection:
+    def backward(self, remove: int | None = None, limit: float = float("inf")) -> Selection:
         """Greedy elimination of its units; errors are in the loss where it is priced. See `compensation.backward`."""
         return backward(
             self.covariance,
@@ -105,6 +105,7 @@ class Problem:
             remove,
             count=self.count,
             mean=self.mean,
+            limit=limit,
         )
 
     def rise(self, selection: Selection) -> Tensor:
@@ -145,6 +146,20 @@ class Problems(Sequence[Problem]):
     def priced(self) -> bool:
         """Whether the curvature of the loss is known at all consumers of all groups."""
         return all(r.loss is not None for parts in self._parts for _, reads in parts for r in reads)
+
+    def constant(self, index: int) -> list[int]:
+        """Units of a group of which every consumer reads a constant."""
+        members = self._groups[index].members
+        found = set(range(len(members)))
+        for together, reads in self._parts[index]:
+            one, c = together[0], reads[0].covariance
+            covariance = c.comoment / max(int(c.count.max()), 1)
+            bare = one.bias is None  # a constant that nothing can take over is no constant
+            seen = second_moment(covariance, c.mean) if bare else covariance
+            still = constant(seen, None if bare else c.mean).tolist()
+            place = one.weight, one.reads
+            found = {u for u in found if all(still[i] for i in reads[0].columns(members[u][place]))}
+        return sorted(found)
 
     def plain(self, index: int) -> Problem:
         """The same problem with what the consumers put out as it is, and not in the loss."""

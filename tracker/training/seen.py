@@ -1,0 +1,102 @@
+"""What a look saw beside what consumers read, as tensors that a checkpoint holds too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracker.inputs.forward_pass import Arguments
+from tracker.inputs.serialized import gather_inputs, inputs_from
+from tracker.observation.consumer_inputs import Read
+from tracker.surgery.calibration.growth_directions import directions_of, strengths_of
+
+# Keys of tensors in a checkpoint.
+PRODUCT, INPUT, NORM, INTO = "look.product/", "look.input/", "look.norm/", "look.into/"
+BENT, FACTS = "look.bent/", "look.facts"
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a look saw beside what consumers read.
+
+    products: By layer, Σ δᵀx over its passes: see `directions_of`. into: Some rows of what these layers took.
+    inputs: Of the model's passes, in order.
+    readers: By layer that may grow, the weights that read it, in the order of its product.
+    norms: By parameter, (2,): Σ ‖gradient‖² over its backward passes, and their number.
+    bent, facts: What gradients say of the loss's curvature: see `LossWatcher`.
+    """
+
+    products: dict[str, Tensor] = field(default_factory=dict)
+    into: dict[str, Tensor] = field(default_factory=dict)
+    inputs: list[Arguments] = field(default_factory=list)
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    bent: dict[str, Tensor] = field(default_factory=dict)
+    facts: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))
+
+    def gradients(self) -> dict[str, float]:
+        """Mean square of the gradient by parameter, of those that got one."""
+        pairs = {name: value.tolist() for name, value in self.norms.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
+
+    def gains(self, layer: str, reads: Mapping[str, Read], loss: float) -> tuple[float, ...]:
+        """Predicted relative fall of the loss by the first, second, … unit that a layer gets.
+
+        A unit that reads along u and is read along v, the singular vectors of Σ δᵀx of strength σ, takes
+        ½ σ² / (E[(u·x)²] · vᵀFv) from a loss of curvature F at its readers once its outgoing weights have learnt: the
+        best step of second order. TINY (Verbockhaven et al., 2024) in the currency of removal; nonlinearities not
+        counted.
+        """
+        product, rows, passes = self.products.get(layer), self.into.get(layer), float(self.facts[0])
+        names = self.readers.get(layer, ())
+        if product is None or rows is None or not passes or not loss:
+            return ()
+        bent = [reads[n].loss if n in reads else None for n in names]
+        found = strengths_of(
+            product / passes, rows, [None if b is None else b.curvature for b in bent]
+        )
+        return tuple((found / loss).tolist())
+
+    def directions(self, layers: Iterable[str]) -> dict[str, Tensor]:
+        """Incoming weights for new units, best first, of those layers of which the gradients tell."""
+        found = {n: directions_of(self.products[n]) for n in layers if n in self.products}
+        return {name: best for name, best in found.items() if best is not None}
+
+    def gather(self) -> tuple[dict[str, Tensor], Any]:
+        """Tensors by key, and where the inputs stand among them."""
+        tables, places = gather_inputs((tuple(tuple(pair) for pair in self.inputs), {}))
+        products = {PRODUCT + name: value.cpu() for name, value in self.products.items()}
+        for kind, mine in self._tables():
+            products |= {kind + name: value.cpu() for name, value in mine.items()}
+        products[FACTS] = self.facts
+        return {**products, **{INPUT + key: value for key, value in tables.items()}}, places
+
+    def go_on(self, tables: Mapping[str, Tensor], places: Any) -> None:
+        """Have seen this already.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is nothing that `gather` gave.
+        """
+        for kind, mine in ((PRODUCT, self.products), *self._tables()):
+            for key, value in tables.items():
+                name = key.removeprefix(kind)
+                if name == key or name not in mine:
+                    continue  # of another kind, or it is not looked at any more
+                if mine[name].shape != value.shape:
+                    raise ValueError(f"what was seen of {name} has another shape")
+                mine[name].copy_(value)
+        if FACTS in tables:
+            self.facts.copy_(tables[FACTS].view(6))
+        mine = {k.removeprefix(INPUT): v for k, v in tables.items() if k.startswith(INPUT)}
+        passes = inputs_from(mine, places)
+        self.inputs[:] = [Arguments(*pair) for pair in passes[0]] if passes is not None else []  # type: ignore[misc]
+
+    def _tables(self) -> tuple[tuple[str, dict[str, Tensor]], ...]:
+        return (NORM, self.norms), (INTO, self.into), (BENT, self.bent)
+
+
+NOTHING_SEEN = Seen()
