@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from tests.zoo_computed import Squashed, UnitRows, computed, plain_weight_norm
 from tests.zoo_dense import (
     ArgmaxControl,
     Between,
@@ -149,6 +150,71 @@ ZOO: dict[str, Entry] = {
         rows(6),
         "a normalised weight whose columns read the units: without one, its norm is another",
         inexact=(("0.weight", 0), ("2.parametrizations.weight.original1", 1)),
+    ),
+    "weight_norm_old": Entry(
+        lambda: nn.Sequential(
+            plain_weight_norm(nn.Linear(6, 14)),
+            nn.ReLU(),
+            plain_weight_norm(nn.Linear(14, 9)),
+            nn.ReLU(),
+            nn.Linear(9, 3),
+        ),
+        rows(6),
+        "a normalised weight, computed by a hook",
+        0.8,
+        inexact=(("0.weight_v", 0), ("2.weight_v", 1)),
+    ),
+    "spectral_norm": Entry(
+        lambda: nn.Sequential(
+            nn.Linear(6, 14), nn.ReLU(), spectral_norm(nn.Linear(14, 9)), nn.ReLU(), nn.Linear(9, 3)
+        ),
+        rows(6),
+        "divided by its largest singular value, which each row and column has a part in",
+        0.8,
+        inexact=(("0.weight", 0), ("4.weight", 1)),
+    ),
+    "spectral_norm_old": Entry(
+        lambda: nn.Sequential(
+            nn.Linear(6, 14),
+            nn.ReLU(),
+            nn.utils.spectral_norm(nn.Linear(14, 9)),
+            nn.ReLU(),
+            nn.Linear(9, 3),
+        ),
+        rows(6),
+        "the same, computed by a hook",
+        0.8,
+        inexact=(("0.weight", 0), ("4.weight", 1)),
+    ),
+    "parametrized": Entry(
+        lambda: nn.Sequential(
+            computed(nn.Linear(6, 14), Squashed()),
+            nn.ReLU(),
+            computed(nn.Linear(14, 9), Squashed()),
+            nn.ReLU(),
+            computed(nn.Linear(9, 7), UnitRows()),
+            nn.ReLU(),
+            nn.Linear(7, 3),
+        ),
+        rows(6),
+        "parametrizations of the user's own: number by number, and rows of length one",
+        0.8,
+        inexact=(("2.bias", 0),),
+    ),
+    "parametrized_conv": Entry(
+        lambda: nn.Sequential(
+            spectral_norm(nn.Conv2d(3, 7, 3)),
+            nn.ReLU(),
+            computed(nn.Conv2d(7, 6, 3), Squashed()),
+            nn.ReLU(),
+            weight_norm(nn.Conv2d(6, 5, 3)),
+            nn.ReLU(),
+            pooled_head(5),
+        ),
+        images,
+        "computed filters",
+        0.7,
+        inexact=(("0.bias", 0), ("2.bias", 0)),
     ),
     "used_twice": Entry(UsedTwice, rows(6), "one module called twice, under two names", 0.9),
     "raw_parameters": Entry(RawParameters, rows(6), "F.linear, einsum and @ on parameters", 0.9),

@@ -21,6 +21,7 @@ from tracker.errors import (
 )
 from tracker.inputs.calls import Call
 from tracker.journal import Entry, Journal
+from tracker.modules.kinds import LayerKind, register_layer_kind
 from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
 from tracker.surgery import Receipt
 from tracker.training import Bypass, Candidate, Decision, Phases, Policy, Requests, Size
@@ -39,6 +40,7 @@ __all__ = [
     "Entry",
     "Frozen",
     "Journal",
+    "LayerKind",
     "NeuronEngine",
     "NeuronTracker",
     "NotTrackedError",
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "apply_journal",
     "gather_sharded",
+    "register_layer_kind",
     "renew",
     "rule",
     "shard_anew",

@@ -28,7 +28,8 @@ from tracker.training import Decision
 from tracker.training.trainer import Trainer
 from tracker.utils.argument_checks import checked
 from tracker.utils.delegation import call
-from tracker.utils.text import in_line
+from tracker.utils.notebook import as_html
+from tracker.utils.text import short
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -135,10 +136,20 @@ class NeuronEngine:
         neurons = sum(len(layer.ids) for layer in layers.values())
         changes = len(session.journal)
         return (
-            f"NeuronEngine: {in_line(session.entry.name)!r}, a {type(model).__name__} of {count(model):,} parameters; "
+            f"NeuronEngine: {short(session.entry.name)!r}, a {type(model).__name__} of {count(model):,} parameters; "
             f"{neurons:,} neurons in {len(layers)} layers; "
             f"{sum(session.entry.observer.samples.values()):,} samples observed; {changes} change{'s' * (changes != 1)}"
         )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: what is tracked, and the layers with their neurons."""
+        session = self.sessions.present
+        if session is None or session.entry.observer.model() is None:
+            return as_html(repr(self))
+        layers = session.entry.layers.items()
+        rows = [f"  {short(name, 40):<40} {len(layer.ids):>9,}" for name, layer in layers]
+        more = [f"  and {len(rows) - 20:,} layers more"] if len(rows) > 20 else []
+        return as_html("\n".join([repr(self), *rows[:20], *more]))
 
     @property
     def activation_threshold(self) -> float:

@@ -15,9 +15,11 @@ from tracker.observation.neuron_ids import layer_named
 from tracker.observation.records import Observation
 from tracker.parts.sessions import Sessions
 from tracker.reporting import figures, html_page, text_reports
+from tracker.reporting.recommendations_view import Recommendations
 from tracker.reporting.timeline import life
 from tracker.surgery.transaction import count
 from tracker.utils.files import picture, write_together
+from tracker.utils.notebook import PrintedList, PrintedText
 from tracker.utils.text import plain
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Reporter:
         observation, findings = self._analyzer.findings()
         self._analyzer.require_observed(findings)
         thresholds = Thresholds(pruning_threshold, redundancy, saturation_threshold)
-        recommendations = recommend(observation, findings, thresholds)
+        recommendations = Recommendations(recommend(observation, findings, thresholds))
         self._predict(observation, recommendations)
         self._recommendations = (self._analyzer.window(), recommendations)
         return recommendations
@@ -88,8 +90,9 @@ class Reporter:
         _, findings = self._analyzer.findings()
         self._analyzer.require_observed(findings)
         candidates = pruning_candidates(findings)[:top_n]
-        print(text_reports.pruning_report(candidates, top_n))
-        return candidates
+        text = text_reports.pruning_report(candidates, top_n)
+        print(text)
+        return PrintedList(candidates, text)
 
     # Reports
 
@@ -119,7 +122,7 @@ class Reporter:
             figure = self.plot_activity_heatmap(save_heatmap)
             if show_heatmap:
                 figures.show(figure)
-        return report
+        return PrintedText(report)
 
     def save_report_to_file(self, path: PathLike, include_heatmap: bool = True) -> Path:
         """Write all reports into one text file, and the heatmap beside it (NAME_heatmap.png).

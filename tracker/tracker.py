@@ -331,6 +331,7 @@ class ActivationTracker:
         entry = self.current
         observer, model = entry.observer, entry.model()
         old_sites, old_layers = list(observer.sites), dict(entry.layers)
+        observed = [(s, s.tap, s.leader, s.windows) for s in old_sites]
         known = {site.name: site for site in observer.sites}
         axes = {name: known[name].axis for name in entry.by_hand if name in known}
         named = {name: axis for name, axis in axes.items() if axis is not None}
@@ -344,12 +345,12 @@ class ActivationTracker:
             for name, ids in before.items():
                 self.registry.restore(old_layers[name], ids)
             observer.sites[:] = old_sites
+            for site, tap, leader, windows in observed:
+                site.tap, site.leader, site.windows = tap, leader, windows
             for layer in born:
                 entry.layers.pop(layer.name, None)
             entry.layers.update(old_layers)
             entry.structure, entry.traced = old_structure, old_traced
-            if entry.hooked:
-                attach_sites(observer, model)
             observer.version += 1
 
         old_structure, old_traced = entry.structure, entry.traced
@@ -370,6 +371,17 @@ class ActivationTracker:
             self._set_taps(entry)
         observer.version += 1
         return added, removed
+
+    def rehook(self) -> Callable[[], None]:
+        """Puts hooks where the current model is observed: after an undo of `resite`, when all modules are back."""
+        entry = self.current
+
+        def back() -> None:
+            model = entry.observer.model()
+            if entry.hooked and model is not None:
+                attach_sites(entry.observer, model)
+
+        return back
 
     @contextmanager
     def masking(self, mask: Tensor) -> Iterator[None]:

@@ -129,3 +129,30 @@ def test_two_models_of_one_engine_live_side_by_side() -> None:
 def _step_of_no_one(engine: NeuronEngine) -> None:
     engine.track_model(net(2), "third", example_inputs=X)
     engine.step(1.0)
+
+
+@pytest.mark.parametrize("observe", ["reads", "output"])
+def test_layers_are_observed_where_they_are_after_each_change_of_depth(observe: str) -> None:
+    """Inserted, removed again, and each taken back: every layer counts each sample of the next pass."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    engine = NeuronEngine(observe=observe)
+    engine.track_model(model, "m", example_inputs=X)
+
+    def all_see() -> None:
+        engine.start_tracking()
+        model(X)
+        seen = {k: v["observations"] for k, v in engine.get_dataset_statistics().items()}
+        assert len(seen) == sum(map(len, engine.track_model(model).values()))
+        assert set(seen.values()) == {len(X)}
+
+    all_see()
+    engine.insert_layer("0")
+    engine.undo()
+    all_see()
+    engine.insert_layer("0")
+    all_see()
+    engine.remove_layer("0.inserted", force=True)
+    engine.undo()
+    all_see()
+    engine.remove_layer("0.inserted", force=True)
+    all_see()

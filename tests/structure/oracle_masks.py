@@ -53,7 +53,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 def prune_copy(model: nn.Module, group: Any, units: Iterable[int]) -> nn.Module:
     """A copy in float64 without what `group.slices(units)` lists."""
-    pruned = copy.deepcopy(model).double()
+    pruned = copied(model).double()
     tensors = pruned.state_dict(keep_vars=True)
     cuts: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for piece in group.slices(tuple(units)):
@@ -122,9 +122,13 @@ def _follow(module: nn.Module, gone: Any) -> None:
 
 
 def _source(module: nn.Module) -> Tensor:
-    """The weight as stored: under weight norm, its direction."""
+    """The weight as stored: under weight norm, its direction; under others, what it is computed from."""
     if parametrize.is_parametrized(module, "weight"):
-        return module.parametrizations["weight"].original1
+        held = module.parametrizations["weight"]
+        return held.original1 if hasattr(held, "original1") else held.original
+    for name in ("weight_orig", "weight_v"):  # before there were parametrizations
+        if name in module._parameters:
+            return module._parameters[name]
     return module.weight
 
 
@@ -187,41 +191,68 @@ def masked_copy(
 ) -> nn.Module:
     """A copy in float64 of the whole model, in which what reads the units reads zero.
 
+    Zero is the activation, at the door of the layer that reads it: a weight may be computed from its parameters in
+    any way. Only parameters that a model multiplies by itself are masked where they are.
     With `silence`, what makes and carries the units is zeroed too. Only so does a consumer without
     weights, such as the product of queries and keys, see zero.
     """
-    masked = copy.deepcopy(model).double()
-    pieces = list(group.slices(tuple(units)))
-    names = dict(masked.named_modules())
-    for name, module in names.items():
-        # Zero belongs into the weight that is used: a zero under weight norm changes the norm.
-        if not parametrize.is_parametrized(module):
-            continue
-        prefix = f"{name}.parametrizations." if name else "parametrizations."
-        if any(piece.tensor.startswith(prefix) for piece in pieces):
-            _write_out(module)
+    masked = copied(model).double()
     tensors = masked.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for piece in pieces:
-            if piece.role == "reads" or silence:
-                key = piece.tensor.replace("parametrizations.", "")
-                if key not in tensors:  # `.original0`, `.original1`: the weight has their axes
-                    key = key.rpartition(".")[0]
+    buffers = {name for name, _ in masked.named_buffers()}
+    for piece in group.slices(tuple(units)):
+        computes = piece.tensor in buffers and piece.tensor.endswith(("_u", "_v"))
+        if (piece.role == "reads" or silence) and not computes:
+            module = masked.get_submodule(layer_of(piece.tensor))
+            # A plain weight is zeroed too: functional code may read it, and then no door is passed.
+            if not _mask_at_the_door(module, piece) or _is_plain(module):
+                assert ".parametrizations." not in piece.tensor, piece
                 indices = torch.tensor(piece.indices, dtype=torch.long)
-                tensors[key].index_fill_(piece.dim, indices, 0)
+                with torch.no_grad():
+                    tensors[piece.tensor].index_fill_(piece.dim, indices, 0)
     return masked
 
 
-def _write_out(module: nn.Module) -> None:
-    """Make the parametrized tensors plain parameters.
+def copied(model: nn.Module) -> nn.Module:
+    """A copy, also of modules that keep a weight that they computed, with its graph."""
+    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
 
-    `remove_parametrizations` would change the class, which a deepcopy shares with its original.
-    """
-    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
-    module.__class__ = type(module).__bases__[0]
-    del module.parametrizations
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value))
+
+def layer_of(tensor: str) -> str:
+    """The module whose weight a tensor is, or is computed into."""
+    return f".{tensor}".rpartition(".")[0].partition(".parametrizations.")[0][1:]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it multiplies with the very parameter that it keeps."""
+    own = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    return type(module) in own and isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _mask_at_the_door(module: nn.Module, piece: Any) -> bool:
+    """Make the input or the output of a layer zero; False of modules that none knows."""
+    transposed = isinstance(module, CONVS) and module.transposed
+    if type(module) is nn.Embedding:
+        axis, reads, makes = -1, None, 1
+    elif isinstance(module, nn.Linear):
+        axis, reads, makes = -1, 1, 0
+    elif isinstance(module, CONVS) and module.groups == 1:
+        axis, reads, makes = 1, 0 if transposed else 1, 1 if transposed else 0
+    else:
+        return False
+    indices = torch.tensor(piece.indices, dtype=torch.long)
+    called = type(module).__name__ != "NonDynamicallyQuantizableLinear"  # attention's own
+    if piece.role == "reads":
+        if piece.dim != reads or not called:
+            return False
+        module.register_forward_pre_hook(
+            lambda _, args: (args[0].index_fill(axis, indices, 0), *args[1:])
+        )
+        return True
+    if piece.dim != (makes if piece.tensor.rpartition(".")[2] != "bias" else 0) or not called:
+        return False
+    module.register_forward_hook(lambda _, args, output: output.index_fill(axis, indices, 0))
+    return True
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from tests.structure.oracle_masks import relative_difference
 from tracker import NeuronEngine
+from tracker.structure.axes import Labels
 
 UNITS = [1, 4, 7]
 
@@ -217,3 +218,16 @@ def test_a_parameter_without_numbers_is_no_obstacle() -> None:
     assert receipt.promise == "masked"
     assert model.first.out_features == 7
     model(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, "demodulated", "spectral norm", "weight norm"])
+def test_a_trial_sees_what_a_rule_forgot(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told that all is exact, the trial compares with consumers that see zero, and refuses."""
+    monkeypatch.setattr(Labels, "mark_inexact", lambda *_: None)
+    torch.manual_seed(0)
+    model, engine = BUILDS[name]().eval(), NeuronEngine()
+    engine.track_model(model, "m", example_inputs=torch.randn(8, 6))
+    (group,) = (g for g in engine.structure.groups if g.size == 16)
+    assert group.exact
+    assert not group.prunable
+    assert "differs from the masked model's" in group.reason

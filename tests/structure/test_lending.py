@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.structure.oracle_masks import copied
 from tests.structure.subjects import fresh, models
 from tracker import NeuronEngine, SurgeryError
 from tracker.inputs.calls import calls_of
@@ -30,7 +30,7 @@ def test_it_computes_what_a_copy_in_float64_does(name: str) -> None:
     model, example = fresh(name)
     before, inputs = state(model), double(calls_of(example)[0])
     with plain_kernels():
-        expected = forward_once(copy.deepcopy(model).double(), inputs)
+        expected = forward_once(copied(model).double(), inputs)
         found = InFloat64(light_copy(model)).run(inputs)
     assert relative_difference(found, expected) < 1e-14
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -55,7 +55,7 @@ def test_weights_that_are_held_elsewhere_are_doubled_too() -> None:
     model, x = Listed(), torch.randn(3, 4)
     found = InFloat64(light_copy(model)).run(double(calls_of(x)[0]))
     with torch.no_grad():
-        expected = copy.deepcopy(model).double()(x.double())
+        expected = copied(model).double()(x.double())
     assert relative_difference(found, expected) == 0.0
 
 
@@ -122,7 +122,7 @@ def test_what_code_casts_is_made_in_float64_and_stays_as_it_was() -> None:
     torch.manual_seed(0)
     model, x = Selective().eval(), torch.randn(5, 6)
     found = InFloat64(light_copy(model)).run(double(calls_of(x)[0]))
-    exact = copy.deepcopy(model).double()
+    exact = copied(model).double()
     with torch.no_grad():
         expected = exact.b.double()(torch.relu(exact.a(x.double())))
     assert relative_difference(found, expected) < 1e-14

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from tests.structure.oracle_masks import (
+    copied,
     leaves,
     masked_copy,
     prune_copy,
@@ -164,7 +164,7 @@ PICKED = {"transformer_gqa": [0], "grouped_conv": [1], "group_norm": [1]}
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_oracle_itself(name: str) -> None:
     model, inputs = fresh(name)
-    whole = run(copy.deepcopy(model).double(), inputs)
+    whole = run(copied(model).double(), inputs)
     group, units = FakeGroup(BY_HAND[name]), PICKED.get(name, [1, 2])
     assert equals_masked(model, inputs, group, units) < 1e-10
     masked = (masked_copy(model, group, units, silence=silence) for silence in (False, True))
@@ -232,7 +232,7 @@ def test_relative_difference() -> None:
 def test_every_model_of_the_zoo_runs(name: str) -> None:
     model, inputs = fresh(name)
     single = run(model, inputs)
-    double = run(copy.deepcopy(model).double(), inputs)
+    double = run(copied(model).double(), inputs)
     assert all(leaf.dtype is torch.float64 for leaf in leaves(double))
     assert relative_difference(single, double) < 1e-4
     entry = ZOO[name]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
 from tests.structure.oracle_masks import (
+    copied,
     leaves,
     masked_copy,
     prune_copy,
@@ -60,7 +60,7 @@ def test_names_are_unique_and_stable(name: str) -> None:
 @models()
 def test_removal_equals_the_masked_model(name: str) -> None:
     model, inputs, structure = traced(name)
-    whole = run(copy.deepcopy(model).double(), inputs)
+    whole = run(copied(model).double(), inputs)
     wrong, effects = {}, []
     for group in structure.groups:
         units = pick(group, name) if group.prunable and group.size >= 2 else []

@@ -89,12 +89,12 @@ class FaultError(Exception):
 class FaultAt(TorchDispatchMode):
     """Raise at the k-th ATen operation."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, error: type[BaseException] = FaultError) -> None:
         super().__init__()
-        self.left = k
+        self.left, self.error = k, error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left == 0:
-            raise FaultError
+            raise self.error
         return func(*args, **(kwargs or {}))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.structure.oracle_masks import leaves, randomise, relative_difference
+from tests.structure.oracle_masks import copied, leaves, randomise, relative_difference
 from tests.surgery.bits import AGE, equal, everything, held, holds_the_live, memory, weights
 from tests.zoo import ZOO
 from tracker import NeuronEngine, SurgeryError, UnknownNeuronError, VerificationError
@@ -73,7 +73,7 @@ def train(model: nn.Module, x: Tensor, optimizer: Any) -> float:
 def output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """Of a copy in eval mode: nothing of the model moves."""
     with torch.no_grad():
-        return [t.detach() for t in leaves(copy.deepcopy(model).eval()(*inputs))]
+        return [t.detach() for t in leaves(copied(model).eval()(*inputs))]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_old_slots_step_as_if_nothing_had_come() -> None:
     for name in OPTIMIZERS:
         model = mlp()
         optimizer, engine = trained(model, X, name)
-        twin = copy.deepcopy(model)
+        twin = copied(model)
         kind, options = OPTIMIZERS[name]
         other = kind(twin.parameters(), lr=1e-3, **options)
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -279,7 +279,7 @@ def test_ages_are_saved_and_loaded_and_go_on(tmp_path: Any) -> None:
     for _ in range(5):
         train(model, X, optimizer)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     resumed = torch.optim.Adam(twin.parameters(), lr=1e-3)
     again = NeuronEngine()
     again.track_model(twin, "resumed", X)

@@ -213,6 +213,11 @@ def _plain(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, value in buffers:
+        buffer.copy_(value)
+
+
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     flags = [(m, m.training) for m in model.modules()]
@@ -228,5 +233,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for module, flag in flags:
                 module.training = flag
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                try:
+                    _put_back(buffers)
+                except BaseException:  # an interrupt: all is put back first
+                    _put_back(buffers)
+                    raise

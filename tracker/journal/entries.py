@@ -17,8 +17,9 @@ from tracker.structure.code_sizes.traced_int import Attribute
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import Receipt
 from tracker.surgery.undo import UndoLog
+from tracker.utils.notebook import as_html
 from tracker.utils.slotmap import SlotMap
-from tracker.utils.text import in_line
+from tracker.utils.text import in_line, short
 
 SCHEMA_VERSION = 1
 OPERATIONS = (
@@ -152,11 +153,13 @@ class Entry:
 
     def __str__(self) -> str:
         """For people."""
-        did = [f"{len(units)} of {group!r}" for group, units in list(self.units.items())[:3]]
+        did = [f"{len(units)} of {short(group)!r}" for group, units in list(self.units.items())[:3]]
         if len(self.units) > 3:
             did.append(f"and {len(self.units) - 3} more groups")
-        did += [f"{name.rpartition('.')[0]} followed by a new layer" for name in self._inserted()]
-        did += [f"{name} bypassed" for name in self.modules if name not in self._inserted()]
+        did += [
+            f"{short(name.rpartition('.')[0])} followed by a new layer" for name in self._inserted()
+        ]
+        did += [f"{short(name)} bypassed" for name in self.modules if name not in self._inserted()]
         if self.removed_ids:
             did.append(_counted(len(self.removed_ids), "gone"))
         if self.added_ids:
@@ -263,6 +266,12 @@ class Journal:
 
     def __getitem__(self, number: int) -> Entry:
         return self.entries[number]
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         """For people."""

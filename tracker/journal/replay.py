@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from tracker.errors import CheckpointError
 from tracker.inputs.forward_pass import computed_tensors
+from tracker.modules.kinds import weight_of
+from tracker.modules.layers import known_width
 from tracker.structure.adapters.attention import is_free, liberate
 from tracker.structure.adapters.transformers_stacks import CONFIGS, config_of, count_name
 from tracker.structure.code_sizes.attributes import adapt, tensors
@@ -24,6 +25,7 @@ from tracker.surgery.inserted_modules import (
     Bypass,
     ReluIdentity,
     ResidualBlock,
+    is_layer,
     replace_module,
 )
 from tracker.surgery.operations.block_copies import copied, is_block
@@ -251,20 +253,16 @@ def _built(twin: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:
         if child != INSERTED or mate is None or INSERTED in mate._modules or not is_block(mate):
             raise ValueError(f"no copy of {path!r} can stand behind it")
         return copied(twin, path)
-    if kind not in BLOCKS or child != INSERTED or not isinstance(mate, nn.Linear | _ConvNd):
+    if kind not in BLOCKS or child != INSERTED or mate is None or not is_layer(mate):
         raise ValueError(f"unknown module {kind!r} at {name!r}")
     width, make = spec["width"], LAYERS[spec["layer"]]
-    if INSERTED in mate._modules or width != _width(mate):
+    if INSERTED in mate._modules or width != (known_width(mate) or (0, -1))[0]:
         raise ValueError(f"no layer of {width!r} can stand behind {path!r}")
-    options: dict[str, Any] = {"device": "meta", "dtype": mate.weight.dtype}
+    options: dict[str, Any] = {"device": "meta", "dtype": weight_of(mate).dtype}
     more = () if make is nn.Linear else (1,)
     with torch.random.fork_rng(devices=[]):
         layers = [make(width, width, *more, **options) for _ in range(1 + BLOCKS.index(kind))]
     return (ReluIdentity, ResidualBlock)[BLOCKS.index(kind)](*layers)
-
-
-def _width(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def _valueless(tensor: Tensor) -> Tensor:

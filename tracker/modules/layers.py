@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tracker.errors import NotTrackedError
-
-# A layer's neurons and their axis in its output; negative where that holds with and without a batch.
-Width = tuple[int, int]
+from tracker.modules.kinds import Width, kind_of
 
 MOST_DIMENSIONS = 64  # of a tensor
-# Not layers: what they learn does not make features.
-_SHAPELESS = (nn.PReLU,)
-# One unit to the outside: their inner modules are never called, the functional code reads the parameters.
-_OPAQUE = (nn.MultiheadAttention, nn.RNNBase)
-_LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
 # Attributes by which modules of other libraries name their width, the last axis of their output.
-_WIDTH_ATTRIBUTES = ("out_features", "embedding_dim", "nf")
+_WIDTH_ATTRIBUTES = ("out_features", "embedding_dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +34,22 @@ def find_layers(model: nn.Module, axes: Mapping[str, int] | None = None) -> Iter
     axes = axes or {}
     hidden: set[nn.Module] = set()  # inner modules of opaque ones
     for name, module in model.named_modules():
-        if isinstance(module, _OPAQUE) or name.endswith("parametrizations"):
+        kind = kind_of(module)
+        if (kind is not None and kind.opaque) or name.endswith("parametrizations"):
             hidden.update(m for m in module.modules() if m is not module)
-        if module in hidden or isinstance(module, _SHAPELESS):
+        # What a kind without a width learns makes no features.
+        if module in hidden or (kind is not None and kind.width is None):
             continue
         width = known_width(module)
         if width is None and not (name in axes or _is_custom_layer(module)):
             continue
-        shape = module.normalized_shape if isinstance(module, _LAYER_NORMS) else ()
         yield Layer(
             name,
             module,
             type(module).__name__,
             width[0] if width else None,
             axes.get(name, width[1] if width else None),
-            flattened=max(1, len(shape)),
+            flattened=1 if kind is None else kind.flattened(module),
         )
 
 
@@ -85,11 +74,11 @@ def require_axes(model: nn.Module, axes: Mapping[str, int], batch_dim: int) -> N
 
 def known_width(module: nn.Module) -> Width | None:
     """Neurons and axis of a module whose class tells them; None for any other."""
-    for kinds, width in _WIDTHS:
-        if isinstance(module, kinds):
-            neurons, axis = width(module)
-            # Lazy modules say 0 until they have seen data.
-            return (neurons, axis) if neurons else None
+    kind = kind_of(module)
+    if kind is not None:
+        width = None if kind.width is None else kind.width(module)
+        # Lazy modules say 0 until they have seen data.
+        return width if width and width[0] else None
     if next(module.children(), None) is None:
         for attribute in _WIDTH_ATTRIBUTES:
             size = getattr(module, attribute, None)
@@ -120,34 +109,6 @@ def _is_custom_layer(module: nn.Module) -> bool:
     """A leaf with parameters of its own, of a class that is not listed: its first output shows its width."""
     has_parameters = any(True for _ in module.parameters(recurse=False))
     return has_parameters and next(module.children(), None) is None
-
-
-def _spatial(module: Any) -> int:
-    return -1 - len(module.kernel_size)
-
-
-def _instance_axis(module: nn.Module) -> int:
-    dims = {"1": 1, "2": 2, "3": 3}
-    return -1 - next(dims[c] for c in type(module).__name__ if c in dims)
-
-
-def _recurrent(module: Any) -> Width:
-    width = module.proj_size or module.hidden_size
-    return width * (2 if module.bidirectional else 1), -1
-
-
-_WIDTHS: tuple[tuple[Any, Callable[[Any], Width]], ...] = (
-    ((nn.Linear, nn.Bilinear), lambda m: (m.out_features, -1)),
-    (_ConvNd, lambda m: (m.out_channels, _spatial(m))),
-    (_InstanceNorm, lambda m: (m.num_features, _instance_axis(m))),
-    (_NormBase, lambda m: (m.num_features, 1)),
-    (nn.GroupNorm, lambda m: (m.num_channels, 1)),
-    (_LAYER_NORMS, lambda m: (math.prod(m.normalized_shape), -1)),
-    ((nn.Embedding, nn.EmbeddingBag), lambda m: (m.embedding_dim, -1)),
-    (nn.RNNBase, _recurrent),
-    (nn.RNNCellBase, lambda m: (m.hidden_size, -1)),
-    (nn.MultiheadAttention, lambda m: (m.embed_dim, -1)),
-)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -391,8 +391,11 @@ def attach_sites(observer: Observer, model: nn.Module) -> None:
     """Put the hooks where the layers are observed now, and nowhere else."""
     detach_sites(observer)
     leaders: dict[tuple[Tap, int | None], Site] = {}
+    modules = dict(model.named_modules())
     for site in observer.sites:
         site.leader = None
+        if site.tap is not None and site.tap.module not in modules:  # it was removed
+            site.tap, site.windows = None, {}
         if not observer.watches(site):
             continue
         if site.tap is None:

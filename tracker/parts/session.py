@@ -179,6 +179,7 @@ class Session:
         with self.tracker.speaking_of(self.entry):
             added = self.tracker.reslot(slots, plan.tensors, why, log.add)
             if plan.modules:
+                log.add_last(self.tracker.rehook())
                 born, gone = self.tracker.resite(why, log.add)
                 added, removed = [*added, *born], [*removed, *gone]
         self.know(log)

@@ -18,6 +18,7 @@ from tracker.analysis.findings import LayerFindings
 from tracker.errors import StatisticsError
 from tracker.observation.records import Observation
 from tracker.utils.files import write_picture
+from tracker.utils.notebook import inline
 from tracker.utils.text import in_picture
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def new_figure(width: float, height: float) -> Figure:
     # Not pyplot: no window, no global state, nothing left open in a training script.
     fig = Figure(figsize=(width, height), layout="constrained", dpi=130)
     FigureCanvasAgg(fig)
-    return fig
+    return inline(fig)
 
 
 def _grid(n: int) -> tuple[int, int]:

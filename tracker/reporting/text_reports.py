@@ -14,7 +14,7 @@ from tracker.analysis.findings import (
 )
 from tracker.errors import StatisticsError
 from tracker.observation.records import Observation
-from tracker.utils.text import in_line, plain
+from tracker.utils.text import in_line, plain, short
 
 WIDE, MIDDLE = 80, 60
 MAX_PAIRS = 20  # shown for each layer; the totals count all
@@ -189,7 +189,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     ]
     lines += _limited(
         (
-            f"  neuron {c['neuron_id']} ({in_line(c['layer_name'])}[{c['local_index']}]): {c['reason']}, fires in "
+            f"  neuron {c['neuron_id']} ({short(c['layer_name'])}[{c['local_index']}]): {c['reason']}, fires in "
             f"{c['firing_frequency']:.1%} of observations{_predicted(c)}"
             for c in recommendations["prune"]
         ),
@@ -198,7 +198,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     lines += ["", f"MERGE: {_count(counts['total_mergeable_pairs'], 'pair')}"]
     lines += _limited(
         (
-            f"  {in_line(c['layer_name'])}: {c['neuron_pair'][1]} into {c['neuron_pair'][0]}, correlation "
+            f"  {short(c['layer_name'])}: {c['neuron_pair'][1]} into {c['neuron_pair'][0]}, correlation "
             f"{c['correlation']:+.4f}; {c['neuron_pair'][0]} explains {c['explained_variance']:.2%} of "
             f"{c['neuron_pair'][1]}{_predicted(c)}"
             for c in recommendations["merge"]
@@ -208,7 +208,7 @@ def optimization_report(recommendations: Mapping[str, Any], limit: int = 10) -> 
     lines += ["", f"EXPAND: {_count(counts['layers_needing_expansion'], 'layer')}"]
     lines += _limited(
         (
-            f"  {in_line(c['layer_name'])}: {c['current_size']} -> {c['current_size'] + c['suggested_expansion']} "
+            f"  {short(c['layer_name'])}: {c['current_size']} -> {c['current_size'] + c['suggested_expansion']} "
             f"({c['basis']})"
             for c in recommendations["expand"]
         ),
@@ -292,7 +292,7 @@ def _pair_rows(label: str, pairs: Sequence[tuple[int, int, float]]) -> list[str]
 
 def _redundancy_detail(label: str, s: Mapping[str, Any]) -> list[str]:
     return [
-        f"{in_line(label)}:",
+        f"{short(label)}:",
         f"  Total neurons: {s['total_neurons']}",
         f"  Redundant pairs: {s['redundant_pairs']}",
         f"  Redundancy rate: {s['redundancy_rate']:.1%}",
@@ -318,7 +318,7 @@ def _detail(title: str, word: str, findings: Mapping[str, LayerFindings], pick: 
         slots = pick(found).nonzero().flatten().tolist()
         if slots:
             lines += [
-                f"{in_line(found.layer.label)}: {_count(len(slots), f'{word} neuron')}",
+                f"{short(found.layer.label)}: {_count(len(slots), f'{word} neuron')}",
                 f"  Local indices: {_list(slots)}",
             ]
     return ["", title, "-" * 40, *lines] if lines else []
@@ -326,7 +326,7 @@ def _detail(title: str, word: str, findings: Mapping[str, LayerFindings], pick: 
 
 def _unobserved(findings: Mapping[str, LayerFindings]) -> list[str]:
     lines = [
-        f"  {in_line(f.layer.label)} ({f.layer.kind}): {f.layer.problem or 'no finite value'}"
+        f"  {short(f.layer.label)} ({f.layer.kind}): {f.layer.problem or 'no finite value'}"
         for f in findings.values()
         if not f.observed.any()
     ]

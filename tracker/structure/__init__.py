@@ -6,7 +6,7 @@ units, in groups of alternatives (`units`). What the rules do not understand is 
 """
 
 from tracker.structure.read_points import Tap
-from tracker.structure.rules import rule
+from tracker.structure.rules.registry import rule
 from tracker.structure.structure import Structure, trace_structure
 from tracker.structure.trace import Passes
 from tracker.structure.units import Frozen, Slice, UnitGroup

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.errors import StructureError
 from tracker.structure.units import Frozen, Place, UnitGroup
+from tracker.utils.notebook import inline
 from tracker.utils.text import in_picture
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _canvas(columns: int, lanes: int) -> tuple[Figure, Axes]:
     fig = Figure(
         figsize=(max(5.0, 1.05 * columns + 1.2), 0.62 * lanes + 1.9), layout="constrained", dpi=130
     )
-    FigureCanvasAgg(fig)
+    FigureCanvasAgg(inline(fig))
     ax = fig.add_subplot()
     ax.set_xlim(-0.75, columns - 0.25)
     ax.set_ylim(lanes - 0.4, -0.6)

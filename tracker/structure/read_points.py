@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from tracker.modules.kinds import kind_of, layer_of, stored_names
 from tracker.modules.layers import find_layers
 from tracker.structure.axes import Axis
 from tracker.structure.trace import Door, Trace
@@ -35,7 +35,7 @@ def find_taps(trace: Trace) -> Mapping[str, Tap]:
     before a dropout. Of a sum of several layers (a residual stream) nobody reads one layer's own neurons.
     """
     times = Counter(call.module for call in trace.doors)
-    readers = {tensor.rpartition(".")[0] for tensor, _ in trace.reads}
+    readers = {layer_of(tensor) for tensor, _ in trace.reads}
     inputs = _Index(trace, [c for c in trace.doors if times[c.module] == 1 and c.module in readers])
     taps = {}
     for layer in find_layers(trace.model):
@@ -84,13 +84,15 @@ class _Index:
 
 def made_axis(trace: Trace, name: str, module: nn.Module) -> Axis:
     """The axis of a layer's neurons; None where no tensor of its own shows them."""
-    made = 1 if isinstance(module, nn.Embedding | _ConvTransposeNd) or hasattr(module, "nf") else 0
-    own = {"bias": 0, "weight": made, "parametrizations.weight.original0": 0, "weight_g": 0}
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.Bilinear):
+    kind = kind_of(module)
+    if kind is not None and kind.weight is None:
         return None
+    weight, made = ("weight", 0) if kind is None else (kind.weight or "weight", kind.makes(module))
+    bias = None if kind is None else kind.bias
+    own = {bias or "bias": 0} | dict.fromkeys(stored_names(module, weight), made)
     for tensor, dim in own.items():
         axes = trace.parameters.get(f"{name}.{tensor}")
-        axis: Axis = axes[dim] if axes else None
+        axis: Axis = axes[dim] if axes and dim < len(axes) else None
         if axis is not None:
             return axis
     return None

@@ -27,7 +27,8 @@ from tracker.structure.trials.trial import try_groups
 from tracker.structure.units import Frozen, UnitGroup, coverage, find_groups
 from tracker.structure.unseen import owners, refuse_unseen, unseen_in, without
 from tracker.utils.files import write_picture
-from tracker.utils.text import in_line
+from tracker.utils.notebook import as_html
+from tracker.utils.text import fitting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,11 +82,17 @@ class Structure:
             write_picture(path, fig)
         return fig
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
     def __str__(self) -> str:
         """A table for people."""
         head = f"{'group':<28} {'kind':<10} {'units':>6}  {'exact':<6} {'made by -> read by'}"
         lines = [
-            f"{len(self.groups)} groups, {self.coverage:.1%} of the parameters prunable",
+            f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}, {self.coverage:.1%} of the parameters prunable",
             head,
             "-" * 100,
         ]
@@ -110,7 +117,7 @@ class Structure:
         if self.passes.failed:
             lines += ["", "calls that could not be made:"]
         lines += [f"  {call}: {why}" for call, why in self.passes.failed]
-        return "\n".join(map(in_line, lines))
+        return "\n".join(map(fitting, lines))
 
     @property
     def gaps(self) -> list[str]:

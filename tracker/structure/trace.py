@@ -272,6 +272,7 @@ def record(
         call.method for call in (*trace.passes.recorded, *trace.passes.alike) if call.training
     }
     trace.passes.failed = [f for f in trace.passes.failed if f[0].method not in trained]
+    trace.reads |= trace.weights.read_inside - trace.weights.met
     weights = (name for name, _ in model.named_parameters())
     trace.read.freeze_rest(trace.labels, trace.parameters, weights)
     return trace

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from tracker.errors import SurgeryError
+from tracker.modules.kinds import kind_of, layer_of
 from tracker.structure.axes import Labels
 from tracker.structure.read_points import made_axis
 from tracker.structure.trace import Trace
@@ -248,29 +248,25 @@ def _is_made(trace: Trace, tensor: str) -> bool:
     return any(layer_of(t) == layer and t != tensor for t, _ in trace.reads)
 
 
-def layer_of(tensor: str) -> str:
-    """The layer that a tensor belongs to, under a parametrization or not."""
-    return f".{tensor}".rpartition(".")[0].partition(".parametrizations.")[0][1:]
-
-
 def _kind(
     model: nn.Module, units: Units, roles: dict[Place, str], layers: tuple[str, ...], summed: bool
 ) -> str:
     modules = [model.get_submodule(layer) for layer in layers]
-    if any(isinstance(m, nn.RNNBase) for m in modules):
+    kinds = {m: kind.unit for m in modules if (kind := kind_of(m)) is not None}
+    if "hidden" in kinds.values():
         return "hidden"
     made = [place for place, role in roles.items() if role == "produces"]
     read = [len(units[0][p]) for p, role in roles.items() if role == "reads"]
     widest = max(made, key=lambda place: len(units[0][place]), default=None)
     if widest is not None and len(units[0][widest]) > 1 and max(read, default=2) > 1:
-        if any(isinstance(m, _ConvNd) and m.groups > 1 for m in modules):
+        if any(kinds.get(m) == "channel" and getattr(m, "groups", 1) > 1 for m in modules):
             return "group"
         return "head" if _is_block(units, widest) else "head_dim"
     if summed and len(layers) > 1:
         return "residual"
-    if modules and isinstance(modules[0], nn.Embedding):
+    if modules and kinds.get(modules[0]) == "embedding":
         return "embedding"
-    return "channel" if any(isinstance(m, _ConvNd) for m in modules) else "neuron"
+    return "channel" if "channel" in kinds.values() else "neuron"
 
 
 def _is_block(units: Units, place: Place) -> bool:

@@ -48,10 +48,8 @@ def require_known(model: nn.Module, names: Collection[str]) -> None:
     Raises:
         StructureError: It has no such module or parameter.
     """
-    if isinstance(names, str):
-        raise StructureError(
-            f"assume_unread is a list of names of modules, not the text {names!r}."
-        )
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise StructureError(f"assume_unread is a list of names of modules, not {names!r}.")
     known = {*dict(model.named_modules()), *dict(model.named_parameters())} - {""}
     for name in names:
         if name not in known:

@@ -71,6 +71,7 @@ class Weights:
     activations: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     met: set[Place] = field(default_factory=set)  # dimensions of weights that activations meet
+    read_inside: set[Place] = field(default_factory=set)  # by products of weights alone
     folded: dict[Place, str] = field(default_factory=dict)  # that weights alone add up over
     factors: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # as origins
     modulated: Modulated = field(default_factory=Modulated)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.errors import SurgeryError
 from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.modules.kinds import kind_of, weight_of
 from tracker.modules.layers import known_width
 from tracker.surgery.undo import UndoLog
 from tracker.utils.nested import tensors_in
@@ -84,7 +84,7 @@ def run_inserted(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     What stands behind a block is called as the block was, its output in the place of the first tensor.
     """
     inserted: Any = module._modules[INSERTED]
-    if isinstance(module, nn.Linear | _ConvNd):
+    if is_layer(module):
         return inserted(output)
     args, kwargs = again_with(args, kwargs, tensors_in(output)[0])
     return inserted(*args, **kwargs)
@@ -116,19 +116,17 @@ def block_for(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
     if INSERTED in layer._modules:
         raise SurgeryError(f"Behind {name!r} a layer was inserted before: insert after that one.")
     width = known_width(layer)
-    if width is None or not isinstance(layer, nn.Linear | _ConvNd):
+    kind = kind_of(layer)
+    if width is None or kind is None or kind.follower is None:
         raise SurgeryError(
             f"A layer can be inserted after a linear or a convolutional one; {name!r} is a {type(layer).__name__}."
         )
-    n = width[0]
-    weight: Tensor = layer.weight
+    n, follower = width[0], kind.follower
+    weight = weight_of(layer)
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
 
     def linear() -> nn.Module:
-        if isinstance(layer, nn.Linear):
-            return nn.Linear(n, n, **options)
-        kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-        return kinds[len(layer.kernel_size)](n, n, 1, **options)
+        return follower(layer, n, options)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -139,7 +137,13 @@ def block_for(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
 
 def can_follow(layer: nn.Module) -> bool:
     """Whether another layer can be inserted behind this one."""
-    return isinstance(layer, nn.Linear | _ConvNd) and INSERTED not in layer._modules
+    return is_layer(layer) and INSERTED not in layer._modules
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is of a kind behind which a layer of its own width can stand, and no block."""
+    kind = kind_of(module)
+    return kind is not None and kind.follower is not None
 
 
 def inserted_layers(model: nn.Module) -> int:

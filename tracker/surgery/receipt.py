@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tracker.utils.text import in_line
+from tracker.utils.notebook import as_html
+from tracker.utils.text import fitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,12 @@ class Receipt:
         """Plain data, for JSON."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
     def __str__(self) -> str:
         """For people."""
         did = "would be" if self.dry_run else "done"
@@ -76,7 +83,7 @@ class Receipt:
             lines.append(f"  {self.loss}: {self.loss_before:.5g} -> {self.loss_after:.5g}")
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  skipped: {reason}" for reason in self.skipped]
-        return "\n".join(map(in_line, lines))
+        return "\n".join(map(fitting, lines))
 
 
 def _parts(receipt: Receipt) -> list[str]:

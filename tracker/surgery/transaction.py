@@ -122,6 +122,7 @@ def carry_out(
             why += f" (group {', '.join(plan.units)})" if plan.units else ""
             receipt.added_ids.extend(tracker.reslot(plan.layers, plan.tensors, why, log.add))
             if plan.modules:
+                log.add_last(tracker.rehook())
                 added, removed = tracker.resite(why, log.add)
                 receipt.added_ids.extend(added)
                 receipt.removed_ids.extend(removed)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tracker.errors import TrackerError
 from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.modules.kinds import is_linear, kind_of, weight_of
+from tracker.modules.layers import known_width
 from tracker.structure import UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.structure.trials.temporary_copies import borrowed
@@ -137,7 +139,7 @@ def bypasses(
     model = tracker.current.model()
     fitted, asked = (inputs, inputs) if len(inputs) == 1 else (inputs[::2], inputs[1::2])
     known = [c.layer for c in able if c.layer in tracker.current.layers]
-    linear = [name for name in known if isinstance(model.get_submodule(name), nn.Linear)]
+    linear = [name for name in known if is_linear(model.get_submodule(name))]
     found = []
     for name in [*linear, *_blocks(model, inputs[0])]:
         if protects(tracker, protect, name):
@@ -200,9 +202,10 @@ def _deeper(layer: nn.Module | None, name: str, price: Prices) -> Size | None:
     """At most what a layer costs that is inserted behind this one: two square ones with biases."""
     if layer is None or not can_follow(layer):
         return None
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    width = int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
-    each = price.flops.get(f"{name}.weight", 0.0) / weight.numel()
+    width = (known_width(layer) or (0, -1))[0]
+    kind = kind_of(layer)
+    key = (kind.weight if kind is not None else None) or "weight"
+    each = price.flops.get(f"{name}.{key}", 0.0) / weight_of(layer).numel()
     return price.size(2 * width * (width + 1), 2 * each * width * width)
 
 

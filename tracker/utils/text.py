@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def plain(text: object) -> str:
     r"""The text with what is no printable character, line breaks aside, written as an escape.
@@ -21,3 +23,22 @@ def in_line(text: object) -> str:
 def in_picture(name: object) -> str:
     """A name for a picture: matplotlib takes what stands between dollars for a formula."""
     return in_line(name).replace("$", r"\$")
+
+
+def short(text: object, most: int = 60) -> str:
+    """The same in one line of at most `most` characters: of longer ones the middle goes.
+
+    Examples:
+        >>> short("encoder.layers.0.attention", 16)
+        'encoder…ttention'
+    """
+    line = in_line(text)
+    if len(line) <= most:
+        return line
+    half = (most - 1) // 2
+    return f"{line[:half]}…{line[len(line) - (most - 1 - half) :]}"
+
+
+def fitting(text: object, most: int = 80) -> str:
+    """One line in which every word longer than `most` characters (a name) is shortened in its middle."""
+    return re.sub(rf"(?!-+$)\S{{{most + 1},}}", lambda found: short(found[0], most), in_line(text))

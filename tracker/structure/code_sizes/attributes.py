@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from tracker.modules.kinds import kind_of
 from tracker.structure.adapters.attention import FreeHeadsAttention, is_parted, liberate
 from tracker.structure.adapters.transformers_stacks import list_kinds
 from tracker.structure.code_sizes.traced_int import Attribute, assign
@@ -72,46 +71,13 @@ def _put_back(changes: list[tuple[nn.Module, type, dict[str, Any]]]) -> None:
 
 
 def refit(module: nn.Module) -> None:
-    """Set the sizes that a module of torch keeps beside its parameters to what these are now."""
+    """Set the sizes that a module of a known kind keeps beside its parameters to what these are now."""
     m: Any = module  # mypy takes every attribute of a module for a tensor or a module
-    if isinstance(m, nn.Linear):
-        m.out_features, m.in_features = _stored_weight(m).shape
-    elif isinstance(m, _ConvNd):
-        weight = _stored_weight(m)
-        rows, columns = weight.shape[:2]
-        if isinstance(m, _ConvTransposeNd):
-            m.in_channels, m.out_channels = rows, columns * m.groups
-        else:
-            m.in_channels, m.out_channels = columns * m.groups, rows
-    elif isinstance(m, _NormBase) and m.running_mean is not None:
-        m.num_features = len(m.running_mean)
-    elif isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
-        m.normalized_shape = tuple(m.weight.shape)
-    elif isinstance(m, nn.GroupNorm) and m.weight is not None:
-        m.num_channels = len(m.weight)
-    elif isinstance(m, nn.Embedding):
-        m.embedding_dim = m.weight.shape[1]
-    elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):  # transformers' linear layer of GPT-2
-        m.nx, m.nf = m.weight.shape
-    elif isinstance(m, nn.PReLU):
-        m.num_parameters = len(m.weight)
-    elif isinstance(m, nn.TransformerEncoder):
+    if isinstance(m, nn.TransformerEncoder):
         if any(isinstance(part, FreeHeadsAttention) for part in m.modules()):
             m.use_nested_tensor = False  # it is made for torch's own attention
     elif isinstance(m, FreeHeadsAttention):
         q, k, v = (w for w, _ in m._weights())
         m.embed_dim, m.kdim, m.vdim = (w.shape[1] for w in (q, k, v))
-    elif isinstance(m, nn.RNNBase):
-        weights = dict(m.named_parameters())
-        m.input_size, m.hidden_size = (weights[f"weight_{w}_l0"].shape[1] for w in ("ih", "hh"))
-        m._init_flat_weights()
-
-
-def _stored_weight(module: Any) -> Tensor:
-    """The weight as it is kept: what hooks compute of it (masks, an older norm) is of the last pass."""
-    own: dict[str, Tensor | None] = module._parameters
-    for name in ("weight", "weight_orig", "weight_v"):
-        if (kept := own.get(name)) is not None:
-            return kept
-    computed: Tensor = module.weight
-    return computed
+    elif (kind := kind_of(module)) is not None:
+        kind.refit(module)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tracker.structure.axes import Axis
+from tracker.structure.code_sizes.cached_functions import sizes_not_cached
 from tracker.structure.code_sizes.traced_int import (
     Expr,
     Rows,
@@ -47,14 +49,17 @@ class Listener(TorchFunctionMode):
         super().__init__()
         self.trace, self.path = trace, path
         self.equations: dict[tuple[object, ...], Equation] = {}
+        self._inside = ExitStack()
 
     def __enter__(self) -> Any:
         listeners.append(self.float_made)
+        self._inside.enter_context(sizes_not_cached())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         if self.float_made in listeners:
             listeners.remove(self.float_made)
+        self._inside.close()
         super().__exit__(*error)
 
     def __torch_function__(

@@ -27,7 +27,7 @@ def note_read(op: Op, x: Tensor, i: int, other: Tensor) -> None:
     """Dimension i of x is added up over, multiplied with another tensor.
 
     An activation reads whatever a weight was computed from. Where weights alone are multiplied, what an earlier product
-    gave is no column of this one.
+    gave is no column of this one, and nothing is that activations meet themselves.
     """
     origin = op.origin(x)[i]
     sides = op.is_weight(x), op.is_weight(other)
@@ -36,9 +36,10 @@ def note_read(op: Op, x: Tensor, i: int, other: Tensor) -> None:
     op.trace.weights.read(x, i, other, origin, sides, why)
     if among_weights and not _is_nothing(op, other):
         op.trace.weights.fold(origin, op.why("a weight is computed by adding up over it"))
-    op.trace.reads |= {
-        (c.tensor, c.dim) for c in origin if c.how != MULTIPLIED or not among_weights
-    }
+    if among_weights:
+        op.trace.weights.read_inside |= {(c.tensor, c.dim) for c in origin if c.how != MULTIPLIED}
+    else:
+        op.trace.reads |= {(c.tensor, c.dim) for c in origin}
 
 
 def _is_nothing(op: Op, x: Tensor) -> bool:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tracker.errors import StructureError
-from tracker.inputs.calls import Arguments, Call
+from tracker.inputs.calls import Arguments, Call, arguments
 from tracker.inputs.forward_pass import copy_of, forward_once, tables_kept
 from tracker.structure.code_sizes.attributes import adapt, tensors
 from tracker.structure.code_sizes.size_equations import Choice
 from tracker.structure.code_sizes.traced_int import Attribute
 from tracker.structure.trials.float64_mode import Float64Code, double, wider
+from tracker.structure.trials.masked_weights import MaskedWeights, Place
 from tracker.utils.nested import tensors_in
 
 # Zero in the units' place: where weights read them, their columns; where other activations do (queries and keys), what
@@ -126,7 +127,11 @@ class InFloat64:
                 model.double()
         self._awake = False
         self._cuts: dict[int, dict[int, Tensor]] = {}  # id → dimension → indices that stay
-        self._masks: dict[int, list[tuple[int, Tensor]]] = {}
+        self._masks: dict[int, list[tuple[int, Tensor]]] = {}  # id → dimension and indices
+        # What activations are to find zero: columns that they read, and all that makes them.
+        self._reads: dict[Place, Tensor] = {}
+        self._makes: dict[Place, Tensor] = {}
+        self._masking: MaskedWeights | None = None
         self._dtypes: dict[int, torch.dtype] = {}  # where the model's code casts a module in a pass
         doubles: dict[int, Tensor] = {}
         for module in model.modules():
@@ -149,6 +154,28 @@ class InFloat64:
             StructureError: The forward pass failed.
         """
         inputs = double(inputs) if self.in_float64 else inputs
+        if not (self._reads or self._makes):
+            return self._run(inputs, within)
+        self._masking = masking = MaskedWeights(self._reads, self._makes, tuple(arguments(inputs)))
+        try:
+            output = self._run(inputs, within)
+        finally:
+            self._masking = None
+        unmet = [
+            (places, place)
+            for places in (self._reads, self._makes)
+            for place in places.keys() - masking.met
+        ]
+        if not unmet:
+            return output
+        # Read by no activation, but by other weights: zero where they are kept.
+        for places, (key, dim) in unmet:
+            self._masks.setdefault(key, []).append((dim, places.pop((key, dim))))
+        return self.run(inputs, within)
+
+    def _run(
+        self, inputs: Arguments | Call, within: AbstractContextManager[object] | None
+    ) -> object:
         with ExitStack() as stack:
             return forward_once(self.model, inputs, within=_both(self._passing(stack), within))
 
@@ -187,9 +214,17 @@ class InFloat64:
                     if part.role in these:
                         tensor = held[part.tensor]
                         gone = torch.tensor(part.indices, device=tensor.device)
-                        self._masks.setdefault(id(tensor), []).append((part.dim, gone))
+                        self._mask(tensor, part.dim, gone, part.role)
             self._edit_buffers()
             yield
+
+    def _mask(self, tensor: Tensor, dim: int, gone: Tensor, role: str) -> None:
+        if not isinstance(tensor, nn.Parameter):
+            self._masks.setdefault(id(tensor), []).append((dim, gone))
+            return
+        places = self._reads if role == "reads" else self._makes
+        known = places.get((id(tensor), dim))
+        places[id(tensor), dim] = gone if known is None else torch.cat((known, gone))
 
     def difference_from_mask(
         self,
@@ -219,7 +254,10 @@ class InFloat64:
         token = _lending.set(True)
         try:
             value = self._edited(tensor) if self._awake else self._outline(tensor)
-            return nn.Parameter(value, requires_grad=False)  # some code asks for the type
+            lent = nn.Parameter(value, requires_grad=False)  # some code asks for the type
+            if self._awake and self._masking is not None:
+                self._masking.lent(id(tensor), lent)
+            return lent
         finally:
             _lending.reset(token)
 
@@ -272,6 +310,8 @@ class InFloat64:
                 listed = module._flat_weights, module._flat_weight_refs
                 stack.callback(_put_lists, module, *listed)
                 module._init_flat_weights()
+            if self._masking is not None:
+                stack.enter_context(self._masking)
             if self.in_float64:
                 stack.enter_context(Float64Code())
             yield
@@ -286,7 +326,7 @@ class InFloat64:
             try:
                 yield
             finally:
-                self._cuts, self._masks = {}, {}
+                self._cuts, self._masks, self._reads, self._makes = {}, {}, {}, {}
 
 
 class _Table(dict[str, Any]):

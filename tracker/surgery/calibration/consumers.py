@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from tracker.compensation.linear import EXACT
 from tracker.inputs.batches import EXAMPLE, Batch
 from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.modules.kinds import kind_of
 from tracker.observation.compiled import GraphHook, forget_compiled_graphs, is_new_data
 from tracker.observation.consumer_inputs import Read
 from tracker.statistics import Covariance
@@ -69,32 +70,30 @@ def consumer(model: nn.Module, place: tuple[str, int]) -> Consumer | str:
     weight, dim = place
     name, _, attribute = weight.rpartition(".")
     module: Any = model.get_submodule(name)
-    if attribute != "weight" or "weight" not in module._parameters:
+    kind = kind_of(module)
+    if kind is None or kind.reads is None:
+        return f"{name} is a {type(module).__name__}"
+    if attribute != kind.weight or attribute not in module._parameters:
         return f"{weight} is not the weight of a layer"
-    owners = sum(
-        p is module.weight for m in model.modules() for p in m._parameters.values() if p is not None
-    )
+    own = module._parameters[attribute]
+    owners = sum(p is own for m in model.modules() for p in m._parameters.values() if p is not None)
     if owners > 1:
         return f"{weight} is tied: what else it does would change"
-    bias = None if getattr(module, "bias", None) is None else f"{name}.bias"
-    if isinstance(module, _ConvNd):
-        transposed = isinstance(module, _ConvTransposeNd)
-        if module.groups > 1:
-            return f"{name} is a grouped convolution"
-        spatial = len(module.kernel_size)
-        # Where outputs overlap unevenly, a constant is no bias. Where zeros are padded it is one inside the map.
-        reads, makes = (0, 1) if transposed else (1, 0)
-        padded = module.padding != "valid" and any(module.padding)
-        padded = padded and module.padding_mode == "zeros"
-        found = Consumer(
-            name, weight, reads, makes, -1 - spatial, None if transposed else bias, padded
-        )
-    elif isinstance(module, nn.Linear):
-        found = Consumer(name, weight, 1, 0, -1, bias)
-    elif hasattr(module, "nf") and module.weight.ndim == 2:  # transformers' Conv1D
-        found = Consumer(name, weight, 0, 1, -1, bias)
-    else:
-        return f"{name} is a {type(module).__name__}"
+    if why := kind.why_not(module):
+        return f"{name} {why}"
+    has_bias = kind.bias is not None and getattr(module, kind.bias, None) is not None
+    # Where zeros are padded, a constant is a bias inside the map only.
+    padding = getattr(module, "padding", "valid") if isinstance(module, _ConvNd) else "valid"
+    padded = padding != "valid" and any(padding) and module.padding_mode == "zeros"
+    found = Consumer(
+        name,
+        weight,
+        kind.reads(module),
+        kind.makes(module),
+        kind.axis(module),
+        f"{name}.{kind.bias}" if has_bias else None,
+        padded,
+    )
     return found if dim == found.reads else f"{weight} does not read along dimension {dim}"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tracker.compensation.linear import cholesky
 from tracker.errors import StructureError, SurgeryError
+from tracker.modules.kinds import is_linear
 from tracker.observation.consumer_inputs import Sensitivity
 from tracker.surgery.calibration.loss import Objective
 from tracker.utils.nested import tensors_in
@@ -172,12 +173,13 @@ class _Sums:
         if x is None:
             self._lost = True
             return
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             slope = self._rows(gradient).float().T @ self._rows(x).float()
         else:
-            weight = module.get_parameter("weight").detach().requires_grad_()
+            key = self.one.weight.rpartition(".")[2]
+            weight = module.get_parameter(key).detach().requires_grad_()
             alone = copy.copy(module)  # its hooks are not to see this
-            alone._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
+            alone._parameters = {**module._parameters, key: weight}  # type: ignore[dict-item]
             with torch.enable_grad():
                 again = alone.forward(x)
             slope = self.one.matrix(torch.autograd.grad(again, weight, gradient)[0], self._taps)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracker.modules.kinds import is_linear, made_along, weight_of
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.utils.nested import tensors_in
 
@@ -85,16 +86,18 @@ class GradientWatcher:
         for layer, names in readers.items():
             makes: Any = model.get_submodule(layer)
             reads: list[Any] = [model.get_submodule(name) for name in names]
-            if not reads or not all(isinstance(m, nn.Linear) for m in (makes, *reads)):
+            if not reads or not all(is_linear(m) for m in (makes, *reads)):
                 continue
-            kept = into[layer] = torch.zeros(KEPT, makes.in_features)
+            widths = [weight_of(m).shape[made_along(m)] for m in reads]
+            weight = weight_of(makes)
+            features = weight.shape[1 - made_along(makes)]
+            kept = into[layer] = torch.zeros(KEPT, features)
             hook, start = _IntoHook(kept), 0
-            rows = sum(m.out_features for m in reads)
-            products[layer] = torch.zeros(rows, makes.in_features, device=makes.weight.device)
+            products[layer] = torch.zeros(sum(widths), features, device=weight.device)
             self.handles.append(makes.register_forward_pre_hook(hook, with_kwargs=True))
-            for module in reads:
-                part = products[layer][start : start + module.out_features]
-                start += module.out_features
+            for module, width in zip(reads, widths, strict=True):
+                part = products[layer][start : start + width]
+                start += width
                 self.handles.append(module.register_forward_hook(_OutOfHook(hook, part)))
 
 

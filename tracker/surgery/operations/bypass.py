@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tracker.errors import StructureError, SurgeryError
 from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.modules.kinds import is_linear, kind_of
 from tracker.modules.layers import known_width
 from tracker.surgery.calibration.consumers import Consumer, consumer
 from tracker.surgery.inserted_modules import Bypass, replace_module
@@ -94,8 +95,7 @@ def removal_of(
 def _chain(
     model: nn.Module, name: str, readers: Sequence[str], batches: Sequence[Arguments]
 ) -> Removal:
-    wrong = [r for r in readers if not isinstance(model.get_submodule(r), nn.Linear)]
-    if wrong or not readers or not isinstance(model.get_submodule(name), nn.Linear):
+    if not readers or not all(is_linear(model.get_submodule(n)) for n in (name, *readers)):
         raise SurgeryError(
             f"{name!r} is no linear layer that only linear layers read, nor a block with a residual connection: it "
             "cannot be removed."
@@ -148,7 +148,7 @@ def _readers(model: nn.Module, names: Sequence[str]) -> list[Consumer]:
     """
     found = []
     for name in names:
-        one = consumer(model, (f"{name}.weight", 1))
+        one = consumer(model, _read_of(model, name))
         if not isinstance(one, Consumer):
             raise SurgeryError(f"What reads it cannot be refitted: {one}.")
         found.append(one)
@@ -189,8 +189,8 @@ def _refit(
         old, new = rows([x for x, _ in before[reader]]), rows(given)
         if len(old) != len(new):
             raise SurgeryError(f"Without {name!r}, {reader!r} reads tensors of another shape.")
-        weight: Tensor = model.get_submodule(reader).weight  # type: ignore[assignment]
-        matrix = weight.detach().double().cpu().T
+        weight = model.get_parameter(one.weight).detach().double().cpu()
+        matrix = weight if one.reads == 0 else weight.T
         target, held = old @ matrix, held_back(given)
         if keep:
             asked = held if bool(held.any()) else ~held
@@ -201,8 +201,8 @@ def _refit(
         fit = fitted(new, target, held, centred=one.bias is not None)
         lost, total, judged_on = lost + fit.lost, total + fit.total, max(judged_on, fit.judged_on)
         few += [reader] if fit.few else []
-        slots[one.weight] = {1: SlotMap((None,) * new.shape[1])}
-        added[one.weight] = fit.matrix.T
+        slots[one.weight] = {one.reads: SlotMap((None,) * new.shape[1])}
+        added[one.weight] = fit.matrix if one.reads == 0 else fit.matrix.T
         if one.bias is not None:
             added[one.bias] = fit.offset
     return Removal(instead, slots, added, lost, total, judged_on, tuple(few))
@@ -232,15 +232,22 @@ def _block(
     return Removal(instead, {}, added, fit.lost, fit.total, fit.judged_on, few)
 
 
+def _read_of(model: nn.Module, name: str) -> tuple[str, int]:
+    """The weight of a linear layer, and the dimension along which it reads."""
+    module = model.get_submodule(name)
+    kind = kind_of(module)
+    if kind is None or kind.reads is None:
+        return f"{name}.weight", 1
+    return f"{name}.{kind.weight}", kind.reads(module)
+
+
 def _writer(model: nn.Module, name: str, batch: Arguments, shape: torch.Size) -> Consumer | None:
     """The last linear layer before the block whose output is added into its input, as it is."""
     linears = {
         n: one
         for n, m in model.named_modules()
-        if (isinstance(m, nn.Linear) or hasattr(m, "nf")) and not n.startswith(name + ".")
-        if isinstance(
-            one := consumer(model, (f"{n}.weight", int(isinstance(m, nn.Linear)))), Consumer
-        )
+        if is_linear(m) and not n.startswith(name + ".")
+        if isinstance(one := consumer(model, _read_of(model, n)), Consumer)
     }
     bench = quiet_copy(model)
     order: list[str] = []

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.modules.kinds import is_linear
 from tracker.utils.nested import tensors_in
 
 _SUMS = ("add", "add_", "sub", "sub_", "rsub")
@@ -90,7 +91,7 @@ def flow_of(model: nn.Module, inputs: Arguments, name: str) -> Flow:
     target.register_forward_pre_hook(enter, with_kwargs=True)
     target.register_forward_hook(leave)
     for reader, module in bench.named_modules():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             seen.watch(reader, module)
     output = forward_once(bench, inputs, within=seen)
     if any(t in seen.came for t in tensors_in(output)):

@@ -14,6 +14,7 @@ from tracker.errors import StructureError, SurgeryError
 from tracker.inputs.batches import Batch
 from tracker.inputs.calls import Arguments
 from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.modules.kinds import is_linear, kind_of, layer_of, made_along
 from tracker.structure import Structure, UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.structure.code_sizes.size_equations import UnsolvableError
@@ -58,7 +59,7 @@ def plan_expansion(
         raise SurgeryError(f"A layer is expanded by {MOST:,} neurons at most, not by {count:,}.")
     entry = tracker.current
     model = entry.model()
-    group = group or _growing(tracker.structure(), layer)
+    group = group or _growing(model, tracker.structure(), layer)
     template = group.size - 1
     own = [i for name, i in group.neurons(template) if name == layer]
     units, rest = divmod(count, len(own))
@@ -87,7 +88,9 @@ def plan_expansion(
         promise="exact",
         attributes=_grown_integers(tracker.structure(), group, units),
     )
-    fresh = fresh_values(model, group, slots, seed, {f"{layer}.weight": directions})
+    fresh = fresh_values(
+        model, group, slots, seed, {f"{layer}.{_weight_key(model, layer)}": directions}
+    )
     return with_measured_norms(tracker, replace(plan, fresh=fresh))
 
 
@@ -112,6 +115,7 @@ def plan_recycling(
     renewed = replace(
         plan,
         operation="recycle_neurons",
+        attributes={},  # all sizes stay
         tensors=slots,
         layers=layers,
         mixes=takeover.mixes,
@@ -216,10 +220,10 @@ def gradient_directions(
     see `directions_of`.
     """
     model = tracker.current.model()
-    group = _growing(tracker.structure(), layer)
+    group = _growing(model, tracker.structure(), layer)
     readers = {t.rpartition(".")[0] for (t, _), role in group.roles.items() if role == "reads"}
     bench = quiet_copy(model)
-    if not isinstance(bench.get_submodule(layer), nn.Linear):
+    if not is_linear(bench.get_submodule(layer)):
         return None
     inputs: list[Tensor] = []
     outputs: dict[str, list[Tensor]] = {name: [] for name in sorted(readers)}
@@ -307,8 +311,16 @@ def _moved(value: Tensor, slots: Mapping[int, SlotMap]) -> Tensor:
     return value
 
 
-def _growing(structure: Structure, layer: str) -> UnitGroup:
+def _weight_key(model: nn.Module, layer: str) -> str:
+    kind = kind_of(model.get_submodule(layer))
+    return (kind.weight if kind is not None else None) or "weight"
+
+
+def _growing(model: nn.Module, structure: Structure, layer: str) -> UnitGroup:
     """The group whose units a layer makes, where fresh ones can be added without a trace."""
+    kind = kind_of(model.get_submodule(layer))
+    if kind is not None and not kind.grows:
+        raise SurgeryError(f"Layer {layer!r} cannot be expanded: layers of its kind do not grow.")
     made = [g for g in structure.groups if layer in g.layers]
     groups = [g for g in made if any(name == layer for name, _ in g.neurons(g.size - 1))]
     lonely = [g for g in groups if g.size == 1]
@@ -323,6 +335,10 @@ def _growing(structure: Structure, layer: str) -> UnitGroup:
     for group in groups:
         why = group.reason or group.inexact_reason or "nothing that we know reads its units"
     for frozen in structure.frozen:
-        if not groups and frozen.tensor.rpartition(".")[0] == layer and frozen.dim == 0:
+        if (
+            not groups
+            and layer_of(frozen.tensor) == layer
+            and frozen.dim == made_along(model.get_submodule(layer))
+        ):
             why = frozen.reason
     raise SurgeryError(f"Layer {layer!r} cannot be expanded: {why}.")
