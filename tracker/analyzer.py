@@ -27,13 +27,21 @@ class Analyzer:
     """
 
     def __init__(self, tracker: ActivationTracker, correlation_threshold: float = 0.9) -> None:
-        if not 0 < correlation_threshold <= 1:
-            raise StatisticsError(
-                f"correlation_threshold is in (0, 1], not {correlation_threshold!r}."
-            )
         self._tracker = tracker
         self.correlation_threshold = correlation_threshold
         self._cache: tuple[object, Observation, Findings] | None = None
+
+    @property
+    def correlation_threshold(self) -> float:
+        """|Pearson correlation| from which on two neurons are redundant, in (0, 1]."""
+        return self._correlation_threshold
+
+    @correlation_threshold.setter
+    def correlation_threshold(self, threshold: float) -> None:
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not 0 < threshold <= 1:
+            raise StatisticsError(f"correlation_threshold is in (0, 1], not {threshold!r}.")
+        self._correlation_threshold = threshold
 
     def get_neuron_stats(self, neuron_id: int) -> dict[str, Any]:
         """Statistics of one neuron in the current window, as plain numbers; NaN where it was not observed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -262,14 +263,14 @@ class NeuronEngine:
 
     @property
     def history(self) -> TrainingHistory:
-        """The logged epochs of the current model (or what was loaded, without one)."""
-        return self.sessions.history
+        """The logged epochs of the current model so far (or what was loaded, without one)."""
+        return self.sessions.history.copy()
 
     @property
     def journal(self) -> Journal:
         """Every change of the current model so far, in order."""
         session = self.sessions.present
-        return Journal() if session is None else session.journal
+        return Journal() if session is None else copy.deepcopy(session.journal)
 
     log_epoch_statistics = call("recorder", Recorder.log_epoch_statistics)
     save_training_history = call("recorder", Recorder.save_training_history)

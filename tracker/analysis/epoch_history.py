@@ -7,7 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ class TrainingHistory:
         entry = Epoch(epoch, loss, accuracy, neurons)
         self.epochs.append(entry)
         return entry
+
+    def copy(self) -> TrainingHistory:
+        """The same epochs, in objects of its own."""
+        epochs = [replace(epoch, neurons=dict(epoch.neurons)) for epoch in self.epochs]
+        return replace(self, epochs=epochs, layers=dict(self.layers))
 
     def evolution(self, neuron_id: int) -> dict[str, list[Any]]:
         """Lists of equal length over the epochs in which the neuron lived: `epochs` and the five series.

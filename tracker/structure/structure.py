@@ -56,7 +56,8 @@ class Structure:
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
         """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
-        return replace(self, groups=[replace(group, ids=ids) for group in self.groups])
+        groups = [replace(group, ids=ids, roles=dict(group.roles)) for group in self.groups]
+        return replace(self, groups=groups, frozen=list(self.frozen), taps=dict(self.taps))
 
     def __getitem__(self, name: str) -> UnitGroup:
         """The group of this name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Trainer:
         """
         runs = [s.run for s in self._sessions if s.run is not None]
         run = self.run or (runs[0] if len(runs) == 1 else None)
-        return [] if run is None else run.life
+        return [] if run is None else copy.deepcopy(run.life)
 
     def _that_runs(self, model: nn.Module | None) -> Session | None:
         """The session whose run takes a step; None where nothing modifies itself."""
