@@ -231,3 +231,37 @@ def test_a_trial_sees_what_a_rule_forgot(name: str, monkeypatch: pytest.MonkeyPa
     assert group.exact
     assert not group.prunable
     assert "differs from the masked model's" in group.reason
+
+
+class ModulatesAConstant(nn.Module):
+    """Grouped convolutions of a learned constant, filters of each sample, divided by their length or not."""
+
+    def __init__(self, demodulated: bool) -> None:
+        super().__init__()
+        self.const = nn.Parameter(torch.randn(1, 16, 4, 4))
+        self.style, self.rgb = nn.Linear(6, 16), nn.Conv2d(10, 3, 1)
+        self.weight, self.demodulated = nn.Parameter(torch.randn(10, 16, 3, 3)), demodulated
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        weight = self.weight * (1 + self.style(x))[:, None, :, None, None]
+        if self.demodulated:
+            weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+        given = self.const.repeat(n, 1, 1, 1).reshape(1, -1, 4, 4)
+        made = F.conv2d(given, weight.flatten(0, 1), padding=1, groups=n)
+        return self.rgb(made.reshape(n, -1, 4, 4).relu())
+
+
+@pytest.mark.parametrize("demodulated", [True, False])
+def test_a_learned_constant_is_read_as_an_activation_is(demodulated: bool) -> None:
+    torch.manual_seed(0)
+    model, engine = ModulatesAConstant(demodulated), NeuronEngine()
+    engine.track_model(model, "m", example_inputs=torch.randn(8, 6))
+    for group in engine.structure.groups:
+        if group.prunable and group.size == 16:
+            receipt = engine.prune_units({group.name: UNITS})
+            assert receipt.promise == ("changed" if demodulated else "masked")
+            break
+    else:
+        raise AssertionError("no group of the constant's channels")
+    model(torch.randn(5, 6)).sum().backward()

@@ -51,11 +51,22 @@ class Modulated:
 
     folded: dict[Place, str] = field(default_factory=dict)  # added up over, by themselves
     read: set[Place] = field(default_factory=set)  # and that other activations read
+    # By products with weights, each way: one reads a learned constant, of two one adds up beside it.
+    with_weights: dict[Place, set[str]] = field(default_factory=dict)
 
     def fold(self, factors: Origin, why: str) -> None:
         """They are added up over a dimension that came from there."""
         for came in factors:
             self.folded.setdefault((came.tensor, came.dim), why)
+
+    def inexact(self) -> Iterator[tuple[Place, str]]:
+        """Dimensions of which what is left changes with a removal, and why."""
+        for place, why in self.folded.items():
+            if place in self.read or place in self.with_weights:
+                yield place, why
+        for place, ways in self.with_weights.items():
+            if place in self.read or len(ways) > 1:
+                yield place, min(ways)
 
 
 @dataclass(slots=True)
@@ -126,7 +137,10 @@ class Weights:
                 self.forms.setdefault((came.tensor, came.dim), {}).setdefault(came.how, why)
         factors: Origin = self.factors[x][dim] if x in self.factors else NOWHERE
         theirs = NOWHERE.union(*self.factors.get(other, ()))
-        if factors and (weights[1] or factors & theirs):
+        if factors and weights[1]:
+            for came in factors:
+                self.modulated.with_weights.setdefault((came.tensor, came.dim), set()).add(why)
+        elif factors & theirs:
             self.modulated.fold(factors, why)
         elif not weights[1]:
             self.modulated.read |= {(c.tensor, c.dim) for c in factors}
@@ -143,7 +157,7 @@ class Weights:
     def mark_inexact(self, labels: Labels, axes: dict[str, list[Axis]]) -> None:
         """Removal changes a weight of which activations read what is left, where anything else adds up over it."""
         folded = [(place, why) for place, why in self.folded.items() if place in self.met]
-        folded += [(p, why) for p, why in self.modulated.folded.items() if p in self.modulated.read]
+        folded += self.modulated.inexact()
         folded += [
             (place, ways[COMPUTED])
             for place, ways in self.forms.items()
