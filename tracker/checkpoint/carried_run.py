@@ -26,7 +26,8 @@ from tracker.structure.code_sizes.attributes import tensors
 from tracker.surgery import Receipt
 from tracker.surgery.optimizer_state.moments import unwrapped
 from tracker.surgery.undo import put_back
-from tracker.training.loop import SelfModification, Verdict
+from tracker.training.loop import SelfModification
+from tracker.training.verdict import Verdict
 
 FACTS = "facts"  # key of the plain data among the tensors
 TENSOR, STATE = "before.tensor/", "before.state/"  # of a change that awaits its verdict
@@ -177,6 +178,8 @@ def _before(
         "loss": verdict.loss,
         "groups": list(verdict.groups),
         "entries": verdict.entries,
+        "error": verdict.error,
+        "rise": verdict.rise,
         "receipt": last.receipt.to_dict(),
         "numbers": numbers,
         "parameters": groups,
@@ -223,6 +226,8 @@ def _place_verdict(session: Session, run: SelfModification, carried: CarriedRun)
         tuple(map(str, facts["groups"])),
         weakref.ref(last),
         operator.index(facts["entries"]),
+        float(facts.get("error", 0.0)),
+        None if facts.get("rise") is None else float(facts["rise"]),
     )
     strides = {str(name): tuple(map(operator.index, s)) for name, s in facts["strides"].items()}
     tables = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tracker.errors import SurgeryError, TrackerError
 from tracker.inputs.forward_pass import Arguments, quiet_copy
 from tracker.observation.consumer_inputs import Read
-from tracker.parts.session import Session, Transaction
+from tracker.parts.session import Session
 from tracker.surgery import Receipt
 from tracker.surgery.inserted_modules import inserted_layers
 from tracker.surgery.prices.flops import flops_by_weight
@@ -30,7 +30,8 @@ from tracker.training.custom_policies import taken_by
 from tracker.training.observation_phase import Look
 from tracker.training.policy import Phases, Policy
 from tracker.training.seen import Seen
-from tracker.training.sensitivity import with_curvature
+from tracker.training.sensitivity import Witness, losses_of, with_curvature
+from tracker.training.verdict import Verdict, rise_by, standard_error
 
 if TYPE_CHECKING:
     from tracker.parts.surgeon import Surgeon
@@ -57,25 +58,6 @@ class Decision:
     loss: float
     parameters: int
     widths: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What is known of a change until its effect is measured.
-
-    Attributes:
-        step: After which it was made.
-        loss: Mean of the last steps before it.
-        groups: What it changed.
-        change: The change itself; None where it cannot be taken back. It holds the model.
-        entries: Length of the journal before it.
-    """
-
-    step: int
-    loss: float
-    groups: tuple[str, ...]
-    change: weakref.ref[Transaction] | None
-    entries: int
 
 
 class SelfModification:
@@ -109,6 +91,8 @@ class SelfModification:
         ] = {}  # of each group, when it was first seen: shares are of these
         self._seen = Seen()  # in the last look, beside what consumers read
         self._open: Verdict | None = None  # of the last change
+        # Passes that it is judged on, and their losses before it.
+        self._measured: tuple[tuple[Witness, ...], Tensor | None] = (), None
         self._counted: tuple[int, tuple[dict[str, float], float]] | None = None
         self._stopped = False
         # What `gather` gives once it is stopped in the middle of a look.
@@ -256,7 +240,7 @@ class SelfModification:
         tracker.current.reads = with_curvature(
             reads, look.wanted, self._seen.bent, self._seen.facts, self._mean(policy.look)
         )
-        lately = self._mean(policy.settle)
+        lately, spread = self._mean(policy.settle), self._error(policy.settle)
         loss = self._mean()
         self._recent = []
         self._means.append(loss)
@@ -265,6 +249,8 @@ class SelfModification:
         if not wanted.groups:
             self._note("kept", wanted.why, loss)
             return None
+        witnesses = () if ranks is not None else look.witnesses
+        measured = losses_of(witnesses, self.model)
         try:
             receipt = self._do(wanted, policy)
         except TrackerError as error:
@@ -274,7 +260,10 @@ class SelfModification:
             return None
         change = self._session.last
         held = None if change is None else weakref.ref(change)  # it holds the model
-        self._open = Verdict(self.steps, lately, wanted.groups, held, entries)
+        exact = receipt.promise == "exact"  # the function is what it was
+        rise = 0.0 if exact else rise_by(measured, losses_of(witnesses, self.model))
+        self._open = Verdict(self.steps, lately, wanted.groups, held, entries, spread, rise)
+        self._measured = witnesses, measured
         self._note(DONE[receipt.operation], wanted.why, loss)
         return receipt
 
@@ -382,17 +371,20 @@ class SelfModification:
         """Whether the last change kept what it promised; if not, it is taken back with the steps since."""
         assert self._open is not None
         verdict, self._open = self._open, None
-        before, held = verdict.loss, verdict.change
+        held = verdict.change
         _, policy = self.policy.at(self.steps - 1)
-        after = self._mean(policy.settle // 2)
-        change = None if held is None else held()
-        kept = after <= before * (1 + policy.regret)
-        if kept or change is None or self._session.last is not change:
+        window = max(policy.settle // 2, 1)
+        after, change = self._mean(window), None if held is None else held()
+        witnesses, before = self._measured
+        now = rise_by(before, losses_of(witnesses, self.model)) if verdict.rise else None
+        self._measured = (), None  # they hold inputs of the model
+        hurt = verdict.hurt(after, self._error(window), policy.regret, now)
+        if not hurt or change is None or self._session.last is not change:
             return None  # it kept what it promised, or something else was changed since
         receipt = self._surgeon.undo()
         for name in verdict.groups:
             self._blocked[name] = policy.patience
-        self._note("undone", f"the loss rose from {before:.4f} to {after:.4f}", after)
+        self._note("undone", f"the loss rose from {verdict.loss:.4f} to {after:.4f}", after)
         return receipt
 
     def _mean(self, last: int | None = None) -> float:
@@ -403,6 +395,12 @@ class SelfModification:
             self._session.ranks,
         )
         return mean if ranks is None else ranks.mean(mean)
+
+    def _error(self, last: int) -> float:
+        """Standard error of the mean of the last steps; of several ranks theirs in the mean, which is more."""
+        ranks = self._session.ranks
+        own = standard_error(torch.stack(self._recent[-last:])) if self._recent else 0.0
+        return own if ranks is None else ranks.mean(own)
 
     def _note(self, what: str, why: str, loss: float) -> None:
         layers = self._tracker.current.layers

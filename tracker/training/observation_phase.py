@@ -17,7 +17,7 @@ from tracker.tracker import ActivationTracker
 from tracker.training.candidates import grown
 from tracker.training.policy import Policy
 from tracker.training.seen import Seen
-from tracker.training.sensitivity import LossWatcher
+from tracker.training.sensitivity import LossWatcher, Witness
 
 ROWS = (
     512  # of what a layer reads in one pass, or two for each of its columns: more tell little more
@@ -34,9 +34,10 @@ class Look:
         self.seen = Seen()
         self._watcher = Watcher(model, self.wanted, most=ROWS)
         self._handles: list[Any] = []
+        self._bent: LossWatcher | None = None
         if policy.gradients:
-            bent = LossWatcher(model, self.wanted, self.seen.bent, self.seen.facts)
-            self._handles += bent.handles
+            self._bent = LossWatcher(model, self.wanted, self.seen.bent, self.seen.facts)
+            self._handles += self._bent.handles
         if policy.grow and policy.gradients:
             readers = {}
             for group in groups:
@@ -52,6 +53,11 @@ class Look:
         if policy.drop:
             hook = _InputHook(self.seen.inputs)
             self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+
+    @property
+    def witnesses(self) -> tuple[Witness, ...]:
+        """The last passes of it that were sent back, where their loss can be measured again."""
+        return () if self._bent is None else tuple(self._bent.witnesses)
 
     def stop(self) -> dict[str, Read]:
         """Take the hooks off; what consumers read, by their weights' names."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tracker.errors import TrackerError
+from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.observation.consumer_inputs import Read, Sensitivity
 from tracker.surgery.calibration.consumers import Consumer
 from tracker.utils.nested import tensors_in
 
 WIDE = 128  # outputs up to which the whole matrix is taken
+WITNESSES = 8  # passes on which a change is judged
 SOME = 256  # rows of an output that tell what the loss is
 FITS = (
     1e-2  # share of the squared gradient that may be left when it is called one of a cross-entropy
@@ -23,6 +27,53 @@ NEAR = 1e-2  # the same of the scale of a squared error
 # Sums over passes: their number, those with a cross-entropy, curvature over loss of these, squared gradients of the
 # others, their elements, their rows.
 PASSES, KNOWN, RATIO, SQUARES, ELEMENTS, ROWS = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """One pass of training, and what the loss said of it: enough to measure the loss again.
+
+    Attributes:
+        inputs: Of the model.
+        shape: Of the output that the loss was taken of.
+        targets: Of each row of it, along its last dimension: (rows, 1).
+        weights: Of each row in the loss, (rows, 1).
+    """
+
+    inputs: Arguments
+    shape: torch.Size
+    targets: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, inputs: Arguments, output: Tensor, gradient: Tensor) -> Witness:
+        """What a gradient w·(p − t) tells of a cross-entropy."""
+        y, g = output.flatten(0, -2), gradient.flatten(0, -2)
+        least, targets = g.min(-1, keepdim=True)
+        left = -torch.expm1(y.gather(-1, targets) - y.logsumexp(-1, keepdim=True))
+        weights = -least / left.clamp(min=1e-6)
+        sure = left < 1e-3  # nothing but rounding tells the weight of these
+        usual = weights[~sure].mean() if bool((~sure).any()) else weights.mean()
+        return cls(inputs, output.shape, targets, torch.where(sure, usual, weights))
+
+    def losses(self, model: nn.Module) -> Tensor | None:
+        """Of each row, weighed: (rows,) float64. By a copy in eval mode; None where it puts out something else."""
+        outputs = tensors_in(forward_once(quiet_copy(model), self.inputs))
+        found = next((t for t in outputs if t.shape == self.shape), None)
+        if found is None:
+            return None
+        log_p = found.detach().double().flatten(0, -2).log_softmax(-1)
+        return -(self.weights * log_p.gather(-1, self.targets)).flatten()
+
+
+def losses_of(witnesses: Sequence[Witness], model: nn.Module) -> Tensor | None:
+    """Of all rows of some passes, by a model as it is now; None where they cannot be told."""
+    try:
+        found = [w.losses(model) for w in witnesses]
+    except (TrackerError, RuntimeError, ValueError):
+        return None
+    known = [losses for losses in found if losses is not None]
+    return torch.cat(known) if known and len(known) == len(found) else None
 
 
 class LossWatcher:
@@ -57,9 +108,10 @@ class LossWatcher:
             self.handles.append(
                 module.register_forward_hook(_ConsumerHook(self, one, sums[one.weight]))
             )
-        self.handles.append(model.register_forward_hook(_OutputHook(self)))
+        self.witnesses = deque[Witness](maxlen=WITNESSES)  # the last passes that were sent back
+        self.handles.append(model.register_forward_hook(_OutputHook(self), with_kwargs=True))
 
-    def at_output(self, y: Tensor, gradient: Tensor) -> None:
+    def at_output(self, inputs: Arguments, y: Tensor, gradient: Tensor) -> None:
         """The gradient at the model's output came: all others of this pass follow."""
         g = gradient.detach().float()
         self.norm = norm = g.square().sum()
@@ -71,6 +123,8 @@ class LossWatcher:
         facts[PASSES] = 1
         if ratio is not None:
             facts[KNOWN], facts[RATIO] = 1, ratio
+            if _cross_entropy(y.detach().float(), g, last=True) is not None:
+                self.witnesses.append(Witness.of(inputs, y.detach().float(), g))
         else:
             facts[SQUARES], facts[ELEMENTS] = norm, g.numel()
             facts[ROWS] = g.flatten(0, -2).any(1).sum() if g.ndim > 1 else 1
@@ -125,12 +179,12 @@ def loss_curvature(facts: Tensor, loss: float) -> float | None:
     return total / passes if 0 < total < float("inf") else None
 
 
-def _cross_entropy(y: Tensor, g: Tensor) -> float | None:
+def _cross_entropy(y: Tensor, g: Tensor, *, last: bool = False) -> float | None:
     """Trace of its Hessian over its value, of a loss whose gradient at `y` is that of a cross-entropy; else None.
 
     The gradient of a row is w·(p − t): its only negative entry is that of the target, and tells the weight.
     """
-    for dim in dict.fromkeys((-1, 1 if y.ndim > 2 else -1)):
+    for dim in dict.fromkeys((-1, 1 if y.ndim > 2 and not last else -1)):
         if y.ndim < 2 or y.shape[dim] < 2:
             continue
         y, g = _some(y, dim), _some(g, dim)
@@ -166,7 +220,7 @@ class _OutputHook(GraphHook):
         super().__init__()
         self._watcher = watcher
 
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
         """Forward hook of the model."""
         if torch.compiler.is_compiling() or not is_new_data():
             return
@@ -174,7 +228,8 @@ class _OutputHook(GraphHook):
         y = next((t for t in able if t.ndim > 1), None)
         self._watcher.begin()
         if y is not None:
-            y.register_hook(lambda gradient: self._watcher.at_output(y, gradient))
+            inputs = Arguments(args, dict(kwargs))
+            y.register_hook(lambda gradient: self._watcher.at_output(inputs, y, gradient))
 
 
 class _ConsumerHook(GraphHook):
