@@ -4,6 +4,7 @@
 """
 
 from tracker.checkpoint.recorder import apply_journal
+from tracker.compensation.criteria import criterion
 from tracker.distributed.ranks import renew
 from tracker.distributed.sharded import gather_sharded, shard_anew
 from tracker.engine import NeuronEngine
@@ -22,7 +23,16 @@ from tracker.errors import (
 from tracker.inputs.calls import Call
 from tracker.journal import Entry, Journal
 from tracker.modules.kinds import LayerKind, register_layer_kind
-from tracker.structure import Frozen, Slice, Structure, UnitGroup, rule
+from tracker.reporting.text_reports import register_section
+from tracker.structure import (
+    Frozen,
+    ModuleAdapter,
+    Slice,
+    Structure,
+    UnitGroup,
+    register_adapter,
+    rule,
+)
 from tracker.surgery import Receipt
 from tracker.training import Bypass, Candidate, Decision, Phases, Policy, Requests, Size
 
@@ -41,6 +51,7 @@ __all__ = [
     "Frozen",
     "Journal",
     "LayerKind",
+    "ModuleAdapter",
     "NeuronEngine",
     "NeuronTracker",
     "NotTrackedError",
@@ -61,8 +72,11 @@ __all__ = [
     "WriteError",
     "__version__",
     "apply_journal",
+    "criterion",
     "gather_sharded",
+    "register_adapter",
     "register_layer_kind",
+    "register_section",
     "renew",
     "rule",
     "shard_anew",

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", help="the checkpoint, a directory")
-    add("--to", required=True, choices=("gguf", "hf", "onnx"))
+    add("--to", required=True, help="gguf, hf, onnx, or module:function of an exporter of your own")
     add("--model", default="", help="module:function that builds the model as before all changes")
     add(
         "--config",

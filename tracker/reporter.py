@@ -144,6 +144,7 @@ class Reporter:
                 )
             )
         parts.append(text_reports.optimization_report(self._current_recommendations({})))
+        parts += text_reports.more_sections(observation, findings)
         files: dict[PathLike, bytes] = {}
         if include_heatmap:
             beside = target.parent / f"{target.stem}_heatmap.png"

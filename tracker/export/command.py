@@ -16,9 +16,12 @@ from tracker.errors import ExportError
 from tracker.export.gguf import to_gguf
 from tracker.export.hugging_face import to_hugging_face
 from tracker.export.onnx import to_onnx
-from tracker.export.record import Exported, needed
+from tracker.export.record import needed
+from tracker.export.registry import exporter_named, register_exporter
 
-ENDINGS = {"gguf": ".gguf", "hf": "-hf", "onnx": ".onnx"}
+register_exporter("gguf", ".gguf")(to_gguf)
+register_exporter("hf", "-hf")(to_hugging_face)
+register_exporter("onnx", ".onnx")(to_onnx)
 
 
 def export_checkpoint(
@@ -30,12 +33,12 @@ def export_checkpoint(
     config: str = "",
     tokenizer: str = "",
     dtype: str = "f16",
-) -> Exported:
+) -> Any:
     """Build the fresh model of a checkpoint, load the checkpoint into it, and export it.
 
     Args:
         path: The checkpoint, a directory of `save_checkpoint`.
-        to: "gguf", "hf" or "onnx".
+        to: "gguf", "hf", "onnx", or another exporter; see `exporter_named`.
         output: Where to write; None: beside the checkpoint.
         model: "module:function", which builds the model as it was before all changes; modules of the current folder
             are found.
@@ -48,6 +51,7 @@ def export_checkpoint(
         CheckpointError: The checkpoint is damaged, or is not of this model.
         TrackerError: As the export itself.
     """
+    write = exporter_named(to)
     if bool(model) == bool(config):
         raise ExportError(
             "A checkpoint holds no code. Say how the model is built that it was made from: --model module:function, or "
@@ -55,12 +59,8 @@ def export_checkpoint(
         )
     fresh = _called(model) if model else _configured(config)
     engine = NeuronEngine.load_checkpoint(path, fresh)
-    goal = output or f"{fspath(path).rstrip('/')}{ENDINGS[to]}"
-    if to == "onnx":
-        return to_onnx(engine, goal)
-    if to == "hf":
-        return to_hugging_face(engine, goal, tokenizer or None)
-    return to_gguf(engine, goal, tokenizer or None, dtype)
+    goal = output or f"{fspath(path).rstrip('/')}{write.ending}"
+    return write(engine, goal, tokenizer=tokenizer or None, dtype=dtype)
 
 
 def _called(place: str) -> nn.Module:

@@ -17,7 +17,8 @@ from tracker.export.stacks import write_out_stacks
 from tracker.export.write_out import residual, write_out_attention, write_out_bypass
 from tracker.inputs.calls import Call
 from tracker.inputs.forward_pass import copy_of, forward_once
-from tracker.structure.adapters.attention import FreeHeadsAttention, is_free
+from tracker.structure.adapters.attention import FreeHeadsAttention
+from tracker.structure.adapters.registry import is_adapted, kind_of
 from tracker.surgery.inserted_modules import INSERTED, Bypass, ReluIdentity, ResidualBlock
 
 _HOOKS = (
@@ -100,10 +101,10 @@ def _instead(
         new = write_out_bypass(module, simple=simple)
     elif isinstance(module, FreeHeadsAttention):
         new = write_out_attention(module)
-    elif is_free(module):
+    elif is_adapted(module):
         raise SurgeryError(
-            f"The attention {name!r} lost heads or dimensions, and {type(module).__mro__[2].__name__} of torchvision "
-            "takes the width of its inputs for that of all heads: no ordinary module computes it. Export the model to "
+            f"The module {name!r} lost heads or dimensions, and the forward of {kind_of(module).__name__} ties their "
+            "sizes to others: no ordinary module computes it. Export the model to "
             "ONNX, or use save_checkpoint and apply_journal."
         )
     inserted = module._modules.pop(INSERTED, None)

@@ -16,7 +16,8 @@ from tracker.errors import CheckpointError
 from tracker.inputs.forward_pass import computed_tensors
 from tracker.modules.kinds import weight_of
 from tracker.modules.layers import known_width
-from tracker.structure.adapters.attention import is_free, liberate
+from tracker.structure.adapters.registry import adapt as adapt_module
+from tracker.structure.adapters.registry import is_adapted
 from tracker.structure.adapters.transformers_stacks import CONFIGS, config_of, count_name
 from tracker.structure.code_sizes.attributes import adapt, tensors
 from tracker.structure.code_sizes.traced_int import Attribute, missing, shadow
@@ -151,8 +152,8 @@ def become(
                 _swap(tensor, torch.zeros(shapes[name], dtype=tensor.dtype), log)
         for name, module in twin.named_modules():
             mine = model.get_submodule(name)
-            if is_free(module) and type(mine) is not type(module):
-                _liberate(mine, log)
+            if is_adapted(module) and type(mine) is not type(module):
+                _adapt_module(mine, log)
         named = dict.fromkeys(a for entry in entries for a in entry.attributes)
         integers = {a: _value(twin, a) for a in named if not missing(twin, {a: 0})}
         adapt(model, integers, log.add)
@@ -289,7 +290,7 @@ def _value(twin: nn.Module, attribute: Attribute) -> int:
     return int(value if attribute.index is None else value[attribute.index])
 
 
-def _liberate(module: nn.Module, log: UndoLog) -> None:
+def _adapt_module(module: nn.Module, log: UndoLog) -> None:
     kind, before = type(module), dict(vars(module))
 
     def back() -> None:
@@ -298,7 +299,7 @@ def _liberate(module: nn.Module, log: UndoLog) -> None:
         vars(module).update(before)
 
     log.add(back)
-    liberate(module)
+    adapt_module(module)
 
 
 def _swap(tensor: Tensor, value: Tensor, log: UndoLog) -> None:

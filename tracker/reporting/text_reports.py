@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tracker.analysis.findings import (
@@ -18,6 +18,32 @@ from tracker.utils.text import in_line, plain, short
 
 WIDE, MIDDLE = 80, 60
 MAX_PAIRS = 20  # shown for each layer; the totals count all
+
+Section = Callable[[Observation, Mapping[str, LayerFindings]], str]
+_SECTIONS: dict[str, Section] = {}
+
+
+def register_section(title: str) -> Callable[[Section], Section]:
+    """Register a section of `save_report_to_file`: it stands behind the others, under its title.
+
+    Args:
+        title: Of the section; the last function that was registered under it holds.
+
+    Returns:
+        A decorator for a function of (observation, findings by layer) that returns text, "" for none.
+    """
+
+    def register(section: Section) -> Section:
+        _SECTIONS[title] = section
+        return section
+
+    return register
+
+
+def more_sections(observation: Observation, findings: Mapping[str, LayerFindings]) -> list[str]:
+    """The texts of all registered sections."""
+    found = {title: section(observation, findings) for title, section in _SECTIONS.items()}
+    return [f"{plain(t)}\n{'=' * 80}\n{plain(text)}" for t, text in found.items() if text]
 
 
 def activation_summary(

@@ -5,6 +5,7 @@ those of its result (`rules`, an open registry) in an algebra of labels (`axes`)
 units, in groups of alternatives (`units`). What the rules do not understand is frozen, with the reason.
 """
 
+from tracker.structure.adapters.registry import ModuleAdapter, register_adapter
 from tracker.structure.read_points import Tap
 from tracker.structure.rules.registry import rule
 from tracker.structure.structure import Structure, trace_structure
@@ -14,11 +15,13 @@ from tracker.structure.unseen import require_known
 
 __all__ = [
     "Frozen",
+    "ModuleAdapter",
     "Passes",
     "Slice",
     "Structure",
     "Tap",
     "UnitGroup",
+    "register_adapter",
     "require_known",
     "rule",
     "trace_structure",

@@ -13,7 +13,7 @@ from tracker.errors import StructureError, SurgeryError, VerificationError
 from tracker.inputs.calls import Call
 from tracker.inputs.forward_pass import forward_once, is_running, uninterrupted
 from tracker.structure import Structure
-from tracker.structure.adapters.attention import liberate
+from tracker.structure.adapters.registry import adapt
 from tracker.structure.trace import Passes, plain_kernels
 from tracker.structure.trials.float64_mode import Precision
 from tracker.structure.trials.op_stream import Stream, differing
@@ -219,7 +219,7 @@ def _promised(
         if plan.promise == "masked":  # whatever the values: constant norms could hide an error
             vivid(whole)
         for module in whole.modules() if structure is not None else ():
-            liberate(module)  # as the changed copy's attention may be: operations are compared
+            adapt(module)  # as the changed copy's attention may be: operations are compared
         with borrowed(whole) as bench:
             return _tried(plan, whole, bench, passes, structure, precision)
 

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tracker.structure.adapters.registry import ModuleAdapter, register_adapter
+
 
 class FreeHeadsAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` after a removal: heads and their widths are free of the width around them.
@@ -96,67 +98,33 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(mask.shape).masked_fill_(mask, float("-inf"))
 
 
-def can_be_free(module: nn.Module) -> bool:
-    """Whether there is a twin of this module, or it is one."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    windows = _windows(module)
-    return windows is not None and isinstance(module, tuple(windows.TWINS))
-
-
-def is_free(module: nn.Module) -> bool:
-    """Whether a module runs its twin's forward."""
-    return "v_head_dim" in vars(module)
-
-
-def is_parted(module: nn.Module) -> bool:
-    """Whether the sizes of a module's weights have become such that its own forward cannot run."""
-    if type(module) is nn.MultiheadAttention:
-        width = module.embed_dim
-        packed, out = module.in_proj_weight, module.out_proj.weight
-        own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        shapes = [packed.shape] if packed is not None else [w.shape for w in own]
-        built = (
-            [(3 * width, width)]
-            if packed is not None
-            else [(width, n) for n in (width, module.kdim, module.vdim)]
-        )
-        return [*map(tuple, shapes), tuple(out.shape)] != [*built, (width, width)]
-    windows = _windows(module)
-    return (
-        windows is not None
-        and type(module) in windows.TWINS
-        and not windows.fits_torchvision(module)
+def _fits(module: Any) -> bool:
+    """Whether torch's own forward can run with the weights as they are."""
+    width = module.embed_dim
+    packed, out = module.in_proj_weight, module.out_proj.weight
+    own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    shapes = [packed.shape] if packed is not None else [w.shape for w in own]
+    built = (
+        [(3 * width, width)]
+        if packed is not None
+        else [(width, n) for n in (width, module.kdim, module.vdim)]
     )
+    return [*map(tuple, shapes), tuple(out.shape)] == [*built, (width, width)]
 
 
-def liberate(module: nn.Module) -> None:
-    """Put the twin's forward in place of torch's own, where there is one; it gives the same."""
-    if type(module) is nn.MultiheadAttention:
-        if module.bias_k is not None or module.add_zero_attn:
-            return
-        # The fused kernels of nn.TransformerEncoderLayer take embed_dim for everything, and refuse where this is so.
-        module._qkv_same_embed_dim = False
-        _become(module, FreeHeadsAttention, module.head_dim)
-    elif (windows := _windows(module)) is not None and type(module) in windows.TWINS:
-        m: Any = module
-        m.head_dim = m.qkv.in_features // m.num_heads
-        _become(m, windows.TWINS[type(m)], m.head_dim)
+def _adapt(module: Any) -> bool:
+    if module.bias_k is not None or module.add_zero_attn:
+        return False
+    # The fused kernels of nn.TransformerEncoderLayer take embed_dim for everything, and refuse where this is so.
+    module._qkv_same_embed_dim = False
+    free_heads(module, module.head_dim)
+    return True
 
 
-def _become(module: Any, twin: type, size: int) -> None:
+def free_heads(module: Any, size: int) -> None:
+    """Note the width of a module's heads, and the scale that follows from it, as it was built."""
     module.scale = float(size) ** -0.5
     module.v_head_dim = size
-    module.__class__ = twin
 
 
-def _windows(module: nn.Module) -> Any:
-    """What there is for torchvision's attention in windows; None for all other modules, and nothing is imported."""
-    if not any(
-        kind.__name__.startswith("ShiftedWindow") and kind.__module__.startswith("torchvision.")
-        for kind in type(module).__mro__
-    ):
-        return None
-    from tracker.structure.adapters import torchvision_swin
-
-    return torchvision_swin
+register_adapter(ModuleAdapter(nn.MultiheadAttention, FreeHeadsAttention, _fits, _adapt))

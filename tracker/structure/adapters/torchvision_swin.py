@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
+from tracker.structure.adapters.attention import free_heads
+from tracker.structure.adapters.registry import ModuleAdapter, register_adapter
+
 
 class _Windows(nn.Module):
     """Forward of the twins below. Parameters, their names and the arguments are those of torchvision's modules."""
@@ -119,14 +122,17 @@ class FreeWindows3d(_Windows, ShiftedWindowAttention3d):
     """`ShiftedWindowAttention3d` after a removal."""
 
 
-TWINS: dict[type, type] = {
-    ShiftedWindowAttention: FreeWindows,
-    ShiftedWindowAttentionV2: FreeWindowsV2,
-    ShiftedWindowAttention3d: FreeWindows3d,
-}
-
-
-def fits_torchvision(module: Any) -> bool:
+def _fits(module: Any) -> bool:
     """Whether torchvision's own forward could run with the weights as they are."""
     made, read = module.qkv.weight.shape
     return bool(made == 3 * read and tuple(module.proj.weight.shape) == (read, read))
+
+
+def _adapt(module: Any) -> None:
+    module.head_dim = module.qkv.in_features // module.num_heads
+    free_heads(module, module.head_dim)
+
+
+register_adapter(ModuleAdapter(ShiftedWindowAttention, FreeWindows, _fits, _adapt))
+register_adapter(ModuleAdapter(ShiftedWindowAttentionV2, FreeWindowsV2, _fits, _adapt))
+register_adapter(ModuleAdapter(ShiftedWindowAttention3d, FreeWindows3d, _fits, _adapt))

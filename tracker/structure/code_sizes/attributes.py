@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tracker.modules.kinds import kind_of
-from tracker.structure.adapters.attention import FreeHeadsAttention, is_parted, liberate
+from tracker.structure.adapters.attention import FreeHeadsAttention
+from tracker.structure.adapters.registry import adapt as adapt_module
+from tracker.structure.adapters.registry import needs_adapter
 from tracker.structure.adapters.transformers_stacks import list_kinds
 from tracker.structure.code_sizes.traced_int import Attribute, assign
 
@@ -38,8 +40,8 @@ def adapt(
 
     undo(lambda: _put_back(made or changes()))
     for module, *_ in before:
-        if is_parted(module):
-            liberate(module)
+        if needs_adapter(module):
+            adapt_module(module)
     assign(model, attributes)
     if any(a.owner for a in attributes):  # the configurations are this model's own now
         list_kinds(model)

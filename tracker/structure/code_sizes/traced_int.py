@@ -18,7 +18,8 @@ import numpy as np
 from torch import nn
 
 from tracker.inputs.forward_pass import copy_of
-from tracker.structure.adapters.attention import can_be_free, liberate
+from tracker.structure.adapters.registry import adapt as adapt_module
+from tracker.structure.adapters.registry import can_be_adapted
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ def shadow(model: nn.Module) -> tuple[nn.Module, dict[Attribute, int]]:
     own = {id(part) for part in memo.values()}  # an object may have chosen not to be copied
     values: dict[Attribute, int] = {}
     for path, module in twin.named_modules():
-        liberate(module)
+        adapt_module(module)
         _instrument(module, path, (), values, own)
     return twin, values
 
@@ -263,7 +264,7 @@ def missing(model: nn.Module, attributes: Mapping[Attribute, int]) -> list[Attri
             gone.append(attribute)
             continue
         if attribute.name not in vars(holder) and not (
-            isinstance(holder, nn.Module) and can_be_free(holder)
+            isinstance(holder, nn.Module) and can_be_adapted(holder)
         ):
             gone.append(attribute)
     return gone
