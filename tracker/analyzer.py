@@ -46,6 +46,9 @@ class Analyzer:
     def get_neuron_stats(self, neuron_id: int) -> dict[str, Any]:
         """Statistics of one neuron in the current window, as plain numbers; NaN where it was not observed.
 
+        Args:
+            neuron_id: Of a neuron of the current model.
+
         Raises:
             UnknownNeuronError: The current model has no such neuron.
         """
@@ -93,6 +96,9 @@ class Analyzer:
     ) -> dict[str, list[tuple[int, int, float]]]:
         """{layer name: [(id, id, correlation), …]}: all pairs with |correlation| ≥ threshold.
 
+        Args:
+            correlation_threshold: |correlation| from which on two neurons are redundant; None: the engine's.
+
         Raises:
             StatisticsError: The window did not observe correlation.
         """
@@ -108,7 +114,11 @@ class Analyzer:
     def get_redundancy_summary(
         self, correlation_threshold: float | None = None
     ) -> dict[str, dict[str, Any]]:
-        """{layer name: pairs, rate (pairs / all pairs), range of correlations}."""
+        """{layer name: pairs, rate (pairs / all pairs), range of correlations}.
+
+        Args:
+            correlation_threshold: |correlation| from which on two neurons are redundant; None: the engine's.
+        """
         threshold = self.threshold(correlation_threshold)
         return {
             name: of_layers.redundancy_statistics(found, threshold)

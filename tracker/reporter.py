@@ -77,15 +77,28 @@ class Reporter:
         return recommendations
 
     def save_optimization_recommendations(self, path: PathLike, **thresholds: float) -> Path:
-        """Write the recommendations as JSON: the window's last ones, or new ones where `thresholds` are given."""
+        """Write the recommendations as JSON: the window's last ones, or new ones where `thresholds` are given.
+
+        Args:
+            path: Where to write; what is there is replaced once the new file is whole.
+            thresholds: Arguments of `generate_optimization_recommendations`.
+        """
         return write_json(path, self._current_recommendations(thresholds))
 
     def print_optimization_recommendations(self, **thresholds: float) -> None:
-        """Print the recommendations for people."""
+        """Print the recommendations for people.
+
+        Args:
+            thresholds: Arguments of `generate_optimization_recommendations`.
+        """
         print(text_reports.optimization_report(self._current_recommendations(thresholds)))
 
     def generate_pruning_recommendations(self, top_n: int = 10) -> list[dict[str, Any]]:
-        """Print and return the `top_n` least useful neurons of the hidden layers."""
+        """Print and return the `top_n` least useful neurons of the hidden layers.
+
+        Args:
+            top_n: How many.
+        """
         text_reports.require_count("top_n", top_n)
         _, findings = self._analyzer.findings()
         self._analyzer.require_observed(findings)
@@ -97,7 +110,11 @@ class Reporter:
     # Reports
 
     def print_activation_summary(self, limit: int | None = 10) -> None:
-        """Print one line for each neuron: the first `limit` of each layer, None for all."""
+        """Print one line for each neuron: the first `limit` of each layer, None for all.
+
+        Args:
+            limit: Neurons of each layer; None: all.
+        """
         text_reports.require_count("limit", limit)
         print(text_reports.activation_summary(*self._analyzer.findings(), limit))
 
@@ -106,7 +123,11 @@ class Reporter:
         print(text_reports.dataset_summary(*self._analyzer.findings()))
 
     def print_correlation_analysis(self, correlation_threshold: float | None = None) -> None:
-        """Print the redundant pairs of every layer."""
+        """Print the redundant pairs of every layer.
+
+        Args:
+            correlation_threshold: |correlation| from which on two neurons are redundant; None: the engine's.
+        """
         threshold = self._analyzer.threshold(correlation_threshold)
         observation, _ = self._analyzer.findings()
         print(text_reports.correlation_report(observation, self._analyzer.correlated(), threshold))
@@ -114,7 +135,13 @@ class Reporter:
     def generate_neuron_report(
         self, show_heatmap: bool = True, save_heatmap: PathLike | None = None, top_n: int = 10
     ) -> str:
-        """Print and return the activity report; show the heatmap where there is a window, save it where asked."""
+        """Print and return the activity report; show the heatmap where there is a window, save it where asked.
+
+        Args:
+            show_heatmap: Whether the picture is shown, where there is a window or a notebook.
+            save_heatmap: File for the picture; None: it is not saved.
+            top_n: Candidates for pruning that are listed.
+        """
         text_reports.require_count("top_n", top_n)
         report = self._activity_report(top_n)
         print(report)
@@ -126,6 +153,10 @@ class Reporter:
 
     def save_report_to_file(self, path: PathLike, include_heatmap: bool = True) -> Path:
         """Write all reports into one text file, and the heatmap beside it (NAME_heatmap.png).
+
+        Args:
+            path: Where to write; what is there is replaced once the new file is whole.
+            include_heatmap: Whether the picture is written beside it.
 
         Raises:
             WriteError: One of them cannot be written; neither was.
@@ -155,11 +186,20 @@ class Reporter:
         return target
 
     def plot_activity_heatmap(self, path: PathLike | None = None) -> Figure:
-        """Firing and mean activation of every neuron, layer by layer; saved to `path` if given."""
+        """Firing and mean activation of every neuron, layer by layer; saved to `path` if given.
+
+        Args:
+            path: File for the picture; None: it is only returned.
+        """
         return figures.save(figures.activity_heatmap(*self._analyzer.findings()), path)
 
     def plot_correlation_matrix(self, layer_name: str, path: PathLike | None = None) -> Figure:
-        """Clustered correlation matrix of one layer; saved to `path` if given."""
+        """Clustered correlation matrix of one layer; saved to `path` if given.
+
+        Args:
+            layer_name: Of a layer that was observed with correlation.
+            path: File for the picture; None: it is only returned.
+        """
         _, findings = self._analyzer.findings()
         found = findings[layer_named(list(findings), layer_name)]
         return figures.save(
@@ -167,11 +207,18 @@ class Reporter:
         )
 
     def plot_evolution(self, path: PathLike | None = None) -> Figure:
-        """Loss, accuracy and firing over the logged epochs; saved to `path` if given."""
+        """Loss, accuracy and firing over the logged epochs; saved to `path` if given.
+
+        Args:
+            path: File for the picture; None: it is only returned.
+        """
         return figures.save(figures.evolution(self._sessions.history), path)
 
     def plot_life(self, path: PathLike | None = None) -> Figure:
         """Widths, births and deaths, loss and accuracy since `start_self_modification`; saved to `path` if given.
+
+        Args:
+            path: File for the picture; None: it is only returned.
 
         Raises:
             StatisticsError: There was no run, or no step of it.
@@ -185,7 +232,11 @@ class Reporter:
         return figures.save(life(run, session.journal, session.entry.name), path)
 
     def save_html_report(self, path: PathLike) -> Path:
-        """Write one self-contained HTML page: the run's life, layers, training, changes and decisions."""
+        """Write one self-contained HTML page: the run's life, layers, training, changes and decisions.
+
+        Args:
+            path: Where to write; what is there is replaced once the new file is whole.
+        """
         observation, findings = self._analyzer.findings()
         session = self._sessions.current
         current = session.entry

@@ -58,6 +58,11 @@ class Recorder:
     ) -> None:
         """Remember the current window, and the epoch's loss and accuracy, in the history.
 
+        Args:
+            epoch: Its number.
+            train_loss: Of the epoch; None: not told.
+            train_acc: Accuracy of the epoch; None: not told.
+
         Raises:
             StatisticsError: Nothing was observed since `start_tracking`.
         """
@@ -73,11 +78,18 @@ class Recorder:
             run.accuracies.append((run.steps, float(train_acc)))
 
     def save_training_history(self, path: PathLike) -> Path:
-        """Write the history as JSON."""
+        """Write the history as JSON.
+
+        Args:
+            path: Where to write; what is there is replaced once the new file is whole.
+        """
         return self._sessions.history.save(path)
 
     def load_training_history(self, path: PathLike) -> TrainingHistory:
         """Read a history back in place of the current one; a file that is none changes nothing.
+
+        Args:
+            path: Of a file that `save_training_history` wrote.
 
         Raises:
             StatisticsError: The file is missing, broken, or foreign.
@@ -87,7 +99,11 @@ class Recorder:
         return loaded
 
     def get_neuron_evolution(self, neuron_id: int) -> dict[str, list[Any]]:
-        """Lists over the logged epochs: `epochs`, `mean`, `variance`, `frequency`, `loss`, `accuracy`."""
+        """Lists over the logged epochs: `epochs`, `mean`, `variance`, `frequency`, `loss`, `accuracy`.
+
+        Args:
+            neuron_id: Of a neuron that was logged.
+        """
         return self._sessions.history.evolution(neuron_id)
 
     def carry_journal(self, *, run: bool = False) -> None:
@@ -210,6 +226,9 @@ class Recorder:
 
         One that is there already is replaced at the end: whenever the machine stops, the old or the new one loads.
 
+        Args:
+            path: A directory; one that is no checkpoint is not replaced.
+
         Raises:
             CheckpointError: Something cannot be saved, or `path` is something else.
         """
@@ -311,6 +330,10 @@ def _parts(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 def apply_journal(fresh_model: nn.Module, path: PathLike) -> nn.Module:
     """Give a freshly built model the architecture and the weights of a checkpoint, for deployment; return it.
+
+    Args:
+        fresh_model: Built by the original code, at its original sizes; it is changed in place.
+        path: Of the checkpoint.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit; the model is as it was.

@@ -231,6 +231,9 @@ def renew(wrapper: DistributedDataParallel) -> DistributedDataParallel:
 
     The old wrapper lets go of the parameters and cannot be used any more: `model = renew(model)`.
 
+    Args:
+        wrapper: The one that was made before the change.
+
     Raises:
         SurgeryError: It is no DistributedDataParallel.
     """

@@ -20,6 +20,12 @@ def gather_sharded(
     `whole` is what `sharded` was made of, before it was spread: of the same architecture, on every rank, and it is
     this one that an engine tracks and changes. It takes the memory of all weights and of the optimizer's state.
 
+    Args:
+        sharded: The model of `fully_shard`.
+        optimizer: Of the sharded model.
+        whole: The model that the engine tracks.
+        whole_optimizer: Of the whole model.
+
     Raises:
         SurgeryError: The two models are not of one architecture, or the optimizers not of one kind.
     """

@@ -9,7 +9,11 @@ from tracker.errors import StatisticsError
 
 
 def numbers(engine: NeuronEngine) -> dict[str, float]:
-    """Parameters, changes, and layer by layer: neurons, and where a window was observed, dead ones and firing."""
+    """Parameters, changes, and layer by layer: neurons, and where a window was observed, dead ones and firing.
+
+    Args:
+        engine: Of the model that is logged.
+    """
     found = {
         "tracker/parameters": float(engine.count_parameters()),
         "tracker/changes": float(len(engine.journal)),

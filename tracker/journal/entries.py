@@ -200,11 +200,19 @@ class Journal:
     entries: list[Entry] = field(default_factory=list)
 
     def add(self, entry: Entry) -> None:
-        """One more change."""
+        """One more change.
+
+        Args:
+            entry: The change.
+        """
         self.entries.append(entry)
 
     def take_back(self, entry: Entry) -> None:
-        """A change was undone, the last one; or it never came to be noted."""
+        """A change was undone, the last one; or it never came to be noted.
+
+        Args:
+            entry: The change.
+        """
         if self.entries and self.entries[-1] is entry:
             self.entries.pop()
 

@@ -29,6 +29,9 @@ class Attachments:
     def attach_optimizer(self, *optimizers: Any) -> None:
         """Have the state of these optimizers move with every change of the tracked models whose parameters they hold.
 
+        Args:
+            optimizers: Built over parameters of tracked models.
+
         Raises:
             SurgeryError: One is no optimizer, or holds no parameter of a tracked model; none was attached.
         """
@@ -56,6 +59,9 @@ class Attachments:
     def detach_optimizer(self, *optimizers: Any) -> None:
         """Let go of these optimizers: changes leave their state as it is.
 
+        Args:
+            optimizers: Attached ones.
+
         Raises:
             SurgeryError: One is not attached; none was detached.
         """
@@ -74,6 +80,9 @@ class Attachments:
         From here on every change, `calibrate` and `merge_statistics` are collectives: all ranks call them in the same
         order. The plan's numbers are the first rank's. After a change, a DistributedDataParallel wrapper is to be
         made anew: `model = tracker.renew(model)`.
+
+        Args:
+            group: Of torch.distributed; None: all processes.
 
         Raises:
             SurgeryError: torch.distributed is not initialised.
@@ -104,6 +113,9 @@ class Attachments:
     def attach_follower(self, *models: nn.Module) -> None:
         """Have these copies of the current model (an EMA, say) change alike.
 
+        Args:
+            models: Copies, with the same names of layers.
+
         Raises:
             SurgeryError: One is no copy of the current model; none was attached.
         """
@@ -114,6 +126,9 @@ class Attachments:
 
     def detach_follower(self, *models: nn.Module) -> None:
         """Let go of these copies of the current model: changes leave them as they are.
+
+        Args:
+            models: Attached ones.
 
         Raises:
             SurgeryError: One does not follow it; none was detached.

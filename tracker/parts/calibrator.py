@@ -87,6 +87,12 @@ class Calibrator:
 
         After channels went, the old ones describe another network.
 
+        Args:
+            batches: Of the model's inputs, as for `calibrate`.
+            limit: Batches at most; None: all.
+            inputs: As for `calibrate`.
+            progress: Whether a bar is shown; None: on terminals and in notebooks.
+
         Returns:
             Names of these norms.
 

@@ -64,6 +64,9 @@ class Changer:
 
         In eval mode and without gradients, as the model runs now on its device; two more passes warm up.
 
+        Args:
+            passes: That are timed; the median counts.
+
         Raises:
             SurgeryError: `passes` is no whole number above 0.
             StructureError: The model has not run yet and no example inputs were given, or they do not fit it.

@@ -145,6 +145,17 @@ class Surgeon:
 
         In such a mapping ids are those that an engine's call returned; plain ints are local indices.
 
+        Args:
+            neurons: Ids, or {layer name: [local indices]}.
+            compensate: Whether the others take over what they can of those that go, as for `prune_units`.
+            protect: What stays, as for `prune_units`.
+            batches: Calibration data, as for `calibrate`; without them, what was observed before.
+            loss: As for `calibrate`, of `batches`.
+            inputs: As for `calibrate`, of `batches`.
+            progress: Whether a bar is shown; None: on terminals and in notebooks.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+
         Raises:
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -233,6 +244,19 @@ class Surgeon:
         `loss` are given (as for `calibrate`), those by which the loss falls fastest; or `directions` that are given,
         (1 or more, incoming features), best first.
 
+        Args:
+            layer_name: The layer that becomes wider.
+            count: New neurons.
+            batches: Calibration data, as for `calibrate`; without them, what was observed before.
+            loss: As for `calibrate`, of `batches`.
+            inputs: As for `calibrate`, of `batches`.
+            directions: (new neurons, inputs): what the new ones look for; None: where the loss falls fastest, if
+                `calibrate` took gradients, else random.
+            seed: Of the random numbers: the same seed gives the same weights.
+            progress: Whether a bar is shown; None: on terminals and in notebooks.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
         """
@@ -262,6 +286,13 @@ class Surgeon:
     ) -> Receipt:
         """Add neurons to several layers ({layer name: count}) as one change; see `expand_layer`.
 
+        Args:
+            counts: {layer name: new neurons}.
+            directions: By layer, as for `expand_layer`.
+            seed: Of the random numbers: the same seed gives the same weights.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+
         Raises:
             SurgeryError: None of them can grow. Of several, those that can do; the receipt's `skipped` has the others.
         """
@@ -287,6 +318,12 @@ class Surgeon:
         All become as wide as the widest, by units that nothing reads yet: the model's function stays. With `shrink`
         as narrow as the narrowest, what matters least going and the consumers taking over. Of one kind are groups whose
         tensors have the same names but for numbers, and the same shapes but for the units.
+
+        Args:
+            shrink: Down to the narrowest of a kind, instead of up to the widest.
+            seed: Of the random numbers: the same seed gives the same weights.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
 
         Returns:
             None where they are equally wide already.
@@ -337,6 +374,13 @@ class Surgeon:
         The function stays where they are dead or constant. The new neurons have new ids. `neuron_ids` is the former
         name of `neurons`.
 
+        Args:
+            neurons: Ids, or {layer name: [local indices]}; none: the dead ones.
+            seed: Of the random numbers: the same seed gives the same weights.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
+            neuron_ids: Older name of `neurons`.
+
         Raises:
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -356,6 +400,11 @@ class Surgeon:
         The identity where a ReLU reads the layer, a residual block of zero output elsewhere. Behind a residual block
         (of a transformer, say) a copy of it, whose last layers are zero: it passes on what it is given until it
         learns (Wu et al., 2024, LLaMA Pro, 3.2). It is a child of `after`, named "inserted".
+
+        Args:
+            after: Name of the layer or block that it stands behind.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -381,6 +430,15 @@ class Surgeon:
         notes tell how much of what the layer did is explained, on every fourth batch (of few: sample), which the fit
         that is judged did not see; too little is refused, unless forced. What reads an activation is refitted where
         only linear layers do; else the multiple of its input plus a constant that comes nearest stands in its place.
+
+        Args:
+            layer_name: The layer or block that goes.
+            batches: Calibration data, as for `calibrate`; without them, what was observed before.
+            inputs: As for `calibrate`, of `batches`.
+            force: Also where the outputs change much.
+            progress: Whether a bar is shown; None: on terminals and in notebooks.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
@@ -412,6 +470,11 @@ class Surgeon:
 
         They are a dict as `generate_optimization_recommendations` returns, or the path of its JSON file. What cannot be
         done is in the receipt's `skipped`, with the reason.
+
+        Args:
+            recommendations: The dict, or the path of its JSON file.
+            dry_run: Only tell what would happen; nothing is touched.
+            verify: Compare with what is promised, on a copy in float64 and after the change.
 
         Raises:
             SurgeryError: They are no recommendations or for another model, or nothing of them can be done; nothing was

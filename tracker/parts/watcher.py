@@ -68,6 +68,9 @@ class Watcher:
     def get_neuron_info(self, neuron_id: int) -> tuple[str, int]:
         """(layer name, local index) of a neuron of any tracked model.
 
+        Args:
+            neuron_id: Of any tracked model.
+
         Raises:
             UnknownNeuronError: No such neuron; of one that was removed it says when and why.
         """
@@ -96,6 +99,9 @@ class Watcher:
         """Put the hooks on a tracked model and make it the current one. They do nothing until `start_tracking`.
 
         Register before `torch.compile`: graphs that were compiled earlier are compiled anew.
+
+        Args:
+            model: A tracked one; None: the current one.
         """
         self._tracker.hook(model)
 
@@ -133,5 +139,9 @@ class Watcher:
         self._tracker.stop()
 
     def padding_mask(self, mask: Tensor) -> AbstractContextManager[None]:
-        """`with engine.padding_mask(mask): model(x)` leaves padding out. mask: (batch, positions), True where real."""
+        """`with engine.padding_mask(mask): model(x)` leaves padding out. mask: (batch, positions), True where real.
+
+        Args:
+            mask: (batch, positions), true where a token is real.
+        """
         return self._tracker.masking(mask)

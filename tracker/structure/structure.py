@@ -73,6 +73,9 @@ class Structure:
         Layers from left to right; a ribbon for each group, past what makes, carries and reads it. What cannot go is
         grey.
 
+        Args:
+            path: File for the picture; None: it is only returned.
+
         Raises:
             StructureError: The model has too many layers for a picture.
             WriteError: It cannot be written.

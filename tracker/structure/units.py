@@ -76,7 +76,11 @@ class UnitGroup:
         return [part for part in self.all_slices(units) if part.tensor not in self.unsaved]
 
     def all_slices(self, units: Iterable[int]) -> list[Slice]:
-        """The same, with buffers that are in no state dict."""
+        """The same, with buffers that are in no state dict.
+
+        Args:
+            units: Of this group.
+        """
         chosen = list(dict.fromkeys(units))
         for unit in chosen:
             if not isinstance(unit, int) or not 0 <= unit < self.size:
@@ -95,11 +99,19 @@ class UnitGroup:
         ]
 
     def neurons(self, unit: int) -> tuple[tuple[str, int], ...]:
-        """(layer, local index) of the neurons that a unit comprises: those that make it, and norms on its way."""
+        """(layer, local index) of the neurons that a unit comprises: those that make it, and norms on its way.
+
+        Args:
+            unit: Of this group.
+        """
         return self.owned[unit]
 
     def neuron_ids(self, unit: int) -> tuple[int, ...]:
-        """Ids of the neurons that a unit comprises; none where the structure was traced without an engine."""
+        """Ids of the neurons that a unit comprises; none where the structure was traced without an engine.
+
+        Args:
+            unit: Of this group.
+        """
         return tuple(sorted(self.ids[n] for n in self.neurons(unit) if n in self.ids))
 
 

@@ -113,7 +113,11 @@ class Policy:
         return self.grow and self.shrink and any(top is not None for top in tops)
 
     def at(self, step: int) -> tuple[int, Policy]:
-        """The step from which a policy holds at `step`, and that policy: always this one."""
+        """The step from which a policy holds at `step`, and that policy: always this one.
+
+        Args:
+            step: Of the run, counted from 0.
+        """
         return 0, self
 
     def policies(self) -> tuple[Policy, ...]:
@@ -203,6 +207,9 @@ class Policy:
     def fitted(self, steps: int) -> Self:
         """The same policy for a run of so many steps: what its schedule leaves as it is by default is fitted.
 
+        Args:
+            steps: Of the whole run.
+
         Raises:
             SurgeryError: The run is too short, or what is not fitted does not go with the rest.
         """
@@ -220,6 +227,9 @@ class Policy:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Policy | Phases:
         """The policy, or the phases, of plain data.
+
+        Args:
+            data: What `to_dict` gave.
 
         Raises:
             SurgeryError: It is none.
@@ -406,7 +416,11 @@ class Phases:
             )
 
     def at(self, step: int) -> tuple[int, Policy]:
-        """The step from which a policy holds at `step`, and that policy."""
+        """The step from which a policy holds at `step`, and that policy.
+
+        Args:
+            step: Of the run, counted from 0.
+        """
         return [part for part in self.parts if part[0] <= step][-1]
 
     def policies(self) -> tuple[Policy, ...]:
@@ -415,6 +429,9 @@ class Phases:
 
     def fitted(self, steps: int) -> Phases:
         """The same phases, the last of them fitted to what is left of a run of so many steps; see `Policy.fitted`.
+
+        Args:
+            steps: Of the whole run.
 
         Raises:
             SurgeryError: Too little is left.

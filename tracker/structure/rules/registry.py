@@ -28,6 +28,9 @@ _SUMS = ("aten::add", "aten::add_", "aten::sub", "aten::sub_")
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for operations, by names such as "aten::mm" (all overloads).
 
+    Args:
+        names: Of operations, as the trace has them.
+
     Examples:
         >>> @rule("mylib::scale")
         ... def scale(op):
