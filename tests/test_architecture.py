@@ -41,8 +41,14 @@ def test_an_import_that_climbs_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
 def test_rooms_are_small(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= 450
+    text = path.read_text()
+    docstrings = [
+        node.body[0]
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+    ]
+    explained = sum((d.end_lineno or 0) - d.lineno + 1 for d in docstrings)
+    assert len(text.splitlines()) - explained <= 420
 
 
 def test_nothing_is_unpickled_or_evaluated() -> None:

@@ -42,7 +42,11 @@ CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Register a function of `Evidence` → scores (units,), under `name`."""
+    """Register a function of `Evidence` → scores (units,), under `name`.
+
+    Args:
+        name: By which `compress(criterion=...)` finds it.
+    """
 
     def register(function: Criterion) -> Criterion:
         CRITERIA[name] = function

@@ -43,7 +43,14 @@ class Call:
         method: str = "forward",
         training: bool | None = None,
     ) -> Call:
-        """The same with arguments that may be named like the call's own."""
+        """The same with arguments that may be named like the call's own.
+
+        Args:
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            method: Name of the method that is called.
+            training: Only in train mode (True) or in eval mode (False); None: in both.
+        """
         call = cls(*args, method=method, training=training)
         call.kwargs = dict(kwargs)
         return call
@@ -54,7 +61,12 @@ class Call:
         return tuple(Call.of(self.args, self.kwargs, self.method, flag) for flag in flags)
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """The same call with other arguments."""
+        """The same call with other arguments.
+
+        Args:
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+        """
         return Call.of(args, kwargs, self.method, self.training)
 
     def __str__(self) -> str:

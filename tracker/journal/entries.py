@@ -33,10 +33,25 @@ MOST = 100_000  # entries
 class Entry:
     """One change: what it was, what it promised, and its structural part.
 
-    number: From 1. step, epoch: Of the run that modifies itself, and the last one logged; None where unknown.
-    units: Group name → units that went. slots: tensor → dimension → where its slots come from. layers: the same of
-    tracked layers' neurons. attributes: integers of the model's code. modules: what took the place of others.
-    before, after: Fingerprints of the model's shapes.
+    Attributes:
+        number: From 1.
+        operation: Name of the call.
+        time: In ISO 8601, UTC.
+        step: Of the run that modifies itself; None where there is none.
+        epoch: The last one that was logged; None where none was.
+        promise: "exact", "masked" or "changed".
+        output_difference: From that promise, as measured; None where it was not.
+        units: Group name → units that went.
+        removed_ids: Of neurons that went.
+        added_ids: Of neurons that came.
+        parameters_before: Of the model.
+        parameters_after: Of the model.
+        before: Fingerprint of the model's shapes before.
+        after: The same afterwards.
+        slots: Tensor → dimension → where its slots come from.
+        layers: The same of tracked layers' neurons.
+        attributes: Integers of the model's code.
+        modules: What took the place of others.
     """
 
     number: int
@@ -60,7 +75,14 @@ class Entry:
 
     @classmethod
     def of(cls, plan: Plan, receipt: Receipt, prints: tuple[str, str], when: When) -> Entry:
-        """The entry of a change that was made; `prints`: fingerprints of the model before and after."""
+        """The entry of a change that was made; `prints`: fingerprints of the model before and after.
+
+        Args:
+            plan: What was carried out.
+            receipt: Of the change.
+            prints: Fingerprints of the model's shapes, before and after.
+            when: Its number, step and epoch.
+        """
         return cls(
             when.number,
             plan.operation,
@@ -113,6 +135,9 @@ class Entry:
     @classmethod
     def from_dict(cls, data: Any) -> Entry:
         """The entry of plain data.
+
+        Args:
+            data: What `to_dict` gave.
 
         Raises:
             CheckpointError: It is none.
@@ -195,7 +220,11 @@ class When(NamedTuple):
 
 @dataclass(slots=True)
 class Journal:
-    """Every change of one model so far, in order."""
+    """Every change of one model so far, in order.
+
+    Attributes:
+        entries: The changes.
+    """
 
     entries: list[Entry] = field(default_factory=list)
 
@@ -223,6 +252,10 @@ class Journal:
 
         Tensors that change their shape are zero afterwards, weights belong to checkpoints.
 
+        Args:
+            model: Built by the original code, at its original sizes; it is changed in place.
+            entries: Others, in the place of the journal's; None: the journal's.
+
         Raises:
             CheckpointError: It is not the model that was changed; it is as it was.
         """
@@ -242,6 +275,9 @@ class Journal:
     @classmethod
     def from_dict(cls, data: Any) -> Journal:
         """The journal of plain data.
+
+        Args:
+            data: What `to_dict` gave.
 
         Raises:
             CheckpointError: It is none, or of a newer schema.

@@ -36,7 +36,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """Groups of units that can be removed, and what cannot."""
+    """Groups of units that can be removed, and what cannot.
+
+    Attributes:
+        groups: Units that are alternatives to each other.
+        frozen: Dimensions of which nothing can go, and why.
+        coverage: Share of the model's parameters that lie in prunable groups.
+        operations: Seen in the forward pass.
+        flops: Of the same pass, by torch's formulas.
+        taps: Layer → where its neurons are read.
+        integers: Of the model's own code.
+        forecast: Sizes after a removal.
+        passes: The calls it was found by.
+        unseen: Names of the parameters that none of them ran.
+        unseen_modules: Modules that these make up as a whole, else single parameters, and how many numbers each holds.
+        assumed: Those of them that the user says nothing runs.
+        precision: In which dtypes removals are tried.
+        failures: Rules of the user's that raised.
+    """
 
     groups: list[UnitGroup]
     frozen: list[Frozen]
@@ -55,7 +72,11 @@ class Structure:
     failures: Sequence[RuleFailure] = ()  # users' rules that raised
 
     def with_ids(self, ids: Mapping[tuple[str, int], int]) -> Structure:
-        """The same structure, its units knowing the ids of their neurons: ids of (layer, local index)."""
+        """The same structure, its units knowing the ids of their neurons: ids of (layer, local index).
+
+        Args:
+            ids: (layer, index) → neuron id.
+        """
         groups = [replace(group, ids=ids, roles=dict(group.roles)) for group in self.groups]
         return replace(self, groups=groups, frozen=list(self.frozen), taps=dict(self.taps))
 

@@ -25,8 +25,12 @@ Unit = tuple[dict[Place, tuple[int, ...]], tuple[tuple[str, int], ...]]  # and i
 class Slice:
     """Indices of one dimension of one tensor.
 
-    Role: "produces" (rows that make the units), "carries" (values on their way, one each), or "reads" (columns that
-    consume them).
+    Attributes:
+        tensor: A key of the model's `state_dict`.
+        dim: Of the tensor.
+        indices: Along the dimension.
+        role: "produces" (rows that make the units), "carries" (values on their way, one each), or "reads" (columns that
+            consume them).
     """
 
     tensor: str
@@ -37,7 +41,13 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A dimension of which nothing (or not everything) can be removed, and the operation that stands in the way."""
+    """A dimension of which nothing (or not everything) can be removed, and the operation that stands in the way.
+
+    Attributes:
+        tensor: A key of the model's `state_dict`.
+        dim: Of the tensor.
+        reason: The operation, and where in the model it is called.
+    """
 
     tensor: str
     dim: int
@@ -46,7 +56,23 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True)
 class UnitGroup:
-    """Units that are alternatives to each other: the neurons of a layer, say, or the channels of a residual stream."""
+    """Units that are alternatives to each other: the neurons of a layer, say, or the channels of a residual stream.
+
+    Attributes:
+        name: Unique, and the same in each trace of one architecture.
+        kind: "neuron", "channel", "head", "residual" and others.
+        prunable: Whether units of it can go.
+        reason: Why they cannot, or "".
+        exact: Whether a removal equals the masked model.
+        inexact_reason: What sees a removal otherwise, or "".
+        layers: Names of those that produce the units.
+        members: By unit, its indices of each dimension of each tensor.
+        roles: Of each dimension of each tensor, as in `Slice`.
+        owned: By unit, its neurons as (layer, index).
+        multiple_of: Units that must go at a time.
+        ids: (layer, index) → neuron id.
+        unsaved: Tensors of the members that are in no state dict.
+    """
 
     name: str
     kind: str
@@ -69,6 +95,9 @@ class UnitGroup:
 
     def slices(self, units: Iterable[int]) -> list[Slice]:
         """What has to go with these units: one slice for each dimension of each tensor of the state dict.
+
+        Args:
+            units: Of this group.
 
         Raises:
             SurgeryError: There is no such unit.

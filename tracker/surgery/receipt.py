@@ -15,17 +15,32 @@ from tracker.utils.text import fitting
 class Receipt:
     """The record of one change.
 
-    promise: "exact" (outputs unchanged), "masked" (equal to the model whose consumers see zero in the place of what
-        went), or "changed" (a norm or softmax over the units, say, sees that they went).
-    output_difference: Measured in float64 on the example inputs, relative to the largest output: from the masked model
-        where the promise is "masked", else from the model as it was. None where verification was off.
-    predicted_loss_change: What the loss is predicted to rise by, from gradients that `calibrate` took; None without.
-    loss: Which loss `compress` measured; None where nothing was. loss_before, loss_after: On the same batches.
-    candidates: Ways to spend the budget that it tried on copies, and the loss after each.
-    kinds: By group of `units`, what its units are: "neuron", "channel", "head", ... (see `UnitGroup.kind`).
-    widths: Of layers that became wider or narrower, neurons [before, after]; norms are left out.
-    modules: Names of layers and blocks that were inserted, or in whose place something else stands now.
-    samples: In the example inputs, of whose forward pass the FLOPs are; None where unknown.
+    Attributes:
+        operation: Name of the call.
+        promise: "exact" (outputs unchanged), "masked" (equal to the model whose consumers see zero in the place of what
+            went), or "changed" (a norm or softmax over the units, say, sees that they went).
+        output_difference: Measured in float64 on the example inputs, relative to the largest output: from the masked
+            model where the promise is "masked", else from the model as it was. None where verification was off.
+        units: Group name → units that went.
+        removed_ids: Of neurons that went.
+        added_ids: Of neurons that came.
+        parameters_before: Of the model.
+        parameters_after: Of the model.
+        flops_before: Of one forward pass of the example inputs.
+        flops_after: The same afterwards.
+        notes: What else a user should know.
+        skipped: What was asked and not done, with reasons.
+        dry_run: Whether nothing was touched.
+        predicted_loss_change: What the loss is predicted to rise by, from gradients that `calibrate` took; None
+            without.
+        loss: Which loss `compress` measured; None where nothing was.
+        loss_before: On held-back batches, before the change.
+        loss_after: On the same batches, after it.
+        candidates: Ways to spend the budget that it tried on copies, and the loss after each.
+        kinds: By group of `units`, what its units are: "neuron", "channel", "head", ... (see `UnitGroup.kind`).
+        widths: Of layers that became wider or narrower, neurons [before, after]; norms are left out.
+        modules: Names of layers and blocks that were inserted, or in whose place something else stands now.
+        samples: In the example inputs, of whose forward pass the FLOPs are; None where unknown.
     """
 
     operation: str

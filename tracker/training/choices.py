@@ -10,8 +10,10 @@ from typing import NamedTuple
 class Size(NamedTuple):
     """Of a network, or of one unit of it.
 
-    flops: Of one forward pass of the example inputs.
-    latency: Of such a pass, in milliseconds; 0 where no budget asks for it. A unit's is its share of the FLOPs.
+    Attributes:
+        parameters: Numbers in its parameters.
+        flops: Of one forward pass of the example inputs.
+        latency: Of such a pass, in milliseconds; 0 where no budget asks for it. A unit's is its share of the FLOPs.
     """
 
     parameters: float
@@ -23,20 +25,25 @@ class Size(NamedTuple):
 class Candidate:
     """What is known of one group of units when the policy looks.
 
-    size: Units.
-    errors: Predicted relative rise of the loss once 1, 2, … units are gone, in `order`; to one behind the tolerance,
-        unless a budget or a policy of the user's own may want more.
-    cost: Of one unit.
-    dead: Units of which the consumers read a constant.
-    pairs: (unit that stays, unit that is folded into it), each unit in one part only.
-    merge_errors: Predicted relative rise of the loss once 1, 2, … pairs are folded, in the order of `pairs`.
-    deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
-    floor: Units that must stay, as the policy protects them.
-    means, variances: Of what the consumers read of each unit; of several columns (a head) the mean and the sum.
-    gradient: Norm of the loss's gradient by the weights that make the units, root mean square over the look's passes;
-        0.0 where none came, and unless a policy of the user's own decides.
-    gains: Predicted relative fall of the loss by the first, second, … unit that comes; none where nothing tells.
-    in_loss: Whether gradients told how the loss depends on the consumers. Else errors are shares of what they compute.
+    Attributes:
+        name: Of the group, as in `structure.groups`.
+        layer: The layer that makes the units.
+        size: Units.
+        order: Units, those first that matter least.
+        errors: Predicted relative rise of the loss once 1, 2, … units are gone, in `order`; to one behind the
+            tolerance, unless a budget or a policy of the user's own may want more.
+        cost: Of one unit.
+        dead: Units of which the consumers read a constant.
+        pairs: (unit that stays, unit that is folded into it), each unit in one part only.
+        merge_errors: Predicted relative rise of the loss once 1, 2, … pairs are folded, in the order of `pairs`.
+        deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
+        floor: Units that must stay, as the policy protects them.
+        means, variances: Of what the consumers read of each unit; of several columns (a head) the mean and the sum.
+        gradient: Norm of the loss's gradient by the weights that make the units, root mean square over the look's
+            passes; 0.0 where none came, and unless a policy of the user's own decides.
+        gains: Predicted relative fall of the loss by the first, second, … unit that comes; none where nothing tells.
+        in_loss: Whether gradients told how the loss depends on the consumers. Else errors are shares of what they
+            compute.
     """
 
     name: str
@@ -61,8 +68,11 @@ class Candidate:
 class Bypass:
     """A layer, or a residual block, that could be removed.
 
-    error: Relative error of the model's outputs without it, what is left refitted; of inputs that the fit did not see.
-    cost: What would be saved.
+    Attributes:
+        name: Of the layer or block.
+        error: Relative error of the model's outputs without it, what is left refitted; of inputs that the fit did not
+            see.
+        cost: What would be saved.
     """
 
     name: str
@@ -76,8 +86,14 @@ class Requests:
 
     One kind of change is made at a time: the first that is not empty of remove, insert, drop, merge, recycle, expand.
 
-    remove, recycle: Group name → units. expand: Group name → units to add. merge: Group name → (keep, drop) units.
-    insert: Layers behind which one is inserted. drop: Layers and blocks that are removed.
+    Attributes:
+        why: For the decision log.
+        remove: Group name → units that go.
+        recycle: Group name → units that get a new start.
+        expand: Group name → units to add.
+        merge: Group name → (keep, drop) units.
+        insert: Layers behind which one is inserted.
+        drop: Layers and blocks that are removed.
     """
 
     why: str

@@ -49,7 +49,16 @@ DONE = {
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One entry of a network's life: what was decided at a step, and why."""
+    """One entry of a network's life: what was decided at a step, and why.
+
+    Attributes:
+        step: Of the run, counted from 1; 0 is its beginning.
+        what: "pruned", "merged", "expanded", "recycled", "inserted", "dropped", "kept", "undone" or "refused".
+        why: For people.
+        loss: Mean since the last look.
+        parameters: Of the model afterwards.
+        widths: Neurons by layer, afterwards.
+    """
 
     step: int
     # "pruned", "merged", "expanded", "recycled", "inserted", "dropped", "kept", "undone", "refused"

@@ -25,37 +25,39 @@ CLASS = "class"  # key of a subclass's name in plain data
 class Policy:
     """How a network changes itself while it trains.
 
-    warm_up: Steps before the first look.
-    every: Steps between two looks.
-    look: Steps that are observed before each decision; between looks nothing is.
-    tolerance: Relative rise of the loss that one look may cost, as its gradients and curvature predict it: up to it
-        units go, in all groups together, each where it costs least for what it saves. Where no gradients come
-        (compiled graphs, `gradients=False`), the error of the consumers relative to what they put out stands for it.
-    at_most: Share of a group's units that may go, or come, at a time.
-    floor, ceiling: Units of each group, at least and at most.
-    shrink: Whether units may go.
-    grow: Whether layers may be expanded, once the loss stands still: where it is predicted to fall most for what a
-        unit costs. A network that may not become larger also gives up units where they cost less than that.
-    recycle: Whether units that say nothing get a new start in their places, rather than go.
-    merge: Whether redundant units are folded into others, pair by pair, up to the tolerance, before any go.
-    insert: Layers that may be inserted in all, one at a time, once the loss stands still and none can be expanded.
-    drop: Relative error of the model's outputs up to which a layer or a residual block is removed, one at a time,
-        what is left refitted; measured on inputs that the fit did not see. 0: none is.
-    gradients: Whether the gradients of the look's passes are used: for what changes cost in the loss, and for new
-        units of linear layers, which look where it falls fastest; else, and where they tell nothing, these begin in
-        random directions.
-    plateau: Relative improvement of the loss between two looks below which it stands still; 1: always.
-    min_parameters, max_parameters: Between which the network stays; None for no bound. Where it is larger than the
-        greatest at the beginning, units go beyond the tolerance until it is not.
-    min_flops, max_flops: The same of the FLOPs of a forward pass of the example inputs.
-    min_latency, max_latency: The same of the milliseconds that such a pass takes, measured at each look. Time is
-        noisy: with one of these, the same seed may give another structure.
-    settle: Steps after a change over which its effect is measured.
-    regret: Relative rise of the loss by a change from which on it is undone: see docs/self_modification.md.
-    patience: At which look from then on a group is tried again after a change of it was undone.
-    protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids; or
-        {name or pattern: share that stays} of the units that a group had at the first look.
-    until: The last step at which something may change, so that the rest of a run is left in peace; None: no such.
+    Attributes:
+        warm_up: Steps before the first look.
+        every: Steps between two looks.
+        look: Steps that are observed before each decision; between looks nothing is.
+        tolerance: Relative rise of the loss that one look may cost, as its gradients and curvature predict it: up to it
+            units go, in all groups together, each where it costs least for what it saves. Where no gradients come
+            (compiled graphs, `gradients=False`), the error of the consumers relative to what they put out stands for
+            it.
+        at_most: Share of a group's units that may go, or come, at a time.
+        floor, ceiling: Units of each group, at least and at most.
+        shrink: Whether units may go.
+        grow: Whether layers may be expanded, once the loss stands still: where it is predicted to fall most for what a
+            unit costs. A network that may not become larger also gives up units where they cost less than that.
+        recycle: Whether units that say nothing get a new start in their places, rather than go.
+        merge: Whether redundant units are folded into others, pair by pair, up to the tolerance, before any go.
+        insert: Layers that may be inserted in all, one at a time, once the loss stands still and none can be expanded.
+        drop: Relative error of the model's outputs up to which a layer or a residual block is removed, one at a time,
+            what is left refitted; measured on inputs that the fit did not see. 0: none is.
+        gradients: Whether the gradients of the look's passes are used: for what changes cost in the loss, and for new
+            units of linear layers, which look where it falls fastest; else, and where they tell nothing, these begin in
+            random directions.
+        plateau: Relative improvement of the loss between two looks below which it stands still; 1: always.
+        min_parameters, max_parameters: Between which the network stays; None for no bound. Where it is larger than the
+            greatest at the beginning, units go beyond the tolerance until it is not.
+        min_flops, max_flops: The same of the FLOPs of a forward pass of the example inputs.
+        min_latency, max_latency: The same of the milliseconds that such a pass takes, measured at each look. Time is
+            noisy: with one of these, the same seed may give another structure.
+        settle: Steps after a change over which its effect is measured.
+        regret: Relative rise of the loss by a change from which on it is undone: see docs/self_modification.md.
+        patience: At which look from then on a group is tried again after a change of it was undone.
+        protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids; or
+            {name or pattern: share that stays} of the units that a group had at the first look.
+        until: The last step at which something may change, so that the rest of a run is left in peace; None: no such.
     """
 
     warm_up: int = 200
@@ -103,7 +105,11 @@ class Policy:
         return self.min_latency is not None or self.max_latency is not None
 
     def over_budget(self, now: Size) -> bool:
-        """Whether a network of this size is larger than it may be."""
+        """Whether a network of this size is larger than it may be.
+
+        Args:
+            now: Size of the network.
+        """
         return min(self._bounds(now, least=False)) < 0
 
     @property
@@ -395,7 +401,8 @@ class Policy:
 class Phases:
     """Policies one after the other, each with steps, looks and warm-up counted from its own beginning.
 
-    parts: (the step at which it begins, policy, or what `Policy.of` takes), in order; the first begins at 0.
+    Attributes:
+        parts: (the step at which it begins, policy, or what `Policy.of` takes), in order; the first begins at 0.
     """
 
     parts: tuple[tuple[int, Policy], ...]
