@@ -92,12 +92,12 @@ def test_padding_after_a_removal_in_a_later_layer() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
 def test_the_twin_gives_what_torch_gives(need_weights: bool, masked: bool, batched: bool) -> None:
-    from tracker.structure.adapters.attention import liberate
+    from tracker.structure.adapters.registry import adapt
 
     theirs = nn.MultiheadAttention(C, H, batch_first=True).double().eval()
     randomise(theirs, 0)
     ours = copy.deepcopy(theirs)
-    liberate(ours)
+    adapt(ours)
     x = tokens().double() if batched else tokens().double()[0]
     padding = torch.zeros(x.shape[:-1], dtype=torch.bool)
     padding[..., 4] = True
@@ -147,15 +147,15 @@ def test_the_twin_of_windows_gives_what_torchvision_gives(
     """Outputs and gradients; sides that need padding, and a window that covers one."""
     from torchvision.models import swin_transformer as swin
 
-    from tracker.structure.adapters.attention import is_free, liberate
+    from tracker.structure.adapters.registry import adapt, is_adapted
 
     kind = swin.ShiftedWindowAttentionV2 if version == 2 else swin.ShiftedWindowAttention
     theirs = kind(12, [3, 3], [shift, shift], 3, qkv_bias=bias).double()
     randomise(theirs, 1)
     ours = copy.deepcopy(theirs)
-    liberate(ours)
-    assert is_free(ours)
-    assert not is_free(theirs)
+    adapt(ours)
+    assert is_adapted(ours)
+    assert not is_adapted(theirs)
     x = torch.randn(2, *size, 12, generator=torch.Generator().manual_seed(0)).double()
     a, b = theirs(x), ours(x)
     assert torch.allclose(a, b, atol=1e-12)
@@ -178,12 +178,12 @@ def test_so_does_that_of_windows_in_three_dimensions(
 ) -> None:
     from torchvision.models.video import swin_transformer as swin
 
-    from tracker.structure.adapters.attention import liberate
+    from tracker.structure.adapters.registry import adapt
 
     theirs = swin.ShiftedWindowAttention3d(12, [2, 3, 3], list(shift), 3).double()
     randomise(theirs, 1)
     ours = copy.deepcopy(theirs)
-    liberate(ours)
+    adapt(ours)
     assert type(ours) is not type(theirs)
     x = torch.randn(2, *size, 12, generator=torch.Generator().manual_seed(0)).double()
     assert torch.allclose(theirs(x), ours(x), atol=1e-12)
