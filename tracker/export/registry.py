@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any
 
 from tracker.engine import NeuronEngine
 from tracker.errors import ExportError
-from tracker.inputs.signature import Signature
 
 GROUP = "tracker.exporters"  # of entry points
 
@@ -34,8 +34,8 @@ class Exporter:
 
     def __call__(self, engine: NeuronEngine, path: str | PathLike[str], **options: Any) -> Any:
         """Write the current model."""
-        signature = Signature(self.write)
-        return self.write(engine, path, **{n: v for n, v in options.items() if signature.has(n)})
+        named = inspect.signature(self.write).parameters  # one that takes any is given none
+        return self.write(engine, path, **{n: v for n, v in options.items() if n in named})
 
 
 _EXPORTERS: dict[str, Exporter] = {}
