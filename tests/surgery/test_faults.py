@@ -26,8 +26,8 @@ from tracker import NeuronEngine, TrackerError
 ROOT = Path(tracker.__file__).parent
 # What a change runs through on the model itself, its optimizer and its statistics.
 ROOMS = (
-    "surgery", "structure/sizes.py", "structure/ints.py", "structure/twins.py", "structure/stacks.py", "journal",
-    "surgeon.py", "changer.py", "tracker.py", "identity.py", "slotmap.py", "reads.py", "statistics",
+    "surgery", "structure/code_sizes", "structure/adapters", "journal", "parts", "tracker.py",
+    "observation/neuron_ids.py", "observation/consumer_inputs.py", "utils/slotmap.py", "statistics", "modules",
 )  # fmt: skip
 STRIDE = int(os.environ.get("TRACKER_LONG") or 101)
 
