@@ -244,7 +244,7 @@ def live(rank: int, size: int, policy: Policy = GROW) -> dict[str, Any]:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="known fault: weights of two ranks and of one part by more than 1e-3 under the new prices",
+    reason="known fault: weights of two ranks and of one differ by more than 1e-3",
 )
 def test_one_machine_or_two_the_same_life(tmp_path: Path) -> None:
     alone = live(0, 1)

@@ -203,7 +203,7 @@ def test_hidden_units_of_recurrent_layers_are_neurons(build: Any) -> None:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="known fault: weights that are not finite are refused by the verification, in its words",
+    reason="known fault: refused by the verification, in other words",
 )
 def test_what_makes_no_sense_is_refused_in_words() -> None:
     model, opt, engine, x = prepared("mlp")

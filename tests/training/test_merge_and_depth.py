@@ -89,7 +89,7 @@ def test_new_actions_are_plain_data_too() -> None:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="known fault: a backward pass after an insertion that was undone fails on a changed shape",
+    reason="known fault: a step after an insertion meets a changed shape",
 )
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
