@@ -201,10 +201,6 @@ def test_hidden_units_of_recurrent_layers_are_neurons(build: Any) -> None:
         assert apart(model(x), expected) < 1e-5
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known fault: refused by the verification, in other words",
-)
 def test_what_makes_no_sense_is_refused_in_words() -> None:
     model, opt, engine, x = prepared("mlp")
     before = snapshot(model, opt)

@@ -87,10 +87,6 @@ def test_new_actions_are_plain_data_too() -> None:
 # Runs.
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known fault: a step after an insertion meets a changed shape",
-)
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(

@@ -246,7 +246,13 @@ def _tried(
                     call, plan.choice, found, before, tolerance=tolerance
                 )
             else:
-                difference = relative_difference(found, original.run(call, before))
+                expected = original.run(call, before)
+                if not is_finite(expected):
+                    raise SurgeryError(
+                        f"Refused: the model's output on the example inputs is not finite ({call}): nothing can be "
+                        "compared. Look for NaN in its weights and in the inputs. Nothing was touched."
+                    )
+                difference = relative_difference(found, expected)
         recorded = number < len(passes.recorded)
         if structure is not None and recorded:
             same = masked and difference <= tolerance

@@ -36,7 +36,7 @@ class Seen:
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     bent: dict[str, Tensor] = field(default_factory=dict)
-    facts: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))
+    facts: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
 
     def gradients(self) -> dict[str, float]:
         """Mean square of the gradient by parameter, of those that got one."""
@@ -90,7 +90,7 @@ class Seen:
                     raise ValueError(f"what was seen of {name} has another shape")
                 mine[name].copy_(value)
         if FACTS in tables:
-            self.facts.copy_(tables[FACTS].view(6))
+            self.facts.copy_(tables[FACTS].view(7))
         mine = {k.removeprefix(INPUT): v for k, v in tables.items() if k.startswith(INPUT)}
         passes = inputs_from(mine, places)
         self.inputs[:] = [Arguments(*pair) for pair in passes[0]] if passes is not None else []  # type: ignore[misc]

@@ -25,8 +25,8 @@ FITS = (
 )
 NEAR = 1e-2  # the same of the scale of a squared error
 # Sums over passes: their number, those with a cross-entropy, curvature over loss of these, squared gradients of the
-# others, their elements, their rows.
-PASSES, KNOWN, RATIO, SQUARES, ELEMENTS, ROWS = range(6)
+# others, their elements, their rows; squared gradients of all.
+PASSES, KNOWN, RATIO, SQUARES, ELEMENTS, ROWS, NORM = range(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,9 @@ def losses_of(witnesses: Sequence[Witness], model: nn.Module) -> Tensor | None:
 
 
 class LossWatcher:
-    """Sums of g gᵀ over rows, g the gradient at a consumer's output, as shares of ‖gradient‖² at the model's.
+    """Sums of g gᵀ over rows and passes, g the gradient at a consumer's output, and of ‖gradient‖² at the model's.
+
+    Both are plain sums, so those of several processes add up to what one process would have seen.
 
     The empirical Fisher matrix has the shape of the loss's Hessian, and not its scale: it vanishes as a model fits,
     and counts what a batch has in common once for each sample. So only its shape is taken, and the scale is that at
@@ -86,7 +88,7 @@ class LossWatcher:
     For other losses it is the empirical one, with rows taken for independent. Shapes as in K-FAC (Martens & Grosse,
     2015); what the empirical Fisher lacks: Kunstner et al. (2019).
 
-    sums: By weight, (outputs, outputs) or the diagonal (outputs,), float32, on the model's device. facts: (6,) float64.
+    sums: By weight, (outputs, outputs) or the diagonal (outputs,), float32, on the model's device. facts: (7,) float64.
     Both are written in place. What runs inside compiled graphs is not seen.
     """
 
@@ -94,7 +96,7 @@ class LossWatcher:
         self, model: nn.Module, wanted: Sequence[Consumer], sums: dict[str, Tensor], facts: Tensor
     ) -> None:
         self.facts = facts
-        self.norm: Tensor | None = None  # of this pass, once it is sent back
+        self._sent_back = False  # whether the gradient at the model's output came in this pass
         self._early: list[
             tuple[_ConsumerHook, Tensor]
         ] = []  # the model's last layer gets its own first
@@ -106,7 +108,9 @@ class LossWatcher:
             sums[one.weight] = torch.zeros(shape, device=weight.device)
             module = model.get_submodule(one.module)
             self.handles.append(
-                module.register_forward_hook(_ConsumerHook(self, one, sums[one.weight]))
+                module.register_forward_hook(
+                    _ConsumerHook(self, one, sums[one.weight]), prepend=True
+                )
             )
         self.witnesses = deque[Witness](maxlen=WITNESSES)  # the last passes that were sent back
         self.handles.append(model.register_forward_hook(_OutputHook(self), with_kwargs=True))
@@ -114,13 +118,14 @@ class LossWatcher:
     def at_output(self, inputs: Arguments, y: Tensor, gradient: Tensor) -> None:
         """The gradient at the model's output came: all others of this pass follow."""
         g = gradient.detach().float()
-        self.norm = norm = g.square().sum()
+        norm = g.square().sum()
+        self._sent_back = True
         for hook, rows in self._early:
-            hook.add(rows, norm)
+            hook.add(rows)
         self._early = []
         ratio = _cross_entropy(y.detach().float(), g)
-        facts = torch.zeros(6, dtype=torch.float64)
-        facts[PASSES] = 1
+        facts = torch.zeros(NORM + 1, dtype=torch.float64)
+        facts[PASSES], facts[NORM] = 1, norm
         if ratio is not None:
             facts[KNOWN], facts[RATIO] = 1, ratio
             if _cross_entropy(y.detach().float(), g, last=True) is not None:
@@ -132,14 +137,14 @@ class LossWatcher:
 
     def at_consumer(self, hook: _ConsumerHook, rows: Tensor) -> None:
         """The gradient at a consumer's output came."""
-        if self.norm is None:
-            self._early.append((hook, rows))
+        if self._sent_back:
+            hook.add(rows)
         else:
-            hook.add(rows, self.norm)
+            self._early.append((hook, rows))
 
     def begin(self) -> None:
         """A pass ended that may be sent back."""
-        self.norm, self._early = None, []
+        self._sent_back, self._early = False, []
 
 
 def with_curvature(
@@ -157,16 +162,16 @@ def with_curvature(
     found = dict(reads)
     for weight, read in reads.items():
         if weight in sums and bool(sums[weight].isfinite().all()):
-            bent = sums[weight].double().cpu() * (scale / float(facts[PASSES]))
+            bent = sums[weight].double().cpu() * (scale / float(facts[NORM]))
             found[weight] = replace(read, loss=Sensitivity(bent, makes[weight]))
     return found
 
 
 def loss_curvature(facts: Tensor, loss: float) -> float | None:
     """Trace of the loss's Hessian at the model's output, a mean over passes; None where no gradients came."""
-    passes, known, ratio, squares, elements, rows = facts.tolist()
+    passes, known, ratio, squares, elements, rows, norm = facts.tolist()
     size = abs(loss)
-    if not passes or not size or not torch.isfinite(facts).all() or size != size:
+    if not passes or not norm or not size or not torch.isfinite(facts).all() or size != size:
         return None
     others = passes - known
     total = ratio * size
@@ -253,10 +258,8 @@ class _ConsumerHook(GraphHook):
         output.register_hook(arrived)
 
     @torch.no_grad()
-    def add(self, rows: Tensor, norm: Tensor) -> None:
-        """rows: (observations, outputs). norm: ‖gradient‖² at the model's output."""
-        # Scaled first: gradients of a mean over many rows are small, and their squares vanish.
-        rows = rows * norm.to(rows.device).clamp(min=1e-30).rsqrt()
+    def add(self, rows: Tensor) -> None:
+        """rows: (observations, outputs), float32: their squares vanish only below 1e-19."""
         if self._sums.ndim == 2:
             self._sums.addmm_(rows.T, rows)
         else:

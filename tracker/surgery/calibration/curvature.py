@@ -55,7 +55,9 @@ class CurvatureWatcher:
     def __enter__(self) -> CurvatureWatcher:
         for sums in self._sums.values():
             module = self._model.get_submodule(sums.one.module)
-            self._handles.append(module.register_forward_hook(self._hook(sums), with_kwargs=True))
+            self._handles.append(
+                module.register_forward_hook(self._hook(sums), with_kwargs=True, prepend=True)
+            )
         self._handles.append(self._model.register_forward_hook(self._sent_back))
         self._flags = [(p, p.requires_grad) for p in self._model.parameters()]
         for parameter, _ in self._flags:  # only what flows between layers

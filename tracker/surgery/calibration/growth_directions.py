@@ -98,7 +98,9 @@ class GradientWatcher:
             for module, width in zip(reads, widths, strict=True):
                 part = products[layer][start : start + width]
                 start += width
-                self.handles.append(module.register_forward_hook(_OutOfHook(hook, part)))
+                self.handles.append(
+                    module.register_forward_hook(_OutOfHook(hook, part), prepend=True)
+                )
 
 
 class _IntoHook(GraphHook):

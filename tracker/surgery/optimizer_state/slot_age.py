@@ -101,10 +101,13 @@ class _Young:
         self._parts: list[tuple[int, Tensor | None]] = []  # dimension, and slots along it
         self._ages: list[float | None] = []  # where all elements of a part are of one age, that age
         self._values: list[Tensor] = []
-        young = self.age < GROWN_UP
+        # A rank that holds none of the young slots keeps their ages as long as the others do.
+        age: Any = self.age
+        whole = age.full_tensor() if hasattr(parameter, "placements") else age
+        young = whole < GROWN_UP
         self._left = 0  # steps until the youngest has grown up
         if bool(young.any()):
-            self._left = GROWN_UP - int(self.age.min())
+            self._left = GROWN_UP - int(whole.min())
             self._divide(young, sharded=hasattr(parameter, "placements"))
 
     def _divide(self, young: Tensor, *, sharded: bool) -> None:
