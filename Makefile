@@ -19,7 +19,7 @@ TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PYTEST := $(TEST_RUN) -m pytest -q -n 2 --dist worksteal
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test long kills asan gguf check bench coverage clean
+.PHONY: help demo test long kills asan gguf check lint api bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
@@ -28,7 +28,9 @@ help:
 	@echo "make kills   500 kills in the middle of saves; some minutes"
 	@echo "make asan    the compiled code under an address sanitizer, fed with changed checkpoints; half an hour"
 	@echo "make gguf    what llama.cpp answers from exported files; builds llama-cpp-python, minutes"
-	@echo "make check   format, lint, types, pytest: before each commit"
+	@echo "make check   lint, and pytest: before each commit"
+	@echo "make lint    format, style, types (mypy --strict), imports between rooms"
+	@echo "make api     the API reference, from docstrings: build/api/index.html"
 	@echo "make bench   what tracking costs"
 	@echo "make coverage  a few known models cut, compared, trained; minutes"
 	@echo "make clean   remove $(VENV) and the caches; data/ and outputs/ stay"
@@ -75,7 +77,7 @@ test: $(VENV)/installed-dev
 # TRACKER_LONG=n: every n-th of them.
 long: $(VENV)/installed-dev
 	@echo "Test: removals by the thousand, faults line by line"
-	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_faults.py tests/test_nonsense.py
+	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_depth.py tests/surgery/test_faults.py tests/test_nonsense.py
 
 kills: $(VENV)/installed
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(RUN) benchmarks/kills.py $${TRACKER_KILLS:-500}
@@ -97,14 +99,26 @@ asan: $(VENV)/installed-dev
 	  --deselect tests/statistics/test_native.py::test_two_processes_build_at_once
 
 check: $(VENV)/installed-dev
-	@echo "Check: format"
-	@$(RUN) -m ruff format --check .
-	@echo "Check: lint"
-	@$(RUN) -m ruff check .
-	@echo "Check: types"
-	@$(RUN) -m mypy
+	@$(MAKE) --no-print-directory lint
 	@echo "Check: pytest"
 	@$(PYTEST)
+
+lint: $(VENV)/installed-dev
+	@echo "Lint: format"
+	@$(RUN) -m ruff format --check .
+	@echo "Lint: style"
+	@$(RUN) -m ruff check .
+	@echo "Lint: types"
+	@$(RUN) -m mypy
+	@echo "Lint: imports between rooms"
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
+
+# What users import. From docstrings; a name that cannot be imported or read is an error.
+API := tracker tracker.errors tracker.export tracker.structure tracker.compensation tracker.distributed \
+  tracker.integrations.loggers tracker.integrations.lightning tracker.integrations.transformers
+api: $(VENV)/installed-dev
+	@echo "API reference: build/api/index.html"
+	@$(RUN) -W error::UserWarning:pdoc -m pdoc --docformat google --output-directory build/api $(API)
 
 bench: $(VENV)/installed
 	@echo "Benchmark: $(BENCHMARK)"

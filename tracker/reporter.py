@@ -76,7 +76,7 @@ class Reporter:
         self._recommendations = (self._analyzer.window(), recommendations)
         return recommendations
 
-    def save_optimization_recommendations(self, path: PathLike, **thresholds: float) -> Path:
+    def save_optimization_recommendations(self, /, path: PathLike, **thresholds: float) -> Path:
         """Write the recommendations as JSON: the window's last ones, or new ones where `thresholds` are given.
 
         Args:
@@ -85,7 +85,7 @@ class Reporter:
         """
         return write_json(path, self._current_recommendations(thresholds))
 
-    def print_optimization_recommendations(self, **thresholds: float) -> None:
+    def print_optimization_recommendations(self, /, **thresholds: float) -> None:
         """Print the recommendations for people.
 
         Args:

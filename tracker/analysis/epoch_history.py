@@ -230,7 +230,8 @@ def _numbers(values: Any, count: int) -> list[Number]:
 def _number(value: Any) -> Number:
     ok = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     _require(ok and (value is None or math.isfinite(value)), f"{value!r} is no number")
-    return value
+    result: float | None = value
+    return result
 
 
 def _integer(value: Any) -> int:

@@ -23,6 +23,7 @@ def ridge_of(covariance: Tensor, ridge: float) -> Tensor:
 
 def cholesky(matrix: Tensor) -> Tensor:
     """Lower factor of `matrix` (n, n), or of `matrix` with the least jitter that lets it have one."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info:
         return factor

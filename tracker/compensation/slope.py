@@ -40,4 +40,5 @@ def slope_along(
         each.sum(0).flip(0).cumsum(0)
     )  # what stands below the diagonal of the last columns is in the last rows
     widths = torch.tensor([len(units[u]) for u in order], dtype=torch.int64)
-    return -tails[widths.cumsum(0) - 1]
+    result: Tensor = -tails[widths.cumsum(0) - 1]
+    return result

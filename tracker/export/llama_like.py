@@ -131,7 +131,8 @@ def tensors(model: Any, sizes: LlamaLike) -> Iterator[tuple[str, Tensor]]:
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of queries or keys in llama.cpp's order: it rotates neighbours, where transformers rotates halves."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    result: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    return result
 
 
 def _require_llama(layer: nn.Module, number: int) -> None:

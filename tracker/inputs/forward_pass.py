@@ -225,7 +225,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     counted = tuple(b for b, _ in buffers if not b.is_inference())
     # What was written is as before: a backward pass that is still to come need not know.
-    kept = torch.autograd._unsafe_preserve_version_counter(counted)
+    kept = torch.autograd._unsafe_preserve_version_counter(counted)  # type: ignore[attr-defined]
     with kept, torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -60,7 +60,7 @@ class _Constant(TorchDispatchMode):
     """Draws become constants; weights are noted before they are written into."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._weights: dict[int, list[Tensor]] = {}  # by where their values lie
         for module in model.modules():

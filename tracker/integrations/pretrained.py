@@ -12,7 +12,8 @@ from torch import nn
 
 from tracker.engine import NeuronEngine
 from tracker.errors import StructureError, SurgeryError
-from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once, quiet_copy
 from tracker.surgery import Receipt
 from tracker.surgery.operations.uniform_widths import Key, key_of
 from tracker.surgery.transaction import unchanged

@@ -13,7 +13,8 @@ from torch import nn
 
 from tracker.distributed.ranks import refuse_alone
 from tracker.errors import StructureError, SurgeryError, TrackerError, UnknownNeuronError
-from tracker.inputs.forward_pass import Arguments, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import quiet_copy
 from tracker.journal import fingerprint
 from tracker.observation.neuron_ids import NeuronId, layer_named
 from tracker.parts.session import Session
@@ -280,7 +281,7 @@ def _several(neurons: object) -> list[Any]:
     try:
         if isinstance(neurons, str | bytes | nn.Module):
             raise TypeError
-        return list(neurons)  # type: ignore[call-overload]
+        return list(neurons)  # type: ignore[call-overload, no-any-return]
     except (TypeError, RuntimeError):
         raise UnknownNeuronError(
             "Neurons are named by a list of ids, or as {layer: [ids or local indices]}, not by "

@@ -51,7 +51,8 @@ class Labels:
         while True:
             above = parent[found]
             if np.array_equal(above, found):
-                return found
+                result: np.ndarray = found
+                return result
             found = above
 
     def _root(self, label: int) -> int:
@@ -277,7 +278,8 @@ def _different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Where two matrices differ, row by row; the narrower one is filled up with 0."""
     width = max(a.shape[1], b.shape[1])
     a, b = (np.pad(m, ((0, 0), (0, width - m.shape[1]))) for m in (a, b))
-    return (a != b).any(axis=1).nonzero()[0]
+    result: np.ndarray = (a != b).any(axis=1).nonzero()[0]
+    return result
 
 
 def _stands_for(one: np.ndarray, others: np.ndarray) -> bool:

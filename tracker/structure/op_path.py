@@ -122,7 +122,7 @@ class Glance(TorchDispatchMode):
     """Inside, notes the path of a pass."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.path = Path(names)
 
     def __torch_dispatch__(

@@ -213,7 +213,7 @@ class Trace:
 
     def axes(self, tensor: Tensor) -> list[Axis]:
         """Axes of a tensor; a parameter gets fresh labels at its first use."""
-        found = self.known.get(tensor)
+        found: list[Axis] | None = self.known.get(tensor)
         if found is None:
             found = self._first_use(tensor)
             self.known[tensor] = found
@@ -362,7 +362,7 @@ def _both(
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, trace: Trace, at: list[CallKey], rule: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.at, self.rule = trace, at, rule
         self.path = trace.paths[-1]
         self._first = len(trace.rows) == 1

@@ -35,7 +35,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: the output of the layer before."""
-        return x + self.out(torch.relu(self.into(x)))
+        result: Tensor = x + self.out(torch.relu(self.into(x)))
+        return result
 
 
 class ReluIdentity(nn.Module):
@@ -53,7 +54,8 @@ class ReluIdentity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: the output of the layer before."""
-        return self.linear(torch.relu(x))
+        result: Tensor = self.linear(torch.relu(x))
+        return result
 
 
 class Bypass(nn.Module):
@@ -169,7 +171,7 @@ def read_by(model: nn.Module, inputs: Arguments, name: str) -> set[str]:
 
 class _Readers(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watched: list[Tensor] = []
         self.found: set[str] = set()
 

@@ -182,7 +182,8 @@ def _spread(problem: Problem, size: int) -> tuple[tuple[float, ...], tuple[float
 def _norm(group: UnitGroup, gradients: Mapping[str, float]) -> float:
     """Of the gradient by what makes the units; `gradients`: mean squares by parameter."""
     made = {name for (name, _), role in group.roles.items() if role == "produces"}
-    return sum(gradients.get(name, 0.0) for name in made) ** 0.5
+    result: float = sum(gradients.get(name, 0.0) for name in made) ** 0.5
+    return result
 
 
 def _gains(

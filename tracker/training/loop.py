@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tracker.errors import SurgeryError, TrackerError
-from tracker.inputs.forward_pass import Arguments, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import quiet_copy
 from tracker.observation.consumer_inputs import Read
 from tracker.parts.session import Session
 from tracker.surgery import Receipt

@@ -25,7 +25,7 @@ def call(part: str, method: Callable[Concatenate[Any, P], R]) -> Callable[Concat
     name = method.__name__
 
     @wraps(method)
-    def passed_on(facade: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+    def passed_on(facade: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return cast(R, getattr(getattr(facade, part), name)(*args, **kwargs))
 
-    return passed_on
+    return cast(Callable[Concatenate[Any, P], R], passed_on)

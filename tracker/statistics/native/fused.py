@@ -33,7 +33,7 @@ def _chan(count, mean, m2, other_count, other_mean, other_m2):  # type: ignore[n
     return total, mean + delta * share, m2 + other_m2 + delta * delta * count * share
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _reduce(  # type: ignore[no-untyped-def]
     x, parts, observations, neurons, inner, by_outer, by_neuron, by_inner, length, threshold,
     wide: tl.constexpr, tall: tl.constexpr,
@@ -94,7 +94,7 @@ def _reduce(  # type: ignore[no-untyped-def]
     tl.store(out + 7 * neurons, high, mask=real)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _merge(parts, table, programs, neurons, wide: tl.constexpr):  # type: ignore[no-untyped-def]
     """Merge parts (programs, 8, neurons) into a table (9, neurons), whose rows `Activity` names."""
     neuron = tl.program_id(0) * wide + tl.arange(0, wide)

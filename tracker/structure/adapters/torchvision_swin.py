@@ -110,15 +110,15 @@ def _apart(
     return x.new_zeros(()).masked_fill(region[:, None] != region[:, :, None], -100.0)
 
 
-class FreeWindows(_Windows, ShiftedWindowAttention):
+class FreeWindows(_Windows, ShiftedWindowAttention):  # type: ignore[misc]
     """`ShiftedWindowAttention` after a removal."""
 
 
-class FreeWindowsV2(_Windows, ShiftedWindowAttentionV2):
+class FreeWindowsV2(_Windows, ShiftedWindowAttentionV2):  # type: ignore[misc]
     """`ShiftedWindowAttentionV2` after a removal."""
 
 
-class FreeWindows3d(_Windows, ShiftedWindowAttention3d):
+class FreeWindows3d(_Windows, ShiftedWindowAttention3d):  # type: ignore[misc]
     """`ShiftedWindowAttention3d` after a removal."""
 
 

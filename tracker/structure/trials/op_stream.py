@@ -57,7 +57,7 @@ class Stream(TorchDispatchMode):
     """Inside, notes the operations of a pass of `model`, for each call of each module; each pass anew."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[CallKey, list[Row]] = {}
         self._model, self._path = model, [CallKey("", 0)]
         self._hooks = ExitStack()
@@ -65,10 +65,10 @@ class Stream(TorchDispatchMode):
     def __enter__(self) -> Any:
         self.calls = {}
         self._hooks.enter_context(following(self._model, self._path))
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
     def __torch_dispatch__(

@@ -313,7 +313,7 @@ class InFloat64:
             if self._masking is not None:
                 stack.enter_context(self._masking)
             if self.in_float64:
-                stack.enter_context(Float64Code())
+                stack.enter_context(Float64Code())  # type: ignore[no-untyped-call]
             yield
         finally:
             self._awake = False

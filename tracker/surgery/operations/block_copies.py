@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from tracker.errors import SurgeryError
-from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once, quiet_copy
 from tracker.structure.adapters.transformers_stacks import (
     CONFIGS,
     INDEX,

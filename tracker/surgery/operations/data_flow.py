@@ -103,7 +103,7 @@ class _Follower(TorchDispatchMode):
     """Follows the module's input while the module runs (`stream`), and its output afterwards (`came`)."""
 
     def __init__(self, held: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flow = Flow()
         self.stream, self.came = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self._held = held  # parameters and buffers, by id

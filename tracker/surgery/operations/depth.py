@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracker.errors import SurgeryError
-from tracker.inputs.forward_pass import Arguments
+from tracker.inputs.calls import Arguments
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.surgery.inserted_modules import INSERTED, block_for, can_follow
 from tracker.surgery.operations.block_copies import block_copy, counted, is_block

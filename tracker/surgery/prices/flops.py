@@ -61,7 +61,7 @@ def flops_by_weight(model: nn.Module, inputs: Arguments) -> tuple[dict[str, floa
 class _Counter(TorchDispatchMode):
     # Not FlopCounterMode: its hooks fail on modules that keep tensors of an earlier graph.
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.by_module: Counter[str] = Counter()
         self.path = [""]

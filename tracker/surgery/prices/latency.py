@@ -8,7 +8,8 @@ import time
 import torch
 from torch import nn
 
-from tracker.inputs.forward_pass import Arguments, forward_once
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once
 
 PASSES, WARM_UP = 11, 2
 
