@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.errors import SurgeryError
-from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once, quiet_copy
 from tracker.modules.kinds import kind_of, weight_of
 from tracker.modules.layers import known_width
 from tracker.surgery.undo import UndoLog

@@ -9,7 +9,8 @@ from enum import Enum
 from torch import Tensor, nn
 
 from tracker.errors import TrackerError
-from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once, quiet_copy
 from tracker.modules.kinds import is_linear, kind_of, weight_of
 from tracker.modules.layers import known_width
 from tracker.structure import UnitGroup

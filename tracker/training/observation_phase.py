@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.inputs.forward_pass import Arguments
+from tracker.inputs.calls import Arguments
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.observation.consumer_inputs import Read
 from tracker.surgery.calibration.consumers import Watcher, consumers

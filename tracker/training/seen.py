@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.inputs.forward_pass import Arguments
+from tracker.inputs.calls import Arguments
 from tracker.inputs.serialized import gather_inputs, inputs_from
 from tracker.observation.consumer_inputs import Read
 from tracker.surgery.calibration.growth_directions import directions_of, strengths_of

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tracker.errors import TrackerError
-from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once, quiet_copy
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.observation.consumer_inputs import Read, Sensitivity
 from tracker.surgery.calibration.consumers import Consumer

@@ -54,13 +54,13 @@ class Listener(TorchFunctionMode):
     def __enter__(self) -> Any:
         listeners.append(self.float_made)
         self._inside.enter_context(sizes_not_cached())
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         if self.float_made in listeners:
             listeners.remove(self.float_made)
         self._inside.close()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

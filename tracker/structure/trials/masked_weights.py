@@ -50,7 +50,7 @@ class MaskedWeights(TorchDispatchMode):
     def __init__(
         self, reads: Mapping[Place, Tensor], makes: Mapping[Place, Tensor], inputs: object
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._gone, self._makes = {**makes, **reads}, makes.keys() - reads.keys()
         self.met: set[Place] = set()
         # By id, with a reference that tells whether it is still the same tensor.

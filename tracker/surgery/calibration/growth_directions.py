@@ -26,7 +26,8 @@ def directions_of(product: Tensor) -> Tensor | None:
     if not bool(product.isfinite().all()) or not bool(product.any()):
         return None
     _, strength, directions = torch.linalg.svd(product.double().cpu(), full_matrices=False)
-    return directions[strength > 1e-9 * strength[0]]
+    result: Tensor = directions[strength > 1e-9 * strength[0]]
+    return result
 
 
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

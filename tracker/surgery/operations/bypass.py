@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tracker.errors import StructureError, SurgeryError
-from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once, quiet_copy
 from tracker.modules.kinds import is_linear, kind_of
 from tracker.modules.layers import known_width
 from tracker.surgery.calibration.consumers import Consumer, consumer

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tracker.inputs.forward_pass import Arguments, forward_once, quiet_copy
+from tracker.inputs.calls import Arguments
+from tracker.inputs.forward_pass import forward_once, quiet_copy
 from tracker.modules.kinds import is_linear
 from tracker.utils.nested import tensors_in
 
