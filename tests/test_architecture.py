@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,3 +62,13 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
                 assert (node.module or "").split(".")[0] not in forbidden
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec", "compile", "__import__"}
+
+
+def test_the_page_names_what_is_there() -> None:
+    """Each path of docs/architecture.md exists, and each room is on it."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+(?:\.py|\.json|/))`", page))
+    missing = {n for n in named if not (PACKAGE / n).exists() and not (PACKAGE.parent / n).exists()}
+    assert not missing
+    rooms = {p.name + "/" for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    assert rooms <= named
