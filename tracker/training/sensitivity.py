@@ -27,7 +27,8 @@ FITS = (
 NEAR = 1e-2  # the same of the scale of a squared error
 # Sums over passes: their number, those with a cross-entropy, curvature over loss of these, squared gradients of the
 # others, their elements, their rows; squared gradients of all.
-PASSES, KNOWN, RATIO, SQUARES, ELEMENTS, ROWS, NORM = range(7)
+FACTS = 7
+PASSES, KNOWN, RATIO, SQUARES, ELEMENTS, ROWS, NORM = range(FACTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class LossWatcher:
             hook.add(rows)
         self._early = []
         ratio = _cross_entropy(y.detach().float(), g)
-        facts = torch.zeros(NORM + 1, dtype=torch.float64)
+        facts = torch.zeros(FACTS, dtype=torch.float64)
         facts[PASSES], facts[NORM] = 1, norm
         if ratio is not None:
             facts[KNOWN], facts[RATIO] = 1, ratio

@@ -1,0 +1,54 @@
+"""Curvature is that at a layer's own output, whatever was inserted behind it; sums of several processes add up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tracker import NeuronEngine
+from tracker.surgery.calibration.consumers import Consumer
+from tracker.training.sensitivity import FACTS, LossWatcher
+
+
+def watched(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sums and facts of the layer "0" over some training passes."""
+    one = Consumer("0", "0.weight", reads=1, makes=0, axis=-1, bias="0.bias")
+    sums, facts = dict[str, Tensor](), torch.zeros(FACTS, dtype=torch.float64)
+    watcher = LossWatcher(model, [one], sums, facts)
+    for x, y in batches:
+        (model(x) - y).square().sum().backward()
+    for handle in watcher.handles:
+        handle.remove()
+    return sums["0.weight"], facts
+
+
+def test_an_inserted_layer_is_not_the_layer_before_it() -> None:
+    """Of equal widths nothing but the numbers tells: compared with gradients by hand, by another way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(32, 5), torch.randn(32, 3)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", x)
+    engine.insert_layer("0")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "inserted" in name:  # as after training: no identity any more
+                parameter += torch.randn_like(parameter)
+    found, _ = watched(model, [(x, y)])
+    own = dict[str, Tensor]()
+    handle = model[0].register_forward_hook(lambda m, a, o: own.update(o=o), prepend=True)
+    loss = (model(x) - y).square().sum()
+    handle.remove()
+    (gradient,) = torch.autograd.grad(loss, own["o"])
+    assert torch.allclose(found, gradient.T @ gradient, rtol=1e-4)
+
+
+def test_shares_of_a_batch_add_up_to_the_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(64, 5), torch.randn(64, 3)
+    y[:32] *= 30  # of one share the gradients are much larger
+    whole, facts = watched(model, [(x, y)])
+    halves = [watched(model, [(x[i : i + 32], y[i : i + 32])]) for i in (0, 32)]
+    assert torch.allclose(halves[0][0] + halves[1][0], whole, rtol=1e-4)
+    assert torch.allclose((halves[0][1] + halves[1][1])[-1], facts[-1])
