@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tracker.structure.code_sizes.traced_int import TInt
 
@@ -23,6 +23,23 @@ _OTHERS = {*sys.stdlib_module_names, "torch", "numpy", "tracker", "sympy", "matp
 DEEPEST = 4  # tuple in a tuple, that is looked into
 
 
+class _Place(NamedTuple):
+    """Where a cached function stands, and what stands there while sizes are traced."""
+
+    holder: Any  # a module or a class
+    name: str
+    cached: _Cached[Any]
+    computed: Callable[..., Any]
+
+
+class _Module(NamedTuple):
+    """What was found in a module, and of how many names in it."""
+
+    module: ModuleType
+    names: int
+    places: list[_Place]
+
+
 @contextmanager
 def sizes_not_cached() -> Iterator[None]:
     """Inside, functions under `functools.lru_cache` (or `cache`) are called past it with integers that are traced.
@@ -30,15 +47,16 @@ def sizes_not_cached() -> Iterator[None]:
     With anything else they are looked up as ever: what is made once stays one. Those are found that stand in a module
     or a class of one.
     """
-    replaced: list[tuple[Any, str, Any]] = []
+    replaced: list[_Place] = []
     try:
-        for holder, name, cached in list(_cached_functions()):
-            replaced.append((holder, name, cached))
-            setattr(holder, name, _computed(cached))
+        for place in _places():
+            if vars(place.holder).get(place.name) is place.cached:
+                replaced.append(place)
+                setattr(place.holder, place.name, place.computed)
         yield
     finally:
-        for holder, name, cached in reversed(replaced):
-            setattr(holder, name, cached)
+        for place in reversed(replaced):
+            setattr(place.holder, place.name, place.cached)
 
 
 def _computed(cached: _Cached[Any]) -> Callable[..., Any]:
@@ -63,15 +81,34 @@ def _is_traced(value: object, depth: int) -> bool:
     return isinstance(value, (tuple, frozenset)) and any(_is_traced(v, depth - 1) for v in value)
 
 
-def _cached_functions() -> Iterator[tuple[Any, str, _Cached[Any]]]:
-    """Holder, name, and cached function."""
-    for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType) or module.__name__.partition(".")[0] in _OTHERS:
-            continue
-        for name, value in list(vars(module).items()):
-            if isinstance(value, _Cached):
-                yield module, name, value
-            elif isinstance(value, type) and value.__module__ == module.__name__:
-                for key, part in list(vars(value).items()):
-                    if isinstance(part, _Cached):
-                        yield value, key, part
+def _places() -> list[_Place]:
+    """Of all modules. A module is read anew once names came to it or left it: there are thousands of them."""
+    modules: dict[str, Any] = dict(sys.modules)  # anything may stand in it
+    for gone in _read.keys() - modules.keys():
+        del _read[gone]
+    found = list[_Place]()
+    for name, module in modules.items():
+        known = _read.get(name)
+        if known is None or known.module is not module or known.names != len(vars(module)):
+            if not isinstance(module, ModuleType):
+                continue
+            known = _read[name] = _Module(module, len(vars(module)), _places_in(module))
+        found += known.places
+    return found
+
+
+def _places_in(module: ModuleType) -> list[_Place]:
+    if module.__name__.partition(".")[0] in _OTHERS:
+        return []
+    found = []
+    for name, value in list(vars(module).items()):
+        if isinstance(value, _Cached):
+            found.append(_Place(module, name, value, _computed(value)))
+        elif isinstance(value, type) and value.__module__ == module.__name__:
+            for key, part in list(vars(value).items()):
+                if isinstance(part, _Cached):
+                    found.append(_Place(value, key, part, _computed(part)))
+    return found
+
+
+_read: dict[str, _Module] = {}
