@@ -75,7 +75,7 @@ test: $(VENV)/installed-dev
 # TRACKER_LONG=n: every n-th of them.
 long: $(VENV)/installed-dev
 	@echo "Test: removals by the thousand, faults line by line"
-	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_depth.py tests/surgery/test_faults.py tests/test_nonsense.py
+	@TRACKER_LONG=$${TRACKER_LONG:-1} $(TEST_RUN) -m pytest -q -s tests/surgery/test_chains.py tests/surgery/test_faults.py tests/test_nonsense.py
 
 kills: $(VENV)/installed
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(RUN) benchmarks/kills.py $${TRACKER_KILLS:-500}
