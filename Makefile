@@ -93,7 +93,7 @@ asan: $(VENV)/installed-dev
 	 ASAN_CXX=clang++" >&2; exit 1; }
 	@echo "Test: the compiled code under an address sanitizer"
 	@$(ASAN) LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so)" \
-	  $(TEST_RUN) -m pytest -q -p no:cacheprovider tests/statistics/test_native.py tests/journal/test_mutants.py \
+	  $(TEST_RUN) -m pytest -q -p no:cacheprovider tests/statistics/test_native.py tests/checkpoint/test_mutants.py \
 	  --deselect tests/statistics/test_native.py::test_two_processes_build_at_once
 
 check: $(VENV)/installed-dev

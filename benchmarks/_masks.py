@@ -18,7 +18,7 @@ from torch import Tensor, nn
 Lost = Mapping[str, Mapping[int, Iterable[int]]]  # tensor → dimension → indices of the original
 
 
-def vivid(model: nn.Module, generator: torch.Generator) -> nn.Module:
+def randomize_constants(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Random numbers in place of constants (norms, biases, layer scales, statistics of batch norms), in place."""
 
     def draw(like: Tensor) -> Tensor:

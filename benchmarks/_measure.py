@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from _families import Built, build
-from _masks import difference, masked, masked_with_norms, tensors_of, vivid
+from _masks import difference, masked, masked_with_norms, randomize_constants, tensors_of
 from torch import Tensor, nn
 
 from tracker import NeuronEngine
@@ -62,7 +62,7 @@ class Subject:
         self.model, self.args, self.kwargs = built.model.eval(), built.args, built.kwargs
         self.watch, self.blocks, self.taught = built.watch, built.blocks, built.taught or built.args
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        vivid(self.model, torch.Generator().manual_seed(self.seed))
+        randomize_constants(self.model, torch.Generator().manual_seed(self.seed))
         self.tolerance = SINGLE_TOLERANCE
         if self.parameters < LARGE:
             self._to_double()

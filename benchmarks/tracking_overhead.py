@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks._kernels import covariances, kernels, machine, pair_search, profile
 from tracker.modules.layers import Layer
-from tracker.observation.hooks import Observer, Site, attach, detach_sites
+from tracker.observation.hooks import ObservationPoint, Observer, attach, detach_points
 
 THRESHOLD = 0.01
 
@@ -131,8 +131,8 @@ class Tracked:
     @contextmanager
     def __call__(self, model: nn.Module, layers: list[Layer]) -> Iterator[None]:
         if self.observer is None:
-            sites = [Site(layer) for layer in layers]
-            self.observer = Observer(weakref.ref(model), sites, THRESHOLD)
+            points = [ObservationPoint(layer) for layer in layers]
+            self.observer = Observer(weakref.ref(model), points, THRESHOLD)
             self.observer.recording, self.observer.correlate = True, self.correlate
             self.observer.sampling = self.sampling
         handles = attach(self.observer, model)
@@ -142,7 +142,7 @@ class Tracked:
             yield
         for handle in handles:
             handle.remove()
-        detach_sites(self.observer)
+        detach_points(self.observer)
 
 
 class PlainStatistics:

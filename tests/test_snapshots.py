@@ -31,7 +31,7 @@ CALLS: dict[str, Callable[[NeuronEngine], Any]] = {
     "groups": lambda e: e.structure.groups,
     "frozen": lambda e: e.structure.frozen,
     "roles": lambda e: [g.roles for g in e.structure.groups],
-    "taps": lambda e: e.structure.taps,
+    "read points": lambda e: e.structure.read_points,
     "slices": lambda e: e.structure.groups[0].slices([0, 1]),
     "count_parameters": lambda e: e.count_parameters(),
     "dry run": lambda e: e.prune_neurons({"0": [1]}, dry_run=True),

@@ -22,7 +22,7 @@ from tracker.parts.surgeon import Surgeon
 from tracker.parts.watcher import Watcher
 from tracker.reporter import Reporter
 from tracker.structure import Structure
-from tracker.surgery.prices.predictions import foretell
+from tracker.surgery.prices.predictions import add_predictions
 from tracker.surgery.transaction import count
 from tracker.tracker import ActivationTracker
 from tracker.training import Decision
@@ -119,7 +119,9 @@ class NeuronEngine:
         self.sessions = Sessions(self.tracker, activation_threshold)
         self.analyzer = Analyzer(self.tracker, correlation_threshold)
         self.watcher = Watcher(self.tracker, self.sessions, self.analyzer)
-        self.reporter = Reporter(self.analyzer, self.sessions, partial(foretell, self.tracker))
+        self.reporter = Reporter(
+            self.analyzer, self.sessions, partial(add_predictions, self.tracker)
+        )
         self.attachments = Attachments(self.tracker, self.sessions)
         self.changer = Changer(self.tracker, self.sessions)
         self.calibrator = Calibrator(self.tracker, self.sessions, self.changer)

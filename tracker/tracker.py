@@ -14,16 +14,16 @@ from torch.utils.hooks import RemovableHandle
 
 from tracker.errors import NotTrackedError, StatisticsError, StructureError
 from tracker.inputs.calls import ExampleInputs, calls_of
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.layers import find_layers, require_axes, unwrap
 from tracker.observation.compiled import forget_compiled_graphs
-from tracker.observation.consumer_inputs import Read, reslotted
+from tracker.observation.consumer_inputs import ConsumerInput, remapped
 from tracker.observation.hooks import (
+    ObservationPoint,
     Observer,
-    Site,
     attach,
-    attach_sites,
-    detach_sites,
+    attach_points,
+    detach_points,
     resolve_widths,
     watch_inputs,
 )
@@ -48,10 +48,10 @@ class TrackedModel:
     handles: list[RemovableHandle] = field(default_factory=list)
     hooked: bool = False  # its layers are
     structure: Structure | None = None  # as last traced
-    reads: dict[str, Read] = field(
+    reads: dict[str, ConsumerInput] = field(
         default_factory=dict
     )  # consumer's weight → what it was seen to read
-    traced: bool = False  # the taps are set, or cannot be
+    traced: bool = False  # the read points are set, or cannot be
     by_hand: frozenset[str] = frozenset()  # layers whose axis was named
     correlated: bool = False
     mode: str | None = None  # which mode to read; None: that of the first pass
@@ -70,7 +70,7 @@ class TrackedModel:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
-        detach_sites(self.observer)
+        detach_points(self.observer)
         self.handles, self.hooked = [], False
         self.observer.recording = False
 
@@ -118,7 +118,7 @@ class ActivationTracker:
         """The tracked models that still exist."""
         return [entry for entry in self.models if entry.observer.model() is not None]
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Take the hooks off all models."""
         for entry in self.models:
             entry.detach()
@@ -149,15 +149,15 @@ class ActivationTracker:
                 self._show(known, model, example_inputs)
             self._current = known
             return known
-        sites = [Site(layer) for layer in find_layers(model, axes)]
-        if not sites:
+        points = [ObservationPoint(layer) for layer in find_layers(model, axes)]
+        if not points:
             raise NotTrackedError(
                 f"{type(model).__name__} has no layer with neurons: no linear, convolutional, embedding, norm or "
                 "recurrent layer, and no custom module with parameters of its own."
             )
         require_known(model, assume_unread)
         require_axes(model, axes or {}, batch_dim)
-        observer = Observer(weakref.ref(model), sites, self.threshold, batch_dim)
+        observer = Observer(weakref.ref(model), points, self.threshold, batch_dim)
         observer.unread = tuple(assume_unread)
         entry = TrackedModel(name, observer, by_hand=frozenset(axes or ()))
         if example_inputs is not None:
@@ -166,19 +166,19 @@ class ActivationTracker:
             resolve_widths(observer, model, observer.given)
         else:
             entry.handles = [watch_inputs(observer, model)]
-        for site in sites:
-            if site.neurons is not None:
-                self._register(entry, site)
+        for point in points:
+            if point.neurons is not None:
+                self._register(entry, point)
         # Weak: the model's hooks lead to the observer, and must not keep the whole tracker alive.
         this = weakref.ref(self)
 
-        def resolved(site: Site) -> None:
+        def resolved(point: ObservationPoint) -> None:
             if (tracker := this()) is not None:
-                tracker._register(entry, site)
+                tracker._register(entry, point)
 
         def shown() -> None:
             if (tracker := this()) is not None:
-                tracker._set_taps(entry)
+                tracker._set_read_points(entry)
 
         observer.resolved, observer.shown = resolved, shown
         self.models.append(entry)
@@ -194,7 +194,7 @@ class ActivationTracker:
                 forward_once(model, call)
         observer.given, observer.inputs = calls, (calls[0].args, calls[0].kwargs)
         entry.structure, entry.traced = None, False
-        self._set_taps(entry)
+        self._set_read_points(entry)
 
     def hook(self, model: nn.Module | None = None) -> None:
         """Put hooks on a tracked model (the current one), and make it the current one."""
@@ -223,13 +223,13 @@ class ActivationTracker:
             )
         entry = self.current
         observer = entry.observer
-        names = [site.name for site in observer.sites]
+        names = [point.name for point in observer.points]
         layers = [layers] if isinstance(layers, str) else layers
         chosen = None if layers is None else frozenset(layer_named(names, n) for n in layers)
         changed, observer.chosen = chosen != observer.chosen, chosen
         if not entry.hooked or observer.model() is None or changed:
             self.hook()
-        self._set_taps(entry)
+        self._set_read_points(entry)
         observer.clear()
         observer.correlate = entry.correlated = correlate
         observer.every, observer.sampling, entry.mode = every, sampling, mode
@@ -265,7 +265,7 @@ class ActivationTracker:
         entry = self.current
         if entry.structure is not None:
             return entry.structure.passes
-        found, model = Passes(), quiet_copy(entry.model())
+        found, model = Passes(), copy_without_hooks(entry.model())
         for made in (made for call in entry.observer.calls for made in call.modes()):
             try:
                 forward_once(model, made)
@@ -279,7 +279,7 @@ class ActivationTracker:
             )
         return found
 
-    def reslot(
+    def remap(
         self,
         layers: Mapping[str, SlotMap],
         tensors: Mapping[str, Mapping[int, SlotMap]],
@@ -295,17 +295,17 @@ class ActivationTracker:
         """
         entry = self.current
         there = dict(entry.model().named_parameters(remove_duplicate=False))
-        reads = reslotted({n: r for n, r in entry.reads.items() if n in there}, tensors)
-        sites = {site.name: site for site in entry.observer.sites}
-        moved = {name: sites[name].reslotted(slots) for name, slots in layers.items()}
-        before = {name: (sites[name].neurons, sites[name].windows) for name in layers}
+        reads = remapped({n: r for n, r in entry.reads.items() if n in there}, tensors)
+        points = {point.name: point for point in entry.observer.points}
+        moved = {name: points[name].remapped(slots) for name, slots in layers.items()}
+        before = {name: (points[name].neurons, points[name].windows) for name in layers}
         ids = {name: list(entry.layers[name].ids) for name in layers}
         old_reads, old_structure = entry.reads, entry.structure
 
         def back() -> None:
             entry.reads, entry.structure = old_reads, old_structure
             for name in layers:
-                sites[name].neurons, sites[name].windows = before[name]
+                points[name].neurons, points[name].windows = before[name]
                 self.registry.restore(entry.layers[name], ids[name])
             entry.observer.version += 1
 
@@ -313,12 +313,12 @@ class ActivationTracker:
         entry.reads, entry.structure = reads, None
         added: list[int] = []
         for name, slots in layers.items():
-            sites[name].neurons, sites[name].windows = slots.size, moved[name]
-            added += self.registry.reslot(entry.layers[name], slots, why)
+            points[name].neurons, points[name].windows = slots.size, moved[name]
+            added += self.registry.remap(entry.layers[name], slots, why)
         entry.observer.version += 1
         return sorted(added)
 
-    def resite(
+    def sync_layers(
         self, why: str, undo: Callable[[Callable[[], None]], None] = lambda back: None
     ) -> tuple[list[int], list[int]]:
         """Layers of the current model came and went: give ids to the new ones, retire those of the others.
@@ -330,9 +330,9 @@ class ActivationTracker:
         """
         entry = self.current
         observer, model = entry.observer, entry.model()
-        old_sites, old_layers = list(observer.sites), dict(entry.layers)
-        observed = [(s, s.tap, s.leader, s.windows) for s in old_sites]
-        known = {site.name: site for site in observer.sites}
+        old_sites, old_layers = list(observer.points), dict(entry.layers)
+        observed = [(s, s.read_point, s.shares_with, s.windows) for s in old_sites]
+        known = {point.name: point for point in observer.points}
         axes = {name: known[name].axis for name in entry.by_hand if name in known}
         named = {name: axis for name, axis in axes.items() if axis is not None}
         layers = {layer.name: layer for layer in find_layers(model, named)}
@@ -344,9 +344,13 @@ class ActivationTracker:
         def back() -> None:
             for name, ids in before.items():
                 self.registry.restore(old_layers[name], ids)
-            observer.sites[:] = old_sites
-            for site, tap, leader, windows in observed:
-                site.tap, site.leader, site.windows = tap, leader, windows
+            observer.points[:] = old_sites
+            for point, read_point, shares_with, windows in observed:
+                point.read_point, point.shares_with, point.windows = (
+                    read_point,
+                    shares_with,
+                    windows,
+                )
             for layer in born:
                 entry.layers.pop(layer.name, None)
             entry.layers.update(old_layers)
@@ -356,30 +360,30 @@ class ActivationTracker:
         old_structure, old_traced = entry.structure, entry.traced
         undo(back)
         for name in before:
-            self.registry.reslot(entry.layers.pop(name), SlotMap(()), why)
+            self.registry.remap(entry.layers.pop(name), SlotMap(()), why)
         order = list(layers)
-        sites = [*(s for s in old_sites if s.name not in gone), *map(Site, born)]
-        observer.sites[:] = sorted(sites, key=lambda site: order.index(site.name))
+        points = [*(s for s in old_sites if s.name not in gone), *map(ObservationPoint, born)]
+        observer.points[:] = sorted(points, key=lambda point: order.index(point.name))
         added: list[int] = []
         for layer in born:
             if layer.neurons is not None:
-                self._register(entry, next(s for s in observer.sites if s.name == layer.name))
+                self._register(entry, next(s for s in observer.points if s.name == layer.name))
                 added += entry.layers[layer.name].ids
         entry.structure, entry.traced = None, False
         if entry.hooked:
-            attach_sites(observer, model)
-            self._set_taps(entry)
+            attach_points(observer, model)
+            self._set_read_points(entry)
         observer.version += 1
         return added, removed
 
     def rehook(self) -> Callable[[], None]:
-        """Puts hooks where the current model is observed: after an undo of `resite`, when all modules are back."""
+        """Puts hooks where the current model is observed: after an undo of `sync_layers`, when all modules are back."""
         entry = self.current
 
         def back() -> None:
             model = entry.observer.model()
             if entry.hooked and model is not None:
-                attach_sites(entry.observer, model)
+                attach_points(entry.observer, model)
 
         return back
 
@@ -401,9 +405,9 @@ class ActivationTracker:
         if mode not in MODES:
             raise StatisticsError(f"mode is one of {', '.join(MODES)}, not {mode!r}.")
         flags = MODES[mode]
-        sites = {site.name: site for site in observer.sites}
+        points = {point.name: point for point in observer.points}
         layers = tuple(
-            observed_layer(ids, sites[name], flags, observer.fallback)
+            observed_layer(ids, points[name], flags, observer.fallback)
             for name, ids in entry.layers.items()
         )
         samples = sum(observer.samples.get(flag, 0) for flag in flags)
@@ -412,7 +416,7 @@ class ActivationTracker:
         others = sum(n for flag, n in observer.samples.items() if flag not in flags)
         return Observation(entry.name, layers, samples, mode, others, self.threshold)
 
-    def _set_taps(self, entry: TrackedModel) -> None:
+    def _set_read_points(self, entry: TrackedModel) -> None:
         """Observe layers where they are read; where that cannot be told, at their own outputs."""
         observer, model = entry.observer, entry.observer.model()
         wanted = self.observe_at == "reads" and entry.hooked and not entry.traced
@@ -421,9 +425,9 @@ class ActivationTracker:
         entry.traced = True
         try:
             with observer.paused(), torch.inference_mode(False):
-                quiet = quiet_copy(model)
+                quiet = copy_without_hooks(model)
                 call, axes = observer.calls[0].modes()[0], observer.axes
-                taps = trace_structure(quiet, call, trial=False, axes=axes).taps
+                read_points = trace_structure(quiet, call, trial=False, axes=axes).read_points
         except Exception as error:  # a model that cannot be copied or traced can still be observed
             first = str(error).splitlines()[0] if str(error) else ""
             observer.fallback = f"{type(error).__name__}: {first}"
@@ -433,16 +437,20 @@ class ActivationTracker:
             )  # fmt: skip
             return
         observer.fallback = ""
-        for site in observer.sites:
-            tap = taps.get(site.name)
-            if site.name not in entry.by_hand and tap != site.tap:
-                site.tap, site.leader, site.windows = tap, None, {}  # no window mixes two places
-        attach_sites(observer, model)
+        for point in observer.points:
+            read_point = read_points.get(point.name)
+            if point.name not in entry.by_hand and read_point != point.read_point:
+                point.read_point, point.shares_with, point.windows = (
+                    read_point,
+                    None,
+                    {},
+                )  # no window mixes two places
+        attach_points(observer, model)
 
     def _known(self, model: nn.Module) -> TrackedModel | None:
         return next((m for m in self.models if m.observer.model() is model), None)
 
-    def _register(self, entry: TrackedModel, site: Site) -> None:
-        assert site.neurons is not None
-        ids = self.registry.register(entry.name, site.name, site.neurons)
-        entry.layers[site.name] = ids
+    def _register(self, entry: TrackedModel, point: ObservationPoint) -> None:
+        assert point.neurons is not None
+        ids = self.registry.register(entry.name, point.name, point.neurons)
+        entry.layers[point.name] = ids

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from tracker.compensation import (
     CRITERIA,
+    ErrorCurve,
     Evidence,
-    Path,
     allocate,
     backward,
+    column_growth,
     compensate,
     explained_share,
     forward,
-    moments,
     path,
     residual,
     scores,
@@ -157,7 +157,7 @@ def test_criteria_give_one_score_per_unit() -> None:
 
 def test_moments() -> None:
     before, after = torch.tensor([[1.0, 0, 2]]), torch.tensor([[3.0, 1, 0]])
-    assert moments(before, after).tolist() == [3, 1, 1]
+    assert column_growth(before, after).tolist() == [3, 1, 1]
 
 
 @given(share=st.floats(0.1, 0.95), seed=st.integers(0, 10**6))
@@ -165,7 +165,9 @@ def test_moments() -> None:
 def test_allocation_meets_the_budget(share: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     sizes = [100, 256, 400]
-    paths = [Path(n, torch.rand(n - 1, generator=g).square().cumsum(0).tolist()) for n in sizes]
+    paths = [
+        ErrorCurve(n, torch.rand(n - 1, generator=g).square().cumsum(0).tolist()) for n in sizes
+    ]
 
     def cost(removed: list[int]) -> float:
         a, b, c = (n - r for n, r in zip(sizes, removed, strict=True))
@@ -178,8 +180,10 @@ def test_allocation_meets_the_budget(share: float, seed: int) -> None:
 
 
 def test_allocation_prefers_what_is_free_and_says_why_not() -> None:
-    free, dear = Path(10, [0.0] * 9), Path(10, [1.0 + i for i in range(9)])
+    free, dear = ErrorCurve(10, [0.0] * 9), ErrorCurve(10, [1.0 + i for i in range(9)])
     assert allocate([free, dear], lambda r: 20 - sum(r), 12) == [2, 10]
-    assert allocate([Path(64, [0.1 * i for i in range(63)], 8)], lambda r: 64 - r[0], 32) == [32]
+    assert allocate([ErrorCurve(64, [0.1 * i for i in range(63)], 8)], lambda r: 64 - r[0], 32) == [
+        32
+    ]
     with pytest.raises(SurgeryError, match="floor"):
         allocate([free, dear], lambda r: 20 - sum(r), 1)

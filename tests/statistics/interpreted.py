@@ -6,11 +6,11 @@ Run by test_fused.py in a process of its own, since Triton reads TRITON_INTERPRE
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import Tensor
 
+import oracle
 from tracker.statistics import Activity, ActivityStream, Scratch, stream
 from tracker.statistics.activity import M2, MEAN
 from tracker.statistics.native import fused, loading

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
+from tests.statistics import oracle
 from tracker.statistics import (
     Activity,
     ActivityStream,
@@ -240,7 +240,7 @@ def test_a_million_samples_in_constant_memory() -> None:
     engine = NeuronEngine()
     engine.track_model(model)
     engine.start_tracking(enable_correlation_analysis=True)
-    site = engine.tracker.current.observer.sites[0]
+    point = engine.tracker.current.observer.points[0]
     sizes, mean, m2, n = set(), np.zeros(8), np.zeros(8), 0
     with torch.no_grad():
         for _ in range(1000):
@@ -249,7 +249,7 @@ def test_a_million_samples_in_constant_memory() -> None:
             delta = y.mean(0) - mean
             m2 += ((y - y.mean(0)) ** 2).sum(0) + delta**2 * n * 1000 / (n + 1000)
             mean, n = mean + delta * 1000 / (n + 1000), n + 1000
-            window = site.windows[False]
+            window = point.windows[False]
             sizes.add(sum(t.numel() for t in held(window)))
     # The table, the batches that wait to be merged, the co-moments, and the staged rows.
     assert max(sizes) <= 8 * (9 + 16 * 7) + 2 * 8 * 8 + 2 * 8 + 512 * 32

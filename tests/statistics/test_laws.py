@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tracker.observation.consumer_inputs import Read, reslotted
+from tracker.observation.consumer_inputs import ConsumerInput, remapped
 from tracker.statistics import Activity, Covariance, Scratch, observe
 from tracker.utils.slotmap import SlotMap
 
@@ -109,14 +109,14 @@ def test_reslot_commutes_with_merge(kind: str, x: Tensor, y: Tensor, slots: Slot
     """Moving neurons before or after two windows are merged is the same."""
     of, _ = OF[kind]
     a, b = of(x), of(y)
-    close(a.reslot(slots).merge(b.reslot(slots)), a.merge(b).reslot(slots))
+    close(a.remap(slots).merge(b.remap(slots)), a.merge(b).remap(slots))
 
 
 @given(x=samples(), slots=slot_maps())
 @settings(deadline=None, max_examples=30)
 def test_reslot_keeps_what_survives(x: Tensor, slots: SlotMap) -> None:
     """A survivor has exactly its old statistics, a fresh neuron none."""
-    before, after = activity_of(x), activity_of(x).reslot(slots)
+    before, after = activity_of(x), activity_of(x).remap(slots)
     for new, old in enumerate(slots.source):
         expected = Activity.empty(1).table[:, 0] if old is None else before.table[:, old]
         assert torch.equal(after.table[:, new], expected)
@@ -129,13 +129,13 @@ def test_moves_made_later_are_those_made_at_once(
 ) -> None:
     """Whether it is asked for in between or not; what consumers share they go on sharing."""
     own = Covariance.of(x)
-    reads = {name: Read(1, own) for name in ("a", "b")}
+    reads = {name: ConsumerInput(1, own) for name in ("a", "b")}
     for step in range(data.draw(st.integers(1, 6))):
         size = len(own.mean)
         order = data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))]
         slots = SlotMap((*order, *[None] * data.draw(st.integers(0, 2))))
-        own = own.reslot(slots)
-        reads = reslotted(reads, {name: {1: slots} for name in reads})
+        own = own.remap(slots)
+        reads = remapped(reads, {name: {1: slots} for name in reads})
         if step in asked:
             close(reads["a"].covariance, own)
     found = reads["a"].covariance
@@ -152,7 +152,7 @@ def test_moves_made_later_are_those_made_at_once(
 @settings(deadline=None, max_examples=40)
 def test_a_fresh_neuron_has_no_correlation_with_old_ones(x: Tensor) -> None:
     """It has not seen the same stream; fresh ones among themselves have."""
-    grown = Covariance.of(x[:, :4]).reslot(SlotMap.appending(4, 2)).merge(Covariance.of(x.flip(0)))
+    grown = Covariance.of(x[:, :4]).remap(SlotMap.appending(4, 2)).merge(Covariance.of(x.flip(0)))
     r = grown.correlation()
     if len(x):
         assert r[:4, 4:].isnan().all()

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
+from tests.statistics import oracle
 from tracker.statistics import (
     Activity,
     ActivityStream,
@@ -194,7 +194,7 @@ def test_what_was_read_does_not_change_any_more() -> None:
     layer.add(torch.randn(10, 4), 1, Scratch())
     first = layer.value()
     kept = first.table.clone()
-    resumed, moved = ActivityStream.resumed(first, 0.01), layer.reslot(SlotMap((2, 0, None)))
+    resumed, moved = ActivityStream.resumed(first, 0.01), layer.remap(SlotMap((2, 0, None)))
     for each, width in ((layer, 4), (resumed, 4), (moved, 3)):
         each.add(torch.randn(10, width), 1, Scratch())
     assert torch.equal(first.table, kept)

@@ -15,7 +15,11 @@ from tracker import NeuronEngine, StructureError, VerificationError
 from tracker.inputs.calls import arguments
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trials.float64_mode import _WIDER, Float64Code
-from tracker.structure.trials.temporary_copies import InFloat64, light_copy, relative_difference
+from tracker.structure.trials.temporary_copies import (
+    InFloat64,
+    copy_sharing_storage,
+    relative_difference,
+)
 from tracker.surgery import transaction
 
 
@@ -105,7 +109,7 @@ def built(
 @pytest.mark.parametrize("kind", KINDS)
 def test_code_that_names_dtypes_runs_as_if_it_named_none(kind: type[Casting]) -> None:
     model, x = built(kind)
-    found = InFloat64(light_copy(model)).run(arguments(x))
+    found = InFloat64(copy_sharing_storage(model)).run(arguments(x))
     free = copy.deepcopy(model).double()
     free.free = True
     with torch.no_grad():
@@ -168,7 +172,7 @@ def test_bits_of_numbers_are_not_read_as_those_of_others() -> None:
         torch.ones(3).view(torch.int32)
     model, x = built(Bits)
     with pytest.raises(StructureError, match="bits of numbers"):
-        InFloat64(light_copy(model)).run(arguments(x))
+        InFloat64(copy_sharing_storage(model)).run(arguments(x))
 
 
 def test_where_float64_cannot_be_the_tolerance_is_said() -> None:

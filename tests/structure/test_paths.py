@@ -252,7 +252,7 @@ def test_rows_that_no_call_reached_are_no_units(length: int) -> None:
     structure = engine.structure
     assert not any(("pos", 1) in group.roles for group in structure.groups)
     why = next(f.reason for f in structure.frozen if (f.tensor, f.dim) == ("pos", 1))
-    assert length == 1 or "met by values that cannot die" in why or "8 to 63" in why
+    assert length == 1 or "combined with values of a fixed size" in why or "8 to 63" in why
     engine.compress(keep=0.6, progress=False)
     model(torch.randint(0, 11, (2, 64)))
 

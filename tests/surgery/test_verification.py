@@ -18,7 +18,7 @@ from tracker.structure.structure import trace_structure
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trials.float64_mode import TOLERANCE, Precision
 from tracker.structure.trials.op_stream import Stream, differing
-from tracker.structure.trials.temporary_copies import InFloat64, light_copy
+from tracker.structure.trials.temporary_copies import InFloat64, copy_sharing_storage
 from tracker.surgery import transaction
 
 
@@ -93,7 +93,7 @@ def test_each_fault_is_caught_by_the_check_that_can_see_it(name: str, blind: boo
         with torch.no_grad():
             model.out.weight.zero_()
     choice = [(group, units)]
-    bench, inputs = InFloat64(light_copy(model)), arguments(x)
+    bench, inputs = InFloat64(copy_sharing_storage(model)), arguments(x)
     before, after = Stream(bench.model), Stream(bench.model)
     with plain_kernels(), torch.no_grad():
         with bench.removed(choice, {}):

@@ -149,7 +149,7 @@ def test_twins_are_folded_and_the_function_stays() -> None:
 @pytest.mark.parametrize("name", ["mlp", "conv", "residual"])
 def test_the_predicted_error_of_merging_is_the_one_that_comes(name: str) -> None:
     """tr(W E[r rᵀ] Wᵀ) of all pairs together, measured at what the consumers put out."""
-    from tracker.training.candidates import Prices, candidates
+    from tracker.training.candidates import CostModel, candidates
 
     model, _, engine, x = prepared(name)
     model.eval()
@@ -158,7 +158,7 @@ def test_the_predicted_error_of_merging_is_the_one_that_comes(name: str) -> None
     found = candidates(
         engine.tracker,
         Policy(merge=True, floor=1, gradients=False),
-        Prices({}, 0.0),
+        CostModel({}, 0.0),
         engine.correlation_threshold,
     )
     one = next(c for c in found if len(c.pairs) > 2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tracker
-from tests.journal.runs import fresh
+from tests.checkpoint.runs import fresh
 from tests.surgery.subjects import train
 from tracker import Candidate, NeuronEngine, Phases, Policy, Requests, Size
 from tracker.errors import CheckpointError, SurgeryError

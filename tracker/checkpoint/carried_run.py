@@ -88,7 +88,7 @@ class CarriedRun:
                     entry.detach()  # nothing has to be waited for at the model's door
             seen = {k: t for k, t in self.tables.items() if k.startswith("run/")}
             look = {k: t for k, t in self.tables.items() if k.startswith("look.")}
-            run.go_on(self.facts["run"], restore_seen(session.tracker, seen), look)
+            run.restore_state(self.facts["run"], restore_seen(session.tracker, seen), look)
             session.tracker.registry.skip_to(min(operator.index(self.facts["next_id"]), MOST_IDS))
             _place_states(session, self.facts["optimizers"])
             _place_verdict(session, run, self)
@@ -98,7 +98,7 @@ def pack_run(session: Session) -> Tensor:
     """The run of a session as bytes: (n,) of uint8."""
     run: SelfModification = session.run
     model, observer = session.entry.model(), session.entry.observer
-    data, reads, tables = run.gather()
+    data, reads, tables = run.dump_state()
     inputs, places = gather_inputs(observer.inputs)
     calls = None if places is None else gather_calls(observer.given, model, inputs)
     optimizers = unwrapped(session.optimizers)

@@ -106,7 +106,7 @@ def place(draft: Path, target: Path) -> None:
 
 
 def _placed(draft: Path, target: Path) -> bool:
-    if is_free(target):
+    if is_usable_target(target):
         try:
             if os.name == "nt" and target.exists():
                 target.rmdir()
@@ -213,7 +213,7 @@ def require_ours(target: Path) -> None:
     """
     for _ in range(LOOKS):
         with contextlib.suppress(FileNotFoundError):
-            if is_free(target) or is_ours(target):
+            if is_usable_target(target) or is_ours(target):
                 return
         time.sleep(0.002)  # where there are no locks, another writer may have moved it meanwhile
     raise CheckpointError(
@@ -222,7 +222,7 @@ def require_ours(target: Path) -> None:
     )
 
 
-def is_free(target: Path) -> bool:
+def is_usable_target(target: Path) -> bool:
     """Whether there is nothing, or an empty directory."""
     if target.is_symlink():
         return False

@@ -144,26 +144,26 @@ class StateCheck:
             tiny = nn.Parameter(torch.zeros(sizes, dtype=like.dtype, device=like.device))
             problem = ""
             for sparse in (False, True):
-                twin = copy.copy(self._optimizer)
-                vars(twin).update(vars(self._optimizer))
-                hooks: Any = twin
+                meta_model = copy.copy(self._optimizer)
+                vars(meta_model).update(vars(self._optimizer))
+                hooks: Any = meta_model
                 hooks._optimizer_step_pre_hooks = OrderedDict()
                 hooks._optimizer_step_post_hooks = OrderedDict()
-                twin.state = defaultdict(dict)
+                meta_model.state = defaultdict(dict)
                 if state:
-                    twin.state[tiny] = {
+                    meta_model.state[tiny] = {
                         k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
                     }
-                twin.param_groups = [{**options, "params": [tiny]}]
+                meta_model.param_groups = [{**options, "params": [tiny]}]
                 tiny.grad = (
                     torch.full_like(tiny, 0.5).to_sparse() if sparse else torch.full_like(tiny, 0.5)
                 )
                 try:
-                    twin.step()
+                    meta_model.step()
                 except Exception as error:
                     problem = problem or f"{type(error).__name__}: {error}"
                 else:
-                    return dict(twin.state[tiny]), ""
+                    return dict(meta_model.state[tiny]), ""
             return None, problem
 
 

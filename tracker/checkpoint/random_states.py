@@ -28,7 +28,7 @@ def gather_noise() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return noise, facts
 
 
-def restorer(tables: Mapping[str, Tensor], facts: Any) -> Callable[[], None]:
+def rng_restorer(tables: Mapping[str, Tensor], facts: Any) -> Callable[[], None]:
     """Check such states; what is returned sets them.
 
     Raises:
@@ -62,6 +62,6 @@ def restorer(tables: Mapping[str, Tensor], facts: Any) -> Callable[[], None]:
     return restore
 
 
-def here() -> Callable[[], None]:
+def rng_snapshot() -> Callable[[], None]:
     """What sets the generators back to where they are now."""
-    return restorer(*gather_noise())
+    return rng_restorer(*gather_noise())

@@ -20,9 +20,9 @@ from tracker.checkpoint import run_state
 from tracker.checkpoint.carried_run import MOST_IDS, pack_run, unpack_run
 from tracker.checkpoint.checkpoint_files import read_checkpoint, write_checkpoint
 from tracker.checkpoint.optimizer_states import check_ownership, load_optimizers
-from tracker.checkpoint.random_states import here, restorer
+from tracker.checkpoint.random_states import rng_restorer, rng_snapshot
 from tracker.errors import CheckpointError, StatisticsError
-from tracker.journal import Entry, become, twin_after
+from tracker.journal import Entry, load_architecture, meta_model_after
 from tracker.journal.state_dict_hooks import carry
 from tracker.modules.layers import find_layers, unwrap
 from tracker.parts.attachments import Attachments
@@ -198,8 +198,8 @@ class Recorder:
     ) -> None:
         for part in _parts(entries):
             # What the journal claims was held against the state dict before.
-            twin = twin_after(model, part, math.inf)
-            become(model, twin, {}, part, log, optimizers)
+            meta_model = meta_model_after(model, part, math.inf)
+            load_architecture(model, meta_model, {}, part, log, optimizers)
             for entry in part:
                 self._move_ids(entry, log)
 
@@ -215,11 +215,11 @@ class Recorder:
         # Ids of changes that were undone in between are not given again.
         tracker.registry.skip_to(min([*entry.added_ids, MOST_IDS]) if entry.added_ids else 0)
         layers = {name: runs.slots() for name, runs in entry.layers.items()}
-        tracker.reslot(layers, {}, entry.reason, log.add)
+        tracker.remap(layers, {}, entry.reason, log.add)
         reads, tracker.current.reads = tracker.current.reads, {}
         log.add(lambda: setattr(tracker.current, "reads", reads))
         if entry.modules:
-            tracker.resite(entry.reason, log.add)
+            tracker.sync_layers(entry.reason, log.add)
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> Path:
         """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.
@@ -238,13 +238,13 @@ class Recorder:
             "observe": self._tracker.observe_at,
         }
         run = self._run
-        content = run_state.gather(
+        content = run_state.dump_state(
             self._tracker,
             unwrapped(self._sessions.current.optimizers),
             self._sessions.history,
             self._sessions.current.journal,
             settings,
-            (None, {}, {}) if run is None else run.gather(),
+            (None, {}, {}) if run is None else run.dump_state(),
         )
         return write_checkpoint(path, content)
 
@@ -282,13 +282,13 @@ def load_engine(
     model = unwrap(fresh_model)
     with _all_or_nothing(path) as log:
         facts = content.texts["engine"]
-        noise = restorer(content.tensors["random"], facts["random"])
+        noise = rng_restorer(content.tensors["random"], facts["random"])
         plain = unwrapped(optimizers)
         check_ownership(model, plain)
         journal = run_state.load_model(model, content, log)
         load_optimizers(model, plain, content.tensors["optimizer"], facts["optimizers"], log)
         engine = make(**facts["settings"])
-        log.add(engine.tracker.let_go)
+        log.add(engine.tracker.release)
         run_state.require_ids(journal, facts["registry"])
         history, seen = run_state.load_tracker(engine.tracker, model, content)
         if facts["run"] is not None:
@@ -298,7 +298,7 @@ def load_engine(
             log.add(engine.trainer.stop_self_modification)
             tables = content.tensors["statistics"]
             look = {name: t for name, t in tables.items() if name.startswith("look.")}
-            run.go_on(facts["run"], seen, look)
+            run.restore_state(facts["run"], seen, look)
     engine.attachments.attach_optimizer(*optimizers)
     session = engine.sessions.current
     session.journal = journal
@@ -347,7 +347,7 @@ def apply_journal(fresh_model: nn.Module, path: PathLike) -> nn.Module:
 @contextmanager
 def _all_or_nothing(path: PathLike) -> Iterator[UndoLog]:
     """On any error inside, what the log knows and the random states are as they were, and it is a CheckpointError."""
-    log, noise = UndoLog(), here()
+    log, noise = UndoLog(), rng_snapshot()
     try:
         with torch.inference_mode(False):
             yield log

@@ -15,12 +15,12 @@ from tracker.checkpoint.optimizer_states import gather_optimizers
 from tracker.checkpoint.random_states import gather_noise
 from tracker.errors import CheckpointError, TrackerError
 from tracker.inputs.serialized import calls_from, gather_calls, gather_inputs, inputs_from
-from tracker.journal import Journal, become, lasting, twin_after
-from tracker.observation.consumer_inputs import Read, Sensitivity
-from tracker.observation.hooks import Site, Window
+from tracker.journal import Journal, load_architecture, meta_model_after, persistent_tensors
+from tracker.observation.consumer_inputs import ConsumerInput, Sensitivity
+from tracker.observation.hooks import LayerStatistics, ObservationPoint
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
 from tracker.statistics.activity import MEAN, ROWS
-from tracker.structure import Tap
+from tracker.structure import ReadPoint
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.surgery.undo import UndoLog
 from tracker.tracker import ActivationTracker, TrackedModel
@@ -30,13 +30,17 @@ BENT = "curvature*"  # and the dimension of the weight along its outputs
 PASSING = "passing/"  # buffers that are in no state dict
 
 
-def gather(
+def dump_state(
     tracker: ActivationTracker,
     optimizers: Sequence[Optimizer],
     history: TrainingHistory,
     journal: Journal,
     settings: Mapping[str, Any],
-    run: tuple[Mapping[str, Any] | None, Mapping[str, Read], Mapping[str, Tensor]] = (None, {}, {}),
+    run: tuple[Mapping[str, Any] | None, Mapping[str, ConsumerInput], Mapping[str, Tensor]] = (
+        None,
+        {},
+        {},
+    ),
 ) -> Checkpoint:
     """All of it, as tables of tensors and plain data. run: of one that modifies itself, and what it observed."""
     entry = tracker.current
@@ -49,7 +53,7 @@ def gather(
         "name": entry.name,
         "settings": dict(settings),
         "registry": tracker.registry.to_dict(entry.layers),
-        "sites": {site.name: _facts(site) for site in observer.sites},
+        "sites": {point.name: _facts(point) for point in observer.points},
         "by_hand": sorted(entry.by_hand),
         "batch_dim": observer.batch_dim,
         "hooked": entry.hooked,
@@ -96,9 +100,11 @@ def load_model(model: nn.Module, content: Checkpoint, log: UndoLog) -> Journal:
         CheckpointError: It is not the model that was saved.
     """
     journal = Journal.from_dict(content.texts["journal"])
-    twin = twin_after(model, journal, sum(t.numel() for t in content.tensors["model"].values()))
-    values = _values(twin, content)
-    become(model, twin, values, journal, log)
+    meta_model = meta_model_after(
+        model, journal, sum(t.numel() for t in content.tensors["model"].values())
+    )
+    values = _values(meta_model, content)
+    load_architecture(model, meta_model, values, journal, log)
     modules = dict(model.named_modules())
     parameters = list(model.named_parameters())
     flags = {name: module.training for name, module in modules.items()}
@@ -120,7 +126,7 @@ def load_model(model: nn.Module, content: Checkpoint, log: UndoLog) -> Journal:
     return journal
 
 
-def _values(twin: nn.Module, content: Checkpoint) -> dict[str, Tensor]:
+def _values(meta_model: nn.Module, content: Checkpoint) -> dict[str, Tensor]:
     """The saved tensors under all their names, once they are found to be those of the twin."""
     saved = {n: t for n, t in content.tensors["model"].items() if not n.startswith(PASSING)}
     aliases = _part(content, "aliases", dict)
@@ -128,7 +134,7 @@ def _values(twin: nn.Module, content: Checkpoint) -> dict[str, Tensor]:
         if target not in content.tensors["model"] or name in saved:
             raise CheckpointError(f"{name} is said to be {target!r}, which is not there.")
         saved[name] = content.tensors["model"][target]
-    own = lasting(twin)
+    own = persistent_tensors(meta_model)
     if set(own) != set(saved):
         odd = sorted(set(own) ^ set(saved))
         raise CheckpointError(
@@ -148,7 +154,7 @@ def _values(twin: nn.Module, content: Checkpoint) -> dict[str, Tensor]:
                 f"{aliases.get(name, 'nothing')}, or the other way round."
             )
     # Caches of a forward pass: those of the same shape; others will be made again.
-    for name, tensor in tensors(twin).items():
+    for name, tensor in tensors(meta_model).items():
         value = content.tensors["model"].get(PASSING + name)
         if value is not None and name not in own and value.shape == tensor.shape:
             saved[name] = value.to(tensor.dtype)
@@ -197,21 +203,21 @@ def require_ids(journal: Journal, registry: Mapping[str, Any]) -> None:
 
 def load_tracker(
     tracker: ActivationTracker, model: nn.Module, content: Checkpoint
-) -> tuple[TrainingHistory | None, dict[str, Read]]:
+) -> tuple[TrainingHistory | None, dict[str, ConsumerInput]]:
     """Track a model, and give the tracker back its ids and statistics; its history, and what a run had observed.
 
     Raises:
         CheckpointError: They do not fit the model.
     """
-    facts, sites = content.texts["engine"], _part(content, "sites", dict)
+    facts, points = content.texts["engine"], _part(content, "sites", dict)
     try:
-        axes = {name: _whole(sites[name]["axis"]) for name in facts["by_hand"]}
+        axes = {name: _whole(points[name]["axis"]) for name in facts["by_hand"]}
         entry = tracker.track(model, str(facts["name"]), None, axes, _whole(facts["batch_dim"]))
         observer = entry.observer
-        if {site.name for site in observer.sites} != set(sites):
+        if {point.name for point in observer.points} != set(points):
             raise ValueError("it observed other layers than the model has")
-        for site in observer.sites:
-            _place(site, sites[site.name], model)
+        for point in observer.points:
+            _place(point, points[point.name], model)
         _give_ids(tracker, entry, facts["registry"])
         tables = content.tensors["statistics"]
         observer.inputs = inputs_from(tables, facts["inputs"])
@@ -242,24 +248,26 @@ def load_tracker(
         ) from error
 
 
-def _place(site: Site, facts: Mapping[str, Any], model: nn.Module) -> None:
+def _place(point: ObservationPoint, facts: Mapping[str, Any], model: nn.Module) -> None:
     neurons, axis = facts["neurons"], facts["axis"]
     if neurons is not None:
         neurons, axis = _whole(neurons), _whole(axis)
-        if site.neurons not in (None, neurons):
-            raise ValueError(f"{site.name} has {site.neurons} neurons, and not {neurons}")
-        site.neurons, site.axis = neurons, axis
+        if point.neurons not in (None, neurons):
+            raise ValueError(f"{point.name} has {point.neurons} neurons, and not {neurons}")
+        point.neurons, point.axis = neurons, axis
     if facts["tap"] is not None:
         module, along, positions, reader = facts["tap"]
         model.get_submodule(module), model.get_submodule(reader)
-        site.tap = Tap(module, _whole(along), _whole(positions), reader)
-    site.is_output, site.stopped = bool(facts["is_output"]), bool(facts["stopped"])
-    site.problem = str(facts["problem"])
+        point.read_point = ReadPoint(module, _whole(along), _whole(positions), reader)
+    point.is_output, point.stopped = bool(facts["is_output"]), bool(facts["stopped"])
+    point.problem = str(facts["problem"])
 
 
 def _give_ids(tracker: ActivationTracker, entry: TrackedModel, data: Mapping[str, Any]) -> None:
     layers = tracker.registry.restore_from(data, entry.name)
-    widths = {site.name: site.neurons for site in entry.observer.sites if site.neurons is not None}
+    widths = {
+        point.name: point.neurons for point in entry.observer.points if point.neurons is not None
+    }
     if {name: len(layer.ids) for name, layer in layers.items()} != widths:
         raise ValueError("layers have other widths")
     entry.layers = layers
@@ -287,7 +295,7 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     weights: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    own = lasting(model)
+    own = persistent_tensors(model)
     for name, tensor in own.items():
         if (target := first.setdefault(id(tensor), name)) != name:
             aliases[name] = target
@@ -299,15 +307,17 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, aliases
 
 
-def _facts(site: Site) -> dict[str, Any]:
-    tap = site.tap
+def _facts(point: ObservationPoint) -> dict[str, Any]:
+    read_point = point.read_point
     return {
-        "neurons": site.neurons,
-        "axis": site.axis,
-        "tap": None if tap is None else [tap.module, tap.axis, tap.positions, tap.reader],
-        "is_output": site.is_output,
-        "problem": site.problem,
-        "stopped": site.stopped,
+        "neurons": point.neurons,
+        "axis": point.axis,
+        "tap": None
+        if read_point is None
+        else [read_point.module, read_point.axis, read_point.positions, read_point.reader],
+        "is_output": point.is_output,
+        "problem": point.problem,
+        "stopped": point.stopped,
     }
 
 
@@ -322,30 +332,30 @@ def _part(content: Checkpoint, key: str, kind: type) -> Any:
 def _seen(tracker: ActivationTracker) -> dict[str, Tensor]:
     """Statistics of the window, and what consumers were seen to read."""
     found: dict[str, Tensor] = {}
-    for site in tracker.current.observer.sites:
+    for point in tracker.current.observer.points:
         for mode, flag in MODES.items():
-            window = None if site.leader is not None else site.windows.get(flag)
+            window = None if point.shares_with is not None else point.windows.get(flag)
             if window is not None:
-                found[f"activity/{mode}/{site.name}"] = window.activity.value().table
+                found[f"activity/{mode}/{point.name}"] = window.activity.value().table
                 if window.covariance is not None:
                     found.update(
-                        _parts(f"covariance/{mode}/{site.name}", window.covariance.value())
+                        _parts(f"covariance/{mode}/{point.name}", window.covariance.value())
                     )
     return found | reads_tables("read", tracker.current.reads)
 
 
-def reads_tables(kind: str, reads: Mapping[str, Read]) -> dict[str, Tensor]:
+def reads_tables(kind: str, reads: Mapping[str, ConsumerInput]) -> dict[str, Tensor]:
     """What consumers read, as tensors that `restore_seen` takes; `kind` begins their names."""
     found: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, read in reads.items():
-        parts = _parts(f"{kind}/{read.dim}*{read.taps}/{name}", read.covariance)
+        parts = _parts(f"{kind}/{read.dim}*{read.kernel_positions}/{name}", read.covariance)
         if id(read.covariance) in written:  # what consumers share is written for each
             parts = {key: value.clone() for key, value in parts.items()}
         written.add(id(read.covariance))
         found.update(parts)
         if read.loss is not None:
-            key = f"{kind}/{read.dim}*{read.taps}/{name}"
+            key = f"{kind}/{read.dim}*{read.kernel_positions}/{name}"
             found[f"{key}/{BENT}{read.loss.across}"] = read.loss.curvature
             if read.loss.slope is not None:
                 found[f"{key}/slope"] = read.loss.slope
@@ -360,34 +370,36 @@ def _parts(key: str, value: Covariance) -> dict[str, Tensor]:
     }
 
 
-def restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> dict[str, Read]:
+def restore_seen(
+    tracker: ActivationTracker, tables: Mapping[str, Tensor]
+) -> dict[str, ConsumerInput]:
     """Give the statistics back; what a run had observed is returned."""
     entry = tracker.current
-    reads: dict[str, dict[str, Read]] = {"read": entry.reads, "run": {}}
+    reads: dict[str, dict[str, ConsumerInput]] = {"read": entry.reads, "run": {}}
     model = entry.model()
-    sites = {site.name: site for site in entry.observer.sites}
+    points = {point.name: point for point in entry.observer.points}
     whole: dict[str, dict[str, Tensor]] = {}
     for key, value in tables.items():
         if key.startswith(("input.", "look.")):
             continue
         kind, mode, rest = key.split("/", 2)
         if kind == "activity":
-            site = sites[rest]
-            _require_table(value, torch.float64, (ROWS, site.neurons), f"statistics of {rest}")
+            point = points[rest]
+            _require_table(value, torch.float64, (ROWS, point.neurons), f"statistics of {rest}")
             _require_counts(value[:MEAN], rest)
             stream = ActivityStream.resumed(Activity(value.clone()), tracker.threshold)
-            site.windows[MODES[mode]] = Window(stream, None)
+            point.windows[MODES[mode]] = LayerStatistics(stream, None)
         else:
             name, _, part = rest.rpartition("/")
             whole.setdefault(f"{kind}/{mode}/{name}", {})[part] = value.clone()
     for key, parts in whole.items():
         kind, mode, name = key.split("/", 2)
         covariance = Covariance(parts["count"], parts["mean"], parts["comoment"])
-        dim, _, taps = mode.partition("*")
+        dim, _, kernel_positions = mode.partition("*")
         width = (
-            tensors(model)[name].shape[int(dim)] * int(taps)
+            tensors(model)[name].shape[int(dim)] * int(kernel_positions)
             if kind in ("read", "run")
-            else sites[name].neurons
+            else points[name].neurons
         )
         what = f"the covariance of {name}"
         _require_table(covariance.count, torch.int64, (width,), what)
@@ -396,9 +408,9 @@ def restore_seen(tracker: ActivationTracker, tables: Mapping[str, Tensor]) -> di
         _require_counts(covariance.count, name)
         if kind in ("read", "run"):
             loss = _sensitivity(parts, tensors(model)[name].shape, width or 0, name)
-            reads[kind][name] = Read(int(dim), covariance, int(taps), loss)
+            reads[kind][name] = ConsumerInput(int(dim), covariance, int(kernel_positions), loss)
         else:
-            sites[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
+            points[name].windows[MODES[mode]].covariance = CovarianceStream.resumed(covariance)
     return reads["run"]
 
 

@@ -1,6 +1,6 @@
 """What to remove, and how the rest makes up for it: numbers in, numbers out."""
 
-from tracker.compensation.allocate import Path, allocate
+from tracker.compensation.allocate import ErrorCurve, allocate
 from tracker.compensation.criteria import CRITERIA, Evidence, criterion, lowest, scores
 from tracker.compensation.select import (
     Selection,
@@ -11,12 +11,18 @@ from tracker.compensation.select import (
     select,
 )
 from tracker.compensation.slope import slope_along
-from tracker.compensation.solve import Solution, compensate, explained_share, moments, residual
+from tracker.compensation.solve import (
+    Solution,
+    column_growth,
+    compensate,
+    explained_share,
+    residual,
+)
 
 __all__ = [
     "CRITERIA",
     "Evidence",
-    "Path",
+    "ErrorCurve",
     "Selection",
     "Solution",
     "allocate",
@@ -27,7 +33,7 @@ __all__ = [
     "explained_units",
     "forward",
     "lowest",
-    "moments",
+    "column_growth",
     "path",
     "residual",
     "scores",

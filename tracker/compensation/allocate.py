@@ -13,7 +13,7 @@ STOPS = 128  # widths of a group that are priced; the last step is refined to si
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class ErrorCurve:
     """What a group loses as it shrinks.
 
     units:    how many it has
@@ -33,7 +33,7 @@ class Path:
 
 
 def allocate(
-    paths: Sequence[Path],
+    paths: Sequence[ErrorCurve],
     cost: Callable[[list[int]], float],
     budget: float,
     *,
@@ -87,7 +87,7 @@ def allocate(
 
 
 def _refined(
-    paths: Sequence[Path],
+    paths: Sequence[ErrorCurve],
     stops: Sequence[list[int]],
     before: list[int],
     first: int,
@@ -111,7 +111,7 @@ def _refined(
     return min(found)[2]
 
 
-def _hull(path: Path, stops: list[int]) -> list[tuple[int, float]]:
+def _hull(path: ErrorCurve, stops: list[int]) -> list[tuple[int, float]]:
     """Lower convex hull of (removed, error) over at most STOPS of the allowed stops."""
     stride = -(-len(stops) // STOPS)
     hull: list[tuple[int, float]] = []

@@ -55,7 +55,7 @@ class Elimination:
         for j in self.slots[at][~self.pad[at]].tolist():
             self._column(j)
 
-    def settle(self, alive: Tensor) -> Tensor:
+    def flush_block(self, alive: Tensor) -> Tensor:
         """Multiply a full block out; forget the dead units when there are many. Returns the new `alive`."""
         if self.used < self.block:
             return alive

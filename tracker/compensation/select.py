@@ -223,7 +223,7 @@ def _greedy(
     alive, found, prices, total = ~taken, list[int](), list[float](), 0.0
     start = state.hb.diagonal(dim1=1, dim2=2).amin(1)
     for _ in range(steps):
-        alive = state.settle(alive)
+        alive = state.flush_block(alive)
         price = sign * (state.scores() - penalty[state.units])
         if sign < 0:  # nothing left of it: its score is noise over noise
             spent = state.hb.diagonal(dim1=1, dim2=2).amin(1) <= 1e-10 * start[state.units]

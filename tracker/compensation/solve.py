@@ -57,7 +57,7 @@ def compensate(
     """Least squares of the removed columns on the kept ones (with an intercept if there is a bias to hold it).
 
     covariance: (n, n); mean: (n,); weight: (m, n); bias: (m,). A convolution's weight (O, n, kh, kw) is handed in as
-    (O·kh·kw, n), its bias shift summed over the taps by the caller.
+    (O·kh·kw, n), its bias shift summed over the kernel positions by the caller.
     Columns that the kept ones explain exactly get exact coefficients; a ridge would bias them.
     """
     mean = mean.double()
@@ -127,7 +127,7 @@ def explained_share(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
     return share
 
 
-def moments(before: Tensor, after: Tensor) -> Tensor:
+def column_growth(before: Tensor, after: Tensor) -> Tensor:
     """Growth of each kept column of the consumers' weights, ‖after_j‖/‖before_j‖: (k,); 1 where one is zero.
 
     Gradients of the producers grow by it: first moments are to be scaled by it, second ones by its square.

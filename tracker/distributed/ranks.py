@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tracker.errors import SurgeryError, VerificationError
-from tracker.observation.consumer_inputs import Read
-from tracker.observation.hooks import Observer, Window
+from tracker.observation.consumer_inputs import ConsumerInput
+from tracker.observation.hooks import LayerStatistics, Observer
 from tracker.statistics import Activity, ActivityStream, Covariance, CovarianceStream
 from tracker.statistics.activity import ROWS
 from tracker.surgery.optimizer_state.moments import unwrapped
@@ -59,7 +59,7 @@ class Ranks:
             for part, size in zip(self._gather(padded), sizes, strict=True)
         ]
 
-    def of_first(self, value: Any) -> Any:
+    def broadcast_value(self, value: Any) -> Any:
         """What the first rank has, of plain data."""
         return json.loads(self.texts(json.dumps(value) if self.rank == 0 else "")[0])
 
@@ -106,7 +106,7 @@ class Ranks:
         found = found[~found.isnan()]
         return float(found.mean()) if len(found) else float("nan")
 
-    def agree(self, plan: Plan) -> None:
+    def sync_plan(self, plan: Plan) -> None:
         """Compare what the ranks are about to do, and take the first rank's numbers.
 
         Raises:
@@ -140,9 +140,9 @@ class Ranks:
 
     def merge_windows(self, observer: Observer) -> None:
         """Give each rank the statistics of all: counts, moments and extremes of layers, and their correlation."""
-        sites = [s for s in observer.sites if s.leader is None]
-        widths = [[float(s.neurons or 0)] for s in sites]
-        held = [[float(_covered(s.windows.get(mode))) for mode in MODES] for s in sites]
+        points = [s for s in observer.points if s.shares_with is None]
+        widths = [[float(s.neurons or 0)] for s in points]
+        held = [[float(_covered(s.windows.get(mode))) for mode in MODES] for s in points]
         samples = [[float(observer.samples.get(mode, 0)) for mode in MODES]]
         facts = torch.tensor(
             [*(w + h for w, h in zip(widths, held, strict=True)), [0.0, *samples[0]]]
@@ -153,19 +153,19 @@ class Ranks:
             for i, m in enumerate(MODES)
             if every[:, -1, 1 + i].any()
         }
-        for i, site in enumerate(sites):
-            if not site.neurons or not every[:, i, 0].all():
+        for i, point in enumerate(points):
+            if not point.neurons or not every[:, i, 0].all():
                 continue  # of a custom layer that some rank has not seen yet
             for j, mode in enumerate(MODES):
                 most = int(every[:, i, 1 + j].max())
                 if most:
-                    own = site.windows.get(mode)
-                    site.windows[mode] = self._window(
-                        own, site.neurons, most > 1, observer.threshold
+                    own = point.windows.get(mode)
+                    point.windows[mode] = self._window(
+                        own, point.neurons, most > 1, observer.threshold
                     )
         observer.version += 1
 
-    def merge_reads(self, reads: Mapping[str, Read]) -> dict[str, Read]:
+    def merge_reads(self, reads: Mapping[str, ConsumerInput]) -> dict[str, ConsumerInput]:
         """What the consumers of all ranks read, by their weights' names."""
         names = sorted(
             {n for text in self.texts(json.dumps(sorted(reads))) for n in json.loads(text)}
@@ -174,11 +174,13 @@ class Ranks:
         for name in names:
             own = reads.get(name)
             facts = torch.tensor(
-                [0, 0, 0] if own is None else [len(own.covariance.mean), own.dim, own.taps]
+                [0, 0, 0]
+                if own is None
+                else [len(own.covariance.mean), own.dim, own.kernel_positions]
             )
-            width, dim, taps = torch.stack(self._gather(facts)).max(0).values.tolist()
+            width, dim, kernel_positions = torch.stack(self._gather(facts)).max(0).values.tolist()
             covariance = None if own is None else own.covariance
-            merged[name] = Read(dim, self._covariance(covariance, width), taps)
+            merged[name] = ConsumerInput(dim, self._covariance(covariance, width), kernel_positions)
         return merged
 
     def sums(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,16 +193,18 @@ class Ranks:
         return found
 
     def _window(
-        self, own: Window | None, neurons: int, correlated: bool, threshold: float
-    ) -> Window:
+        self, own: LayerStatistics | None, neurons: int, correlated: bool, threshold: float
+    ) -> LayerStatistics:
         value = Activity.empty(neurons) if own is None else own.activity.value()
         tables = torch.stack(self._gather(value.table.cpu()), 1)
         assert tables.shape == (ROWS, self.size, neurons)
         activity = ActivityStream.resumed(Activity.fold(tables, dim=1), threshold)
         if not correlated:
-            return Window(activity, None)
+            return LayerStatistics(activity, None)
         covariance = None if own is None or own.covariance is None else own.covariance.value()
-        return Window(activity, CovarianceStream.resumed(self._covariance(covariance, neurons)))
+        return LayerStatistics(
+            activity, CovarianceStream.resumed(self._covariance(covariance, neurons))
+        )
 
     def _covariance(self, own: Covariance | None, width: int) -> Covariance:
         """Σ of all ranks' co-moments, each with its mean's distance from the whole's (Chan et al., 1983, pairwise)."""
@@ -252,7 +256,7 @@ def renew(wrapper: DistributedDataParallel) -> DistributedDataParallel:
     }
     module, watched = (
         wrapper.module,
-        any(isinstance(h, Stale) for h in wrapper._forward_pre_hooks.values()),
+        any(isinstance(h, StaleWrapperGuard) for h in wrapper._forward_pre_hooks.values()),
     )
     # Its hooks on the parameters go with it; without them it would reduce gradients of the old shapes.
     wrapper.__dict__.pop("logger", None)
@@ -266,7 +270,7 @@ def renew(wrapper: DistributedDataParallel) -> DistributedDataParallel:
     return fresh
 
 
-class Stale:
+class StaleWrapperGuard:
     """Stands at a wrapper's door and refuses a pass once its parameters were replaced.
 
     The wrapper reduces gradients through the accumulators that its parameters had when it was made. A change gives a
@@ -311,7 +315,7 @@ def refuse_alone(ranks: Ranks | None) -> None:
         )
 
 
-class Meeting:
+class WrapperFinder:
     """Stands at a module's door, and has the wrapper that first runs it refuse once its module changed shape."""
 
     def __call__(self, module: nn.Module, args: object) -> None:
@@ -328,8 +332,10 @@ def watch_wrapper(model: nn.Module) -> None:
     inner: object = model
     while isinstance(inner, nn.Module):
         if isinstance(inner, DistributedDataParallel):
-            if not any(isinstance(hook, Stale) for hook in inner._forward_pre_hooks.values()):
-                inner.register_forward_pre_hook(Stale(inner), prepend=True)
+            if not any(
+                isinstance(hook, StaleWrapperGuard) for hook in inner._forward_pre_hooks.values()
+            ):
+                inner.register_forward_pre_hook(StaleWrapperGuard(inner), prepend=True)
             return
         inner = getattr(inner, "_orig_mod", None)
 
@@ -351,14 +357,23 @@ def _take_in(digest: Any, name: str, value: Any) -> None:
     digest.update(flat.view(torch.uint8).numpy().tobytes())
 
 
-def _covered(window: Window | None) -> int:
+def _covered(window: LayerStatistics | None) -> int:
     return 0 if window is None else 1 if window.covariance is None else 2
 
 
 def _words(plan: Plan) -> str:
     """All of a plan that is no number of a tensor, as text that is equal where plans are."""
     mixes = [
-        (m.tensor, m.dim, m.across, m.source, m.target, m.bias, m.taps, tuple(m.matrix.shape))
+        (
+            m.tensor,
+            m.dim,
+            m.across,
+            m.source,
+            m.target,
+            m.bias,
+            m.kernel_positions,
+            tuple(m.matrix.shape),
+        )
         for m in plan.mixes
     ]
     return repr(

@@ -16,7 +16,7 @@ from tracker.export.compare import apart, current_model, example_calls, require_
 from tracker.export.gguf_reference import GgufModel
 from tracker.export.gguf_tokenizer import add_tokenizer
 from tracker.export.llama_cpp import llama_cpp_logits
-from tracker.export.llama_like import LlamaLike, described, tensors
+from tracker.export.llama_like import LlamaLike, llama_sizes, tensors
 from tracker.export.plain import to_plain
 from tracker.export.record import Exported, needed, size_of, whole_or_nothing
 from tracker.inputs.calls import Call
@@ -64,7 +64,7 @@ def to_gguf(
             f"A {type(model).__name__} is no language model of transformers: to_onnx takes any model."
         )
     plain = to_plain(engine, verify=verify)
-    sizes = described(plain)
+    sizes = llama_sizes(plain)
     tokens = _tokens(engine) if verify else []
     difference, checked = None, ""
     with whole_or_nothing(path) as made:

@@ -53,7 +53,7 @@ class LlamaLike:
         return all(len(set(sizes)) == 1 for sizes in (self.heads, self.kv_heads, self.hidden))
 
 
-def described(model: Any) -> LlamaLike:
+def llama_sizes(model: Any) -> LlamaLike:
     """The sizes of a llama-like model of transformers.
 
     Raises:

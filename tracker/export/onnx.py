@@ -23,7 +23,7 @@ from tracker.export.compare import (
 )
 from tracker.export.record import Exported, needed, size_of, whole_or_nothing
 from tracker.inputs.calls import Arguments, Call
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.utils.nested import tensors_in
 
 
@@ -70,8 +70,8 @@ def to_onnx(
 def _write(
     model: nn.Module, call: Call, path: Path, dynamic_shapes: Any, options: dict[str, Any]
 ) -> None:
-    bench = quiet_copy(model)
-    for module in bench.modules():
+    trial_copy = copy_without_hooks(model)
+    for module in trial_copy.modules():
         module.training = False
     settings = {"external_data": False, "dynamo": True, "verbose": False, **options}
     try:
@@ -82,7 +82,7 @@ def _write(
         ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                bench,
+                trial_copy,
                 call.args,
                 path,
                 kwargs=dict(call.kwargs),

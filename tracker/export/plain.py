@@ -17,7 +17,7 @@ from tracker.export.stacks import write_out_stacks
 from tracker.export.write_out import residual, write_out_attention, write_out_bypass
 from tracker.inputs.calls import Call
 from tracker.inputs.forward_pass import copy_of, forward_once
-from tracker.structure.adapters.attention import FreeHeadsAttention
+from tracker.structure.adapters.attention import DecoupledMultiheadAttention
 from tracker.structure.adapters.registry import is_adapted, kind_of
 from tracker.surgery.inserted_modules import INSERTED, Bypass, ReluIdentity, ResidualBlock
 
@@ -99,7 +99,7 @@ def _instead(
     elif isinstance(module, Bypass):
         simple = called.get(name, set()) <= {(1, frozenset())}
         new = write_out_bypass(module, simple=simple)
-    elif isinstance(module, FreeHeadsAttention):
+    elif isinstance(module, DecoupledMultiheadAttention):
         new = write_out_attention(module)
     elif is_adapted(module):
         raise SurgeryError(

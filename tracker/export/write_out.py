@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tracker.structure.adapters.attention import FreeHeadsAttention
+from tracker.structure.adapters.attention import DecoupledMultiheadAttention
 from tracker.surgery.inserted_modules import Bypass, ResidualBlock
 
 # torch.fx writes the annotation as it is, and TorchScript reads this one.
@@ -46,7 +46,7 @@ def write_out_bypass(bypass: Bypass, *, simple: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def write_out_attention(free: FreeHeadsAttention) -> nn.Module:
+def write_out_attention(free: DecoupledMultiheadAttention) -> nn.Module:
     """The same as torch's own `nn.MultiheadAttention`, behind a projection of the queries where sizes need one.
 
     Torch's takes the width of its queries for that of all heads together. So the queries are brought to that width
@@ -111,7 +111,7 @@ def write_out_attention(free: FreeHeadsAttention) -> nn.Module:
     return _behind_projection(query, own.train(free.training), free)
 
 
-def _behind_projection(query: nn.Module, own: Any, free: FreeHeadsAttention) -> nn.Module:
+def _behind_projection(query: nn.Module, own: Any, free: DecoupledMultiheadAttention) -> nn.Module:
     graph = fx.Graph()
     inputs = [graph.placeholder(name) for name in ("query", "key", "value")]
     options = [

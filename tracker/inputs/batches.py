@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tracker.errors import StructureError, SurgeryError
 from tracker.inputs.calls import Arguments, Call, arguments, short
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.inputs.signature import Kind, Signature
 from tracker.utils.argument_checks import fits
 from tracker.utils.nested import replaced, tensors_in
@@ -228,7 +228,7 @@ class BatchReader:
         if model is None:
             return False
         try:
-            forward_once(quiet_copy(model), Arguments(tuple(args), {}))
+            forward_once(copy_without_hooks(model), Arguments(tuple(args), {}))
         except StructureError:
             return False
         return True

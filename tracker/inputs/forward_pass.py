@@ -40,7 +40,12 @@ def forward_once(
     args, kwargs = arguments(call)
     method = call.method if isinstance(call, Call) else "forward"
     training = isinstance(call, Call) and call.training is True
-    with _unchanged(model), _plain(model), torch.no_grad(), nullcontext() if heard else _probing():
+    with (
+        _unchanged(model),
+        _plain(model),
+        torch.no_grad(),
+        nullcontext() if heard else _internal_pass(),
+    ):
         for module in model.modules():  # model.train is the user's: it may merge weights, say
             module.training = training
         try:
@@ -124,7 +129,7 @@ def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
     return {id(t): t.detach().clone() for t in held if not t.is_leaf}
 
 
-def quiet_copy(model: nn.Module) -> nn.Module:
+def copy_without_hooks(model: nn.Module) -> nn.Module:
     """A copy that shares all tensors with `model`, and whose passes are not seen by the hooks that users put on it.
 
     Hooks of torch itself (weight norm, pruning masks) and of inserted layers are part of what the model computes, and
@@ -165,7 +170,7 @@ def _put_table(table: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No search for garbage inside: many small objects are made that all stay, each search goes through all others."""
     enabled = gc.isenabled()
     gc.disable()
@@ -180,7 +185,7 @@ _probes: ContextVar[int] = ContextVar("probes", default=0)
 
 
 @contextmanager
-def _probing() -> Iterator[None]:
+def _internal_pass() -> Iterator[None]:
     token = _probes.set(_probes.get() + 1)
     try:
         yield

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tracker.checkpoint.random_states import gather_noise, restorer
+from tracker.checkpoint.random_states import gather_noise, rng_restorer
 from tracker.distributed.ranks import renew
 from tracker.engine import NeuronEngine
 from tracker.errors import SurgeryError
 from tracker.integrations.loggers import log_to
-from tracker.journal.state_dict_hooks import Silent
+from tracker.journal.state_dict_hooks import InertCallable
 
 INSTANTIATOR = f"{__name__}.instantiate"
 _KEEPER = "_tracker_engine"  # under which a module that was loaded keeps its engine
@@ -177,7 +177,7 @@ class SelfModificationCallback(Callback):
 
     def _go_on_drawing(self, trainer: Trainer) -> None:
         if self._noise is not None and trainer.world_size == 1:
-            restorer(self._noise["tensors"], self._noise["facts"])()
+            rng_restorer(self._noise["tensors"], self._noise["facts"])()
 
 
 class _InputHook:
@@ -187,11 +187,11 @@ class _InputHook:
         self._engine = engine
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __deepcopy__(self, memo: object) -> Silent:
-        return Silent()
+    def __deepcopy__(self, memo: object) -> InertCallable:
+        return InertCallable()
 
-    def __reduce__(self) -> tuple[type[Silent], tuple[()]]:
-        return Silent, ()
+    def __reduce__(self) -> tuple[type[InertCallable], tuple[()]]:
+        return InertCallable, ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module.forward, "__func__", None) is not type(module).forward:

@@ -13,7 +13,7 @@ from torch import nn
 from tracker.engine import NeuronEngine
 from tracker.errors import StructureError, SurgeryError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.surgery import Receipt
 from tracker.surgery.operations.uniform_widths import Key, key_of
 from tracker.surgery.transaction import unchanged
@@ -143,7 +143,7 @@ def _require_same_outputs(model: Any, engine: NeuronEngine, fields: Mapping[str,
         )
     with torch.random.fork_rng(devices=[]):
         fresh = _build(model, fields)
-    reference: nn.Module = quiet_copy(model)
+    reference: nn.Module = copy_without_hooks(model)
     fresh.to(next(model.parameters()).device, next(model.parameters()).dtype)
     fresh.load_state_dict(model.state_dict())
     inputs = engine.tracker.current.observer.inputs

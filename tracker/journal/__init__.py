@@ -1,15 +1,21 @@
 """The journal: what was changed, in order, and how to do it again to freshly built model code."""
 
 from tracker.journal.entries import Entry, Journal, When
-from tracker.journal.replay import become, fingerprint, fingerprint_of, lasting, twin_after
+from tracker.journal.replay import (
+    fingerprint,
+    fingerprint_of,
+    load_architecture,
+    meta_model_after,
+    persistent_tensors,
+)
 
 __all__ = [
     "Entry",
     "Journal",
     "When",
-    "become",
+    "load_architecture",
     "fingerprint",
     "fingerprint_of",
-    "lasting",
-    "twin_after",
+    "persistent_tensors",
+    "meta_model_after",
 ]

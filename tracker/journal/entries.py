@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tracker.errors import CheckpointError
-from tracker.journal.replay import become, described, twin_after
+from tracker.journal.replay import load_architecture, meta_model_after, module_spec
 from tracker.journal.run_length import Runs
 from tracker.structure.code_sizes.traced_int import Attribute
 from tracker.surgery.plan import Plan
@@ -100,7 +100,7 @@ class Entry:
             {name: _all_runs(dims) for name, dims in plan.tensors.items()},
             _all_runs(plan.layers),
             dict(plan.attributes),
-            {name: described(module) for name, module in plan.modules.items()},
+            {name: module_spec(module) for name, module in plan.modules.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -260,9 +260,9 @@ class Journal:
             CheckpointError: It is not the model that was changed; it is as it was.
         """
         entries = self.entries if entries is None else entries
-        twin, log = twin_after(model, entries), UndoLog()
+        meta_model, log = meta_model_after(model, entries), UndoLog()
         try:
-            become(model, twin, {}, entries, log)
+            load_architecture(model, meta_model, {}, entries, log)
         except BaseException:
             log.undo()
             raise

@@ -19,8 +19,8 @@ from tracker.modules.layers import known_width
 from tracker.structure.adapters.registry import adapt as adapt_module
 from tracker.structure.adapters.registry import is_adapted
 from tracker.structure.adapters.transformers_stacks import CONFIGS, config_of, count_name
-from tracker.structure.code_sizes.attributes import adapt, tensors
-from tracker.structure.code_sizes.traced_int import Attribute, missing, shadow
+from tracker.structure.code_sizes.attributes import sync_attributes, tensors
+from tracker.structure.code_sizes.traced_int import Attribute, instrumented_copy, missing_attributes
 from tracker.surgery.inserted_modules import (
     INSERTED,
     Bypass,
@@ -53,7 +53,7 @@ BLOCKS = ("ReluIdentity", "ResidualBlock")
 PASSED = {"input": (1.0, 0.0), "zero": (0.0, 0.0)}
 
 
-def lasting(model: nn.Module) -> dict[str, Tensor]:
+def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers: caches that a forward pass makes are no part of a model."""
     passing = {
         f"{path}.{name}" if path else name
@@ -65,7 +65,7 @@ def lasting(model: nn.Module) -> dict[str, Tensor]:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of the names, shapes and dtypes of a model's parameters and persistent buffers."""
-    return fingerprint_of(lasting(model))
+    return fingerprint_of(persistent_tensors(model))
 
 
 def fingerprint_of(table: Mapping[str, Tensor]) -> str:
@@ -76,7 +76,7 @@ def fingerprint_of(table: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def twin_after(model: nn.Module, entries: Iterable[Entry], saved: float = 0) -> nn.Module:
+def meta_model_after(model: nn.Module, entries: Iterable[Entry], saved: float = 0) -> nn.Module:
     """A copy of the model without values, after these changes. The model is not touched.
 
     saved: Numbers that lie beside the journal. On the way the copy has at most GROWTH times those and the model's.
@@ -87,11 +87,11 @@ def twin_after(model: nn.Module, entries: Iterable[Entry], saved: float = 0) -> 
     held = {id(t): t for t in tensors(model).values()}
     try:
         valueless = {key: _valueless(t) for key, t in held.items()}
-        twin = copy.deepcopy(model, computed_tensors(model) | valueless)
+        meta_model = copy.deepcopy(model, computed_tensors(model) | valueless)
     except Exception as error:
         raise CheckpointError(f"This {type(model).__name__} cannot be copied: {error}") from error
     most = max(LEAST, GROWTH * (sum(t.numel() for t in held.values()) + saved))
-    now, known = fingerprint(twin), set[Attribute]()
+    now, known = fingerprint(meta_model), set[Attribute]()
     for number, entry in enumerate(entries, start=1):
         what = f"Entry {number} of the journal, {entry.operation},"
         if now != entry.before:
@@ -100,23 +100,23 @@ def twin_after(model: nn.Module, entries: Iterable[Entry], saved: float = 0) -> 
                 "the code and the sizes that it had at first."
             )
         try:
-            _change(twin, entry, known)
+            _change(meta_model, entry, known)
         except Exception as error:
             raise CheckpointError(f"{what} does not fit this model: {error}") from error
         if entry.slots or entry.modules or entry.attributes:
-            now = fingerprint(twin)
-        if sum(t.numel() for t in tensors(twin).values()) > most:
+            now = fingerprint(meta_model)
+        if sum(t.numel() for t in tensors(meta_model).values()) > most:
             raise CheckpointError(
                 f"{what} would make the model more than {GROWTH} times as large as it is and what was saved."
             )
         if now != entry.after:
             raise CheckpointError(f"{what} gives other shapes than it did.")
-    return twin
+    return meta_model
 
 
-def become(
+def load_architecture(
     model: nn.Module,
-    twin: nn.Module,
+    meta_model: nn.Module,
     values: Mapping[str, Tensor],
     entries: Iterable[Entry],
     log: UndoLog,
@@ -131,7 +131,7 @@ def become(
     with writable():
         for name in dict.fromkeys(name for entry in entries for name in entry.modules):
             path, _, child = name.rpartition(".")
-            parent, theirs = _module(model, path), _module(twin, name)
+            parent, theirs = _module(model, path), _module(meta_model, name)
             if (
                 parent is not None
                 and theirs is not None
@@ -144,22 +144,24 @@ def become(
                     if key in known and known[key].shape == buffer.shape:
                         buffer.copy_(known[key])
                 replace_module(model, name, own, optimizers, log)
-        shapes = {name: tensor.shape for name, tensor in tensors(twin).items()}
+        shapes = {name: tensor.shape for name, tensor in tensors(meta_model).items()}
         for name, tensor in tensors(model).items():
             if name in values:
                 _swap(tensor, values[name], log)
             elif tensor.shape != shapes[name]:
                 _swap(tensor, torch.zeros(shapes[name], dtype=tensor.dtype), log)
-        for name, module in twin.named_modules():
+        for name, module in meta_model.named_modules():
             mine = model.get_submodule(name)
             if is_adapted(module) and type(mine) is not type(module):
                 _adapt_module(mine, log)
         named = dict.fromkeys(a for entry in entries for a in entry.attributes)
-        integers = {a: _value(twin, a) for a in named if not missing(twin, {a: 0})}
-        adapt(model, integers, log.add)
+        integers = {
+            a: _value(meta_model, a) for a in named if not missing_attributes(meta_model, {a: 0})
+        }
+        sync_attributes(model, integers, log.add)
 
 
-def described(module: nn.Module) -> dict[str, Any]:
+def module_spec(module: nn.Module) -> dict[str, Any]:
     """Plain data from which a module that came with a change can be made again."""
     if isinstance(module, Bypass):
         return {
@@ -175,11 +177,11 @@ def described(module: nn.Module) -> dict[str, Any]:
     return {"kind": type(module).__name__, "layer": type(layer).__name__, "width": width}
 
 
-def _change(twin: nn.Module, entry: Entry, known: set[Attribute]) -> None:
+def _change(meta_model: nn.Module, entry: Entry, known: set[Attribute]) -> None:
     """known: Integers of the twin's code, as far as they were asked for."""
     if not (entry.slots or entry.modules or entry.attributes):
         return
-    held, moved = tensors(twin), list[tuple[int, int]]()
+    held, moved = tensors(meta_model), list[tuple[int, int]]()
     for name, dims in entry.slots.items():
         shape = list(held[name].shape) if name in held else []
         for dim, runs in dims.items():
@@ -190,7 +192,7 @@ def _change(twin: nn.Module, entry: Entry, known: set[Attribute]) -> None:
         held[name].data = torch.empty(shape, dtype=held[name].dtype, device="meta")
     if entry.attributes:
         if not known:
-            known |= set(shadow(twin)[1])
+            known |= set(instrumented_copy(meta_model)[1])
         unknown = next((a for a in entry.attributes if a not in known), None)
         if unknown is not None:
             raise ValueError(
@@ -198,21 +200,23 @@ def _change(twin: nn.Module, entry: Entry, known: set[Attribute]) -> None:
             )
         copies = sum(spec["kind"] == "Copy" for spec in entry.modules.values())
         rest = {
-            a: v for a, v in entry.attributes.items() if not _counts_blocks(twin, a, v - copies)
+            a: v
+            for a, v in entry.attributes.items()
+            if not _counts_blocks(meta_model, a, v - copies)
         }
-        _require_sizes(twin, rest, moved)
-    adapt(twin, entry.attributes, lambda back: None)
+        _require_sizes(meta_model, rest, moved)
+    sync_attributes(meta_model, entry.attributes, lambda back: None)
     for name, spec in entry.modules.items():
-        replace_module(twin, name, _built(twin, name, spec), [], UndoLog())
+        replace_module(meta_model, name, _built(meta_model, name, spec), [], UndoLog())
         known.clear()
 
 
 def _require_sizes(
-    twin: nn.Module, attributes: Mapping[Attribute, int], moved: Sequence[tuple[int, int]]
+    meta_model: nn.Module, attributes: Mapping[Attribute, int], moved: Sequence[tuple[int, int]]
 ) -> None:
     """Integers that a change solves for move as an axis does that it `moved` (size before, after)."""
     for attribute, value in attributes.items():
-        was, module = _value(twin, attribute), twin.get_submodule(attribute.module)
+        was, module = _value(meta_model, attribute), meta_model.get_submodule(attribute.module)
         ours = type(module).__module__.startswith("torch.nn.") and not attribute.owner
         if ours and attribute.name in NO_SIZES and value != was:
             raise ValueError(f"{attribute.name} of {attribute.module} is no size of a tensor")
@@ -222,11 +226,11 @@ def _require_sizes(
             )
 
 
-def _counts_blocks(twin: nn.Module, attribute: Attribute, before: int) -> bool:
+def _counts_blocks(meta_model: nn.Module, attribute: Attribute, before: int) -> bool:
     """Whether it is how many blocks a configuration counts, and was so many before copies were inserted."""
     if attribute.module or attribute.owner not in CONFIGS:
         return False
-    config = config_of(twin, attribute.owner)
+    config = config_of(meta_model, attribute.owner)
     return attribute.name == count_name(config) and vars(config).get(attribute.name) == before
 
 
@@ -238,22 +242,22 @@ def _follows(was: int, value: int, old: int, new: int) -> bool:
     return was * new == value * old or (step * slots > 0 and slots % step == 0)
 
 
-def _built(twin: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:
+def _built(meta_model: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Module:
     path, _, child = name.rpartition(".")
     kind = spec["kind"]
     if kind == "Bypass":
-        if not name or _module(twin, name) is None:
+        if not name or _module(meta_model, name) is None:
             raise ValueError(f"there is no {name!r} to bypass")
         line = PASSED[spec["passes"]] if "passes" in spec else (spec["scale"], spec["shift"])
         finite = all(type(value) is float and math.isfinite(value) for value in line)
         if spec["returns"] not in ("tensor", "tuple") or not finite:
             raise ValueError("an unknown bypass")
         return Bypass(spec["returns"], *line)
-    mate = _module(twin, path)
+    mate = _module(meta_model, path)
     if kind == "Copy":
         if child != INSERTED or mate is None or INSERTED in mate._modules or not is_block(mate):
             raise ValueError(f"no copy of {path!r} can stand behind it")
-        return copied(twin, path)
+        return copied(meta_model, path)
     if kind not in BLOCKS or child != INSERTED or mate is None or not is_layer(mate):
         raise ValueError(f"unknown module {kind!r} at {name!r}")
     width, make = spec["width"], LAYERS[spec["layer"]]
@@ -282,8 +286,8 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _value(twin: nn.Module, attribute: Attribute) -> int:
-    holder: Any = twin.get_submodule(attribute.module)
+def _value(meta_model: nn.Module, attribute: Attribute) -> int:
+    holder: Any = meta_model.get_submodule(attribute.module)
     for name in attribute.owner:
         holder = vars(holder)[name]
     value = vars(holder)[attribute.name]

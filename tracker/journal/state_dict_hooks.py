@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tracker.errors import CheckpointError
 from tracker.journal.entries import Entry, Journal
-from tracker.journal.replay import twin_after
+from tracker.journal.replay import meta_model_after
 
 KEY = "_tracker_journal"
 RUN = "_tracker_run"
@@ -49,11 +49,11 @@ class Saving:
     def __init__(self, journal: Callable[[], Journal], run: Callable[[], Tensor | None]) -> None:
         self._journal, self._run = journal, run
 
-    def __deepcopy__(self, memo: object) -> Silent:
-        return Silent()
+    def __deepcopy__(self, memo: object) -> InertCallable:
+        return InertCallable()
 
-    def __reduce__(self) -> tuple[type[Silent], tuple[()]]:
-        return Silent, ()
+    def __reduce__(self) -> tuple[type[InertCallable], tuple[()]]:
+        return InertCallable, ()
 
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
@@ -74,11 +74,11 @@ class Loading:
     def __init__(self, model: nn.Module, journal: Callable[[], Journal], replay: Replay) -> None:
         self._model, self._journal, self._replay = weakref.ref(model), journal, replay
 
-    def __deepcopy__(self, memo: object) -> Silent:
-        return Silent()
+    def __deepcopy__(self, memo: object) -> InertCallable:
+        return InertCallable()
 
-    def __reduce__(self) -> tuple[type[Silent], tuple[()]]:
-        return Silent, ()
+    def __reduce__(self) -> tuple[type[InertCallable], tuple[()]]:
+        return InertCallable, ()
 
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: object
@@ -101,14 +101,14 @@ class Loading:
         entries = asked.entries[len(known) :]
         if entries:
             held = sum(t.numel() for t in state.values() if isinstance(t, Tensor))
-            _require_whole(twin_after(model, entries, held), state, prefix)
+            _require_whole(meta_model_after(model, entries, held), state, prefix)
         if entries or run is not None:
             self._replay(entries, run)
 
 
-def _require_whole(twin: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+def _require_whole(meta_model: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
     """All that the changed model has is there and fits, and nothing else: what follows only copies."""
-    wanted = twin.state_dict(keep_vars=True)
+    wanted = meta_model.state_dict(keep_vars=True)
     given = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
     there = {id(wanted[name]) for name in given if name in wanted}
     # Of tied weights some frameworks save one.
@@ -131,7 +131,7 @@ def _require_whole(twin: nn.Module, state: Mapping[str, Any], prefix: str) -> No
             )
 
 
-class Silent:
+class InertCallable:
     """What the hooks become when their model is copied: nothing."""
 
     _from_public_api = True  # torch then asks for no return value

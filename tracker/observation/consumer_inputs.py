@@ -12,26 +12,26 @@ from tracker.statistics import Covariance
 from tracker.utils.slotmap import SlotMap
 
 
-class Later:
+class LazyCovariance:
     """A covariance after its columns moved, made when it is first asked for.
 
     Of a large model all together take as much memory again, and mostly the next change is calibrated anew.
     """
 
-    def __init__(self, source: Covariance | Later, slots: SlotMap) -> None:
+    def __init__(self, source: Covariance | LazyCovariance, slots: SlotMap) -> None:
         self._value: Covariance | None = None
         self._source: Covariance
         self._slots: SlotMap
-        if isinstance(source, Later) and source._value is None:  # both moves at once
+        if isinstance(source, LazyCovariance) and source._value is None:  # both moves at once
             self._source, self._slots = source._source, source._slots.then(slots)
         else:
-            self._source = source.value() if isinstance(source, Later) else source
+            self._source = source.value() if isinstance(source, LazyCovariance) else source
             self._slots = slots
 
     def value(self) -> Covariance:
         """The covariance, always the same object."""
         if self._value is None:
-            self._value = self._source = self._source.reslot(self._slots)
+            self._value = self._source = self._source.remap(self._slots)
         return self._value
 
 
@@ -49,7 +49,7 @@ class Sensitivity:
     across: int
     slope: Tensor | None = None
 
-    def reslotted(self, dims: Mapping[int, SlotMap]) -> Sensitivity:
+    def remapped(self, dims: Mapping[int, SlotMap]) -> Sensitivity:
         """After slots of the weight moved. The slope is that of another network then."""
         bent, outputs = self.curvature, dims.get(self.across)
         if outputs is not None:
@@ -59,50 +59,53 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ConsumerInput:
     """What a consumer reads along dimension `dim` of its weight.
 
-    taps: Columns of each feature, one behind the other: the places of a convolution's kernel, or 1.
+    kernel_positions: Columns of each feature, side by side: the positions of a convolution's kernel, or 1.
     loss: How the loss depends on what the consumer puts out; None where no gradients were taken.
     """
 
     dim: int
-    seen: Covariance | Later
-    taps: int = 1
+    seen: Covariance | LazyCovariance
+    kernel_positions: int = 1
     loss: Sensitivity | None = None
 
     @property
     def covariance(self) -> Covariance:
         """Of its columns."""
-        return self.seen.value() if isinstance(self.seen, Later) else self.seen
+        return self.seen.value() if isinstance(self.seen, LazyCovariance) else self.seen
 
     def columns(self, features: Iterable[int]) -> list[int]:
         """Columns of these features."""
-        return [i * self.taps + t for i in features for t in range(self.taps)]
+        return [
+            i * self.kernel_positions + t for i in features for t in range(self.kernel_positions)
+        ]
 
     def of_features(self) -> Covariance:
         """Covariance of the features at one place: the middle of the kernel."""
-        if self.taps == 1:
+        if self.kernel_positions == 1:
             return self.covariance
         c = self.covariance
-        at = torch.arange(self.taps // 2, len(c.mean), self.taps)
+        at = torch.arange(self.kernel_positions // 2, len(c.mean), self.kernel_positions)
         return Covariance(c.count[at], c.mean[at], c.comoment[at[:, None], at])
 
 
-def reslotted(
-    reads: Mapping[str, Read], tensors: Mapping[str, Mapping[int, SlotMap]]
-) -> dict[str, Read]:
+def remapped(
+    reads: Mapping[str, ConsumerInput], tensors: Mapping[str, Mapping[int, SlotMap]]
+) -> dict[str, ConsumerInput]:
     """What consumers read after slots of their weights moved; what some share, they go on sharing."""
-    done: dict[tuple[int, SlotMap], Later] = {}
+    done: dict[tuple[int, SlotMap], LazyCovariance] = {}
     found = {}
     for name, read in reads.items():
         slots = tensors.get(name, {}).get(read.dim)
         if slots is not None:
             later = done.setdefault(
-                (id(read.seen), slots), Later(read.seen, slots.widened(read.taps))
+                (id(read.seen), slots),
+                LazyCovariance(read.seen, slots.widened(read.kernel_positions)),
             )
             read = replace(read, seen=later)
         if read.loss is not None and name in tensors:
-            read = replace(read, loss=read.loss.reslotted(tensors[name]))
+            read = replace(read, loss=read.loss.remapped(tensors[name]))
         found[name] = read
     return found

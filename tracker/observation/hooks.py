@@ -24,7 +24,7 @@ from tracker.inputs.forward_pass import forward_once
 from tracker.modules.layers import Layer, width_of
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.statistics import ActivityStream, CovarianceStream, Scratch
-from tracker.structure import Tap
+from tracker.structure import ReadPoint
 from tracker.utils.nested import first_floating, replaced, tensors_in
 from tracker.utils.slotmap import SlotMap
 
@@ -34,23 +34,23 @@ NOTED = 8  # passes of a window that all show which outputs the model returns
 
 
 @dataclass(slots=True)
-class Window:
+class LayerStatistics:
     """What one layer showed since tracking began, in one mode."""
 
     activity: ActivityStream
     covariance: CovarianceStream | None
 
 
-class Site:
+class ObservationPoint:
     """One layer's place of observation, and what was seen there."""
 
     def __init__(self, layer: Layer) -> None:
         self.name, self.kind = layer.name, layer.kind
         self.neurons, self.axis, self.flattened = layer.neurons, layer.axis, layer.flattened
-        self.tap: Tap | None = None  # where it is observed; None: at its own output
+        self.read_point: ReadPoint | None = None  # where it is observed; None: at its own output
         # Another site with the same tap: what it sees, this one sees.
-        self.leader: Site | None = None
-        self.seen: dict[bool, Window] = {}
+        self.shares_with: ObservationPoint | None = None
+        self.seen: dict[bool, LayerStatistics] = {}
         self.problem = ""  # why nothing, or no more, is observed
         self.stopped = False
         # Of the pass under way, to see what the model returns.
@@ -58,20 +58,20 @@ class Site:
         self.is_output = False
 
     @property
-    def windows(self) -> dict[bool, Window]:
+    def windows(self) -> dict[bool, LayerStatistics]:
         """What was seen, by the model's training flag."""
-        return (self.leader or self).seen
+        return (self.shares_with or self).seen
 
     @windows.setter
-    def windows(self, windows: dict[bool, Window]) -> None:
-        (self.leader or self).seen = windows
+    def windows(self, windows: dict[bool, LayerStatistics]) -> None:
+        (self.shares_with or self).seen = windows
 
-    def reslotted(self, slots: SlotMap) -> dict[bool, Window]:
+    def remapped(self, slots: SlotMap) -> dict[bool, LayerStatistics]:
         """The windows after the layer's neurons were removed, added or reordered."""
         return {
-            flag: Window(
-                window.activity.reslot(slots),
-                None if window.covariance is None else window.covariance.reslot(slots),
+            flag: LayerStatistics(
+                window.activity.remap(slots),
+                None if window.covariance is None else window.covariance.remap(slots),
             )
             for flag, window in self.windows.items()
         }
@@ -82,11 +82,11 @@ class Observer:
     """All the places of observation of one model, and the switch."""
 
     model: weakref.ref[nn.Module]
-    sites: list[Site]
+    points: list[ObservationPoint]
     threshold: float
     batch_dim: int = 0
     # Told when a custom layer's first output shows its width.
-    resolved: Callable[[Site], None] = lambda site: None
+    resolved: Callable[[ObservationPoint], None] = lambda point: None
     # Told when the first pass shows example inputs.
     shown: Callable[[], None] = lambda: None
     handles: list[RemovableHandle] = field(default_factory=list)  # of the sites' hooks
@@ -117,14 +117,16 @@ class Observer:
     @property
     def axes(self) -> dict[str, int]:
         """Along which axis of its output each layer's neurons lie, where that is known."""
-        return {site.name: site.axis for site in self.sites if site.axis is not None}
+        return {point.name: point.axis for point in self.points if point.axis is not None}
 
     def copied(self, model: nn.Module) -> Observer:
         """The same of a copy of the model, of which nothing is observed."""
-        sites = {id(site): copy.copy(site) for site in self.sites}
-        for site in sites.values():
-            site.leader = None if site.leader is None else sites[id(site.leader)]
-        nothing = Observer(weakref.ref(model), list(sites.values()), self.threshold, self.batch_dim)
+        points = {id(point): copy.copy(point) for point in self.points}
+        for point in points.values():
+            point.shares_with = None if point.shares_with is None else points[id(point.shares_with)]
+        nothing = Observer(
+            weakref.ref(model), list(points.values()), self.threshold, self.batch_dim
+        )
         nothing.inputs, nothing.given, nothing.unread = self.inputs, self.given, self.unread
         nothing.version = self.version
         return nothing
@@ -134,14 +136,14 @@ class Observer:
         self.samples, self.passes = {}, {}
         self.training, self.noting = None, True
         self.version += 1
-        for site in self.sites:
-            site.windows = {}
-            site.stopped = False
-            site.problem = "" if self.watches(site) else "not chosen for this window"
+        for point in self.points:
+            point.windows = {}
+            point.stopped = False
+            point.problem = "" if self.watches(point) else "not chosen for this window"
 
-    def watches(self, site: Site) -> bool:
+    def watches(self, point: ObservationPoint) -> bool:
         """Whether the layer is one of those that are observed."""
-        return self.chosen is None or site.name in self.chosen
+        return self.chosen is None or point.name in self.chosen
 
     def is_due(self) -> bool:
         """Whether the pass under way is one of those that are observed."""
@@ -157,32 +159,32 @@ class Observer:
         finally:
             self.recording = recording
 
-    def take(self, site: Site, output: Tensor, training: bool) -> None:
+    def take(self, point: ObservationPoint, output: Tensor, training: bool) -> None:
         """Fold one layer output into the statistics. Never raises: a user's training goes on without us."""
-        if site.stopped:
+        if point.stopped:
             return
         try:
             with self.lock:
-                self._take(site, output, training if self.training is None else self.training)
+                self._take(point, output, training if self.training is None else self.training)
         except Exception as error:
-            site.stopped = True
-            site.problem = f"observation stopped: {type(error).__name__}: {error}"
-            warnings.warn(f"Layer {site.name!r}: {site.problem}", RuntimeWarning, stacklevel=2)
+            point.stopped = True
+            point.problem = f"observation stopped: {type(error).__name__}: {error}"
+            warnings.warn(f"Layer {point.name!r}: {point.problem}", RuntimeWarning, stacklevel=2)
 
-    def _take(self, site: Site, output: Tensor, training: bool) -> None:
+    def _take(self, point: ObservationPoint, output: Tensor, training: bool) -> None:
         if output.is_meta:
-            site.problem = f"its output is {output.dtype} on {output.device.type}"
+            point.problem = f"its output is {output.dtype} on {output.device.type}"
             return
-        if site.neurons is None and not self._resolve(site, output):
+        if point.neurons is None and not self._resolve(point, output):
             return
-        placed = self._placed(site, output)
+        placed = self._placed(point, output)
         if placed is None:
             shape = tuple(output.shape)
-            site.problem = f"its output {shape} has no axis of {site.neurons} at {site.axis}"
+            point.problem = f"its output {shape} has no axis of {point.neurons} at {point.axis}"
             return
         self.version += 1
-        seen = (site.leader or site).seen
-        window = seen.get(training) or self._open_window(site, training, output.device)
+        seen = (point.shares_with or point).seen
+        window = seen.get(training) or self._open_window(point, training, output.device)
         output, axis = placed
         if window.covariance is None:
             window.activity.add(output, axis, self.scratch)
@@ -194,37 +196,39 @@ class Observer:
                 turn = self.passes.get(training, 0) // self.every
                 window.covariance.add_some(output, axis, self.sampling, turn, mean)
 
-    def _open_window(self, site: Site, training: bool, device: torch.device) -> Window:
-        neurons: int = site.neurons  # type: ignore[assignment]
+    def _open_window(
+        self, point: ObservationPoint, training: bool, device: torch.device
+    ) -> LayerStatistics:
+        neurons: int = point.neurons  # type: ignore[assignment]
         correlate = self.correlate and neurons <= MAX_CORRELATED
         covariance = CovarianceStream(neurons, device) if correlate else None
         activity = ActivityStream(neurons, self.threshold, device)
-        window = site.windows[training] = Window(activity, covariance)
+        window = point.windows[training] = LayerStatistics(activity, covariance)
         return window
 
-    def _resolve(self, site: Site, output: Tensor) -> bool:
+    def _resolve(self, point: ObservationPoint, output: Tensor) -> bool:
         model = self.model()
-        module = model.get_submodule(site.name) if model is not None else None
-        width = width_of(module, output, site.axis) if module is not None else None
+        module = model.get_submodule(point.name) if model is not None else None
+        width = width_of(module, output, point.axis) if module is not None else None
         if width is None:
             shape = tuple(output.shape)
-            site.problem = f"no axis of its output {shape} is one of its parameters' sizes"
+            point.problem = f"no axis of its output {shape} is one of its parameters' sizes"
             return False
-        site.neurons, site.axis = width
-        self.resolved(site)
+        point.neurons, point.axis = width
+        self.resolved(point)
         return True
 
-    def _placed(self, site: Site, output: Tensor) -> tuple[Tensor, int] | None:
+    def _placed(self, point: ObservationPoint, output: Tensor) -> tuple[Tensor, int] | None:
         """The real (not padded) part of an output, and the neurons' axis in it."""
-        axis: int = site.axis  # type: ignore[assignment]
-        if site.tap is not None:
-            axis, positions = site.tap.axis, site.tap.positions
-            if positions > 1 and output.shape[axis] == (site.neurons or 0) * positions:
+        axis: int = point.axis  # type: ignore[assignment]
+        if point.read_point is not None:
+            axis, positions = point.read_point.axis, point.read_point.positions
+            if positions > 1 and output.shape[axis] == (point.neurons or 0) * positions:
                 output = output.unflatten(axis, (-1, positions))
                 axis -= axis < 0
-        elif site.flattened > 1:
-            output = output.flatten(-site.flattened)
-        if not -output.ndim <= axis < output.ndim or output.shape[axis] != site.neurons:
+        elif point.flattened > 1:
+            output = output.flatten(-point.flattened)
+        if not -output.ndim <= axis < output.ndim or output.shape[axis] != point.neurons:
             return None
         axis %= output.ndim
         mask = self.padding
@@ -251,10 +255,10 @@ class Observer:
         self.version += 1
         if self.noting:
             returned = {id(t) for t in tensors_in(output)}
-            for site in self.sites:
-                tensor = site.output() if site.output is not None else None
-                site.is_output = site.is_output or (tensor is not None and id(tensor) in returned)
-                site.output = None
+            for point in self.points:
+                tensor = point.output() if point.output is not None else None
+                point.is_output = point.is_output or (tensor is not None and id(tensor) in returned)
+                point.output = None
         # A model seldom changes its mind about what it returns: the first passes tell, then each power of two.
         self.noting = number < NOTED or number & (number - 1) == 0
 
@@ -266,12 +270,12 @@ class Hook(GraphHook):
         super().__init__()
         self._observer = weakref.ref(observer)
 
-    def listener(self) -> Observer | None:
+    def active_observer(self) -> Observer | None:
         """The observer, if it lives, records, and this pass is new data."""
         observer = self._observer()
         return observer if observer and observer.recording and is_new_data() else None
 
-    def taker(self) -> Observer | None:
+    def observer_if_due(self) -> Observer | None:
         """The same, if it is the turn of this pass. Asked by each layer in each pass."""
         observer = self._observer()
         if observer is None or not observer.recording or not is_new_data():
@@ -282,15 +286,15 @@ class Hook(GraphHook):
 class LayerHook(Hook):
     """Observes one layer."""
 
-    def __init__(self, observer: Observer, site: Site) -> None:
+    def __init__(self, observer: Observer, point: ObservationPoint) -> None:
         super().__init__(observer)
-        self._site = site
+        self._site = point
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Forward hook of the layer."""
         if torch.compiler.is_compiling():
             self.in_graph(first_floating(output))
-        elif (observer := self.taker()) is not None and (
+        elif (observer := self.observer_if_due()) is not None and (
             tensor := first_floating(output)
         ) is not None:
             if observer.noting and not self._site.is_output:
@@ -299,7 +303,7 @@ class LayerHook(Hook):
 
     def seen(self, tensor: Tensor) -> None:
         """Inside a compiled graph the mode is the model's at run time."""
-        if (observer := self.taker()) is not None:
+        if (observer := self.observer_if_due()) is not None:
             observer.take(self._site, tensor, observer.model_is_training())
 
 
@@ -310,7 +314,7 @@ class ReadHook(LayerHook):
         """Forward pre-hook of the reading module."""
         if torch.compiler.is_compiling():
             self.in_graph(first_floating((args, kwargs)))
-        elif (observer := self.taker()) is not None:
+        elif (observer := self.observer_if_due()) is not None:
             first = first_floating(args[0]) if args else None
             tensor = first_floating((args, kwargs)) if first is None else first
             if tensor is not None:
@@ -346,12 +350,12 @@ class LeaveHook(Hook):
             first = next(iter(tensors_in((args, kwargs))), None)
         if torch.compiler.is_compiling():
             self.in_graph(first)
-        elif (observer := self.listener()) is not None:
+        elif (observer := self.active_observer()) is not None:
             observer.end_pass(first, output)
 
     def seen(self, tensor: Tensor) -> None:
         """What the model returned is not known here."""
-        if (observer := self.listener()) is not None:
+        if (observer := self.active_observer()) is not None:
             observer.training = observer.model_is_training()
             observer.end_pass(tensor, ())
 
@@ -373,46 +377,48 @@ def resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) 
     finally:
         for handle in handles:
             handle.remove()
-        detach_sites(observer)
+        detach_points(observer)
         observer.recording = False
         observer.clear()
 
 
 def attach(observer: Observer, model: nn.Module) -> list[RemovableHandle]:
     """Put the hooks on the model's door and on its layers; the handles take those of the door off again."""
-    attach_sites(observer, model)
+    attach_points(observer, model)
     return [
         watch_inputs(observer, model),
         model.register_forward_hook(LeaveHook(observer), with_kwargs=True),
     ]
 
 
-def attach_sites(observer: Observer, model: nn.Module) -> None:
+def attach_points(observer: Observer, model: nn.Module) -> None:
     """Put the hooks where the layers are observed now, and nowhere else."""
-    detach_sites(observer)
-    leaders: dict[tuple[Tap, int | None], Site] = {}
+    detach_points(observer)
+    leaders: dict[tuple[ReadPoint, int | None], ObservationPoint] = {}
     modules = dict(model.named_modules())
-    for site in observer.sites:
-        site.leader = None
-        if site.tap is not None and site.tap.module not in modules:  # it was removed
-            site.tap, site.windows = None, {}
-        if not observer.watches(site):
+    for point in observer.points:
+        point.shares_with = None
+        if (
+            point.read_point is not None and point.read_point.module not in modules
+        ):  # it was removed
+            point.read_point, point.windows = None, {}
+        if not observer.watches(point):
             continue
-        if site.tap is None:
-            module = model.get_submodule(site.name)
+        if point.read_point is None:
+            module = model.get_submodule(point.name)
             # The layer's own output, whatever other hooks make of it.
-            handle = module.register_forward_hook(LayerHook(observer, site), prepend=True)
+            handle = module.register_forward_hook(LayerHook(observer, point), prepend=True)
         else:
-            leader = leaders.setdefault((site.tap, site.neurons), site)
-            if leader is not site:
-                site.leader = leader
+            shares_with = leaders.setdefault((point.read_point, point.neurons), point)
+            if shares_with is not point:
+                point.shares_with = shares_with
                 continue
-            module = model.get_submodule(site.tap.module)
-            handle = module.register_forward_pre_hook(ReadHook(observer, site), with_kwargs=True)
+            module = model.get_submodule(point.read_point.module)
+            handle = module.register_forward_pre_hook(ReadHook(observer, point), with_kwargs=True)
         observer.handles.append(handle)
 
 
-def detach_sites(observer: Observer) -> None:
+def detach_points(observer: Observer) -> None:
     """Take the layers' hooks off."""
     while observer.handles:
         observer.handles.pop().remove()

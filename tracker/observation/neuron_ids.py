@@ -65,7 +65,7 @@ class NeuronRegistry:
         self._extend(entry, neurons)
         return entry
 
-    def reslot(self, entry: LayerIds, slots: SlotMap, why: str) -> list[int]:
+    def remap(self, entry: LayerIds, slots: SlotMap, why: str) -> list[int]:
         """Move the ids of a layer as its slots moved; return the new ones. `why` is told of those that leave."""
         old = list(entry.ids)
         kept = set(slots.known)
@@ -87,7 +87,7 @@ class NeuronRegistry:
         self._next = max(self._next, neuron_id)
 
     def restore(self, entry: LayerIds, ids: list[int]) -> None:
-        """Take a `reslot` back."""
+        """Take a `remap` back."""
         for neuron in ids:
             self._gone.pop(neuron, None)
         entry.ids[:] = ids

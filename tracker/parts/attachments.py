@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tracker.distributed.ranks import Meeting, Ranks
+from tracker.distributed.ranks import Ranks, WrapperFinder
 from tracker.errors import SurgeryError
 from tracker.parts.sessions import Sessions
 from tracker.surgery.optimizer_state.attachments import follower_of, holds, torch_optimizer
@@ -92,8 +92,8 @@ class Attachments:
         ranks.require_same_model(session.entry.model(), session.optimizers)
         session.ranks = ranks
         model = session.entry.model()
-        if not any(isinstance(hook, Meeting) for hook in model._forward_pre_hooks.values()):
-            model.register_forward_pre_hook(Meeting(), prepend=True)
+        if not any(isinstance(hook, WrapperFinder) for hook in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(WrapperFinder(), prepend=True)
 
     def merge_statistics(self) -> None:
         """End the window, and give each rank the statistics of all; the next begins with `start_tracking`.

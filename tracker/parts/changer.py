@@ -14,7 +14,7 @@ from torch import nn
 from tracker.distributed.ranks import refuse_alone
 from tracker.errors import StructureError, SurgeryError, TrackerError, UnknownNeuronError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks
 from tracker.journal import fingerprint
 from tracker.observation.neuron_ids import NeuronId, layer_named
 from tracker.parts.session import Session
@@ -25,8 +25,8 @@ from tracker.surgery.optimizer_state.attachments import torch_optimizer
 from tracker.surgery.optimizer_state.stale_steps import unattached
 from tracker.surgery.plan import Plan
 from tracker.surgery.prices.latency import PASSES, latency
-from tracker.surgery.receipt import joined, taken_back
-from tracker.surgery.transaction import Witness, carry_out, count, refuse_inside_a_pass
+from tracker.surgery.receipt import merge_receipts, taken_back
+from tracker.surgery.transaction import OutputSnapshot, count, execute, refuse_inside_a_pass
 from tracker.tracker import ActivationTracker
 from tracker.utils.argument_checks import fits, shown
 
@@ -79,7 +79,7 @@ class Changer:
         _ = self.structure  # tells what is missing
         entry = self._tracker.current
         assert entry.observer.inputs is not None
-        return latency(quiet_copy(entry.model()), Arguments(*entry.observer.inputs), passes)
+        return latency(copy_without_hooks(entry.model()), Arguments(*entry.observer.inputs), passes)
 
     def undo(self) -> Receipt:
         """Take the current model's last change back, bit for bit: gradients, optimizer state, ids, statistics too.
@@ -145,12 +145,12 @@ class Changer:
                 if not (dry_run or session.tried):
                     refuse_alone(ranks)
             if ranks is not None:
-                ranks.agree(drawn)
+                ranks.sync_plan(drawn)
             optimizers, followers = session.attached()
             if not (dry_run or session.tried):
                 notes = [*notes, *_not_attached(drawn, model, optimizers)]
             with self.together("A change"):
-                change.receipt, _ = carry_out(
+                change.receipt, _ = execute(
                     self._tracker,
                     drawn,
                     optimizers,
@@ -207,7 +207,7 @@ class Changer:
             self._sessions.current.transaction() as whole,
         ):
             receipts: list[Receipt] = []
-            witness = Witness(self._tracker)
+            witness = OutputSnapshot(self._tracker)
             for step in steps:
                 try:
                     receipts.append(step())
@@ -218,7 +218,9 @@ class Changer:
             if not receipts:
                 raise SurgeryError(f"{operation}: nothing of it can be done ({skipped[-1]}).")
             difference = witness.difference()
-            whole.receipt = joined(operation, receipts, difference, skipped, dry_run=dry_run)
+            whole.receipt = merge_receipts(
+                operation, receipts, difference, skipped, dry_run=dry_run
+            )
             return whole.receipt
 
     def places(self, neurons: Neurons) -> list[tuple[str, int]]:

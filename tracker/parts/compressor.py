@@ -16,7 +16,7 @@ from tracker.surgery import Receipt
 from tracker.surgery.calibration.held_back import with_all
 from tracker.surgery.calibration.loss import Loss
 from tracker.surgery.operations.compression import plan_compression
-from tracker.surgery.operations.shortfall import Asked
+from tracker.surgery.operations.shortfall import KeepRequest
 from tracker.surgery.plan import Plan
 from tracker.surgery.prices.protection import Protect
 from tracker.surgery.prices.removal_problem import Limits, limits_of
@@ -110,7 +110,7 @@ class Compressor:
             limits()  # refuses before data are gone through
         given = None if batches is None else list(batches) if rounds > 1 else batches
 
-        def once(share: float, asked: Asked | None = None) -> Receipt:
+        def once(share: float, asked: KeepRequest | None = None) -> Receipt:
             if given is not None:
                 self._calibrator.calibrate_by(given, loss, inputs, progress)
 
@@ -153,7 +153,7 @@ class Compressor:
 
     def _in_rounds(
         self,
-        once: Callable[[float, Asked], Receipt],
+        once: Callable[[float, KeepRequest], Receipt],
         keep: float,
         rounds: int,
         of: str,
@@ -169,7 +169,7 @@ class Compressor:
             nonlocal left
             goal = keep ** ((number + 1) / rounds)
             before = sum(g.size for g in self._changer.structure.groups if g.prunable)
-            asked = Asked(keep, left, last=number + 1 == rounds)
+            asked = KeepRequest(keep, left, last=number + 1 == rounds)
             receipt = once(min(goal / left, 1 - 1e-6), asked)
             after = sum(g.size for g in self._changer.structure.groups if g.prunable)
             pairs = {

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from tracker.analysis.epoch_history import TrainingHistory
 from tracker.distributed.ranks import Ranks
 from tracker.journal import Entry, Journal, When
-from tracker.structure.trials.temporary_copies import borrowed
+from tracker.structure.trials.temporary_copies import temporary_copy
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.calibration.loss import Calibration
 from tracker.surgery.optimizer_state.attachments import follower_of
@@ -177,10 +177,10 @@ class Session:
         ]
         why = f"removed by {plan.operation} of another engine"
         with self.tracker.speaking_of(self.entry):
-            added = self.tracker.reslot(slots, plan.tensors, why, log.add)
+            added = self.tracker.remap(slots, plan.tensors, why, log.add)
             if plan.modules:
                 log.add_last(self.tracker.rehook())
-                born, gone = self.tracker.resite(why, log.add)
+                born, gone = self.tracker.sync_layers(why, log.add)
                 added, removed = [*added, *born], [*removed, *gone]
         self.know(log)
         own = replace(receipt, added_ids=added, removed_ids=sorted(removed))
@@ -216,11 +216,11 @@ class Session:
 def rehearsing(tracker: ActivationTracker) -> Iterator[TrackedModel]:
     """Inside, the current model is a copy of it, with ids and statistics of its own: nothing of it stays."""
     entry, registry = tracker.current, tracker.registry
-    with borrowed(entry.model()) as bench:
+    with temporary_copy(entry.model()) as trial_copy:
         tracker.registry, layers = copy.deepcopy((registry, entry.layers))
         tried = replace(
             entry,
-            observer=entry.observer.copied(bench),
+            observer=entry.observer.copied(trial_copy),
             layers=layers,
             handles=[],
             hooked=False,

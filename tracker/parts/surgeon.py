@@ -24,7 +24,7 @@ from tracker.surgery.operations.growth import gradient_directions, plan_expansio
 from tracker.surgery.operations.merge_pairs import default_pairs, require_tolerance
 from tracker.surgery.operations.merging import plan_merge
 from tracker.surgery.operations.removal import plan_pruning
-from tracker.surgery.operations.uniform_widths import Key, plan_width, uneven
+from tracker.surgery.operations.uniform_widths import Key, plan_width, widths_to_equalize
 from tracker.surgery.plan import Plan, units_of
 from tracker.surgery.prices.protection import Protect, protection
 from tracker.surgery.recommended_changes import requests
@@ -333,7 +333,9 @@ class Surgeon:
         """
         with self._changer.together("uniform_widths"):
             refuse_inside_a_pass(self._tracker)
-            wanted = uneven(self.structure, self._tracker.current.model(), widest=not shrink)
+            wanted = widths_to_equalize(
+                self.structure, self._tracker.current.model(), widest=not shrink
+            )
         return self.to_widths(wanted, "uniform_widths", seed=seed, dry_run=dry_run, verify=verify)
 
     def to_widths(

@@ -80,7 +80,7 @@ class Watcher:
     def get_summary(self) -> dict[str, Any]:
         """The current model in numbers: neurons, layers, their sizes and types."""
         entry = self._tracker.current
-        kinds = {site.name: site.kind for site in entry.observer.sites}
+        kinds = {point.name: point.kind for point in entry.observer.points}
         sizes = {name: len(ids.ids) for name, ids in entry.layers.items()}
         types = [kinds[name] for name in sizes]
         return {

@@ -1,4 +1,4 @@
-"""Streaming statistics: `of`, `merge`, `reslot`, `value`.
+"""Streaming statistics: `of`, `merge`, `remap`, `value`.
 
 `Activity` holds a fixed number of values per neuron, `Covariance` one number per pair of neurons. Both are
 algebras: merging the statistics of two samples equals the statistics of the two samples together, whatever the

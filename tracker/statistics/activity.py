@@ -86,7 +86,7 @@ class Activity:
         table[MAXIMUM] = tables[MAXIMUM].amax(inner)
         return cls(table)
 
-    def reslot(self, slots: SlotMap) -> Activity:
+    def remap(self, slots: SlotMap) -> Activity:
         """The same statistics after the layer's neurons were removed, added or reordered."""
         rows = zip(self.table, FRESH, strict=True)
         return Activity(torch.stack([slots.take(row, fill) for row, fill in rows]))

@@ -57,7 +57,7 @@ class Covariance:
         comoment = self.comoment + other.comoment + torch.outer(row, row)
         return Covariance(count, self.mean + delta * share, comoment)
 
-    def reslot(self, slots: SlotMap) -> Covariance:
+    def remap(self, slots: SlotMap) -> Covariance:
         """The same co-moments after neurons were removed, added or reordered."""
         return Covariance(
             slots.take(self.count, fill=0),
@@ -197,6 +197,6 @@ class CovarianceStream:
         stream._begin(Covariance(*parts))
         return stream
 
-    def reslot(self, slots: SlotMap) -> CovarianceStream:
+    def remap(self, slots: SlotMap) -> CovarianceStream:
         """A stream that goes on from here with neurons removed, added or reordered."""
-        return CovarianceStream.resumed(self.value().reslot(slots), self._products.device)
+        return CovarianceStream.resumed(self.value().remap(slots), self._products.device)

@@ -98,9 +98,9 @@ class ActivityStream:
             )
         return stream
 
-    def reslot(self, slots: SlotMap) -> ActivityStream:
+    def remap(self, slots: SlotMap) -> ActivityStream:
         """A stream that goes on from here with neurons removed, added or reordered."""
-        return ActivityStream.resumed(self.value().reslot(slots), self.threshold)
+        return ActivityStream.resumed(self.value().remap(slots), self.threshold)
 
     def _flush(self) -> None:
         if self._pending:

@@ -6,7 +6,7 @@ units, in groups of alternatives (`units`). What the rules do not understand is 
 """
 
 from tracker.structure.adapters.registry import ModuleAdapter, register_adapter
-from tracker.structure.read_points import Tap
+from tracker.structure.read_points import ReadPoint
 from tracker.structure.rules.registry import rule
 from tracker.structure.structure import Structure, trace_structure
 from tracker.structure.trace import Passes
@@ -19,7 +19,7 @@ __all__ = [
     "Passes",
     "Slice",
     "Structure",
-    "Tap",
+    "ReadPoint",
     "UnitGroup",
     "register_adapter",
     "require_known",

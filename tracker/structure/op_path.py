@@ -118,7 +118,7 @@ class Path:
         return None if isinstance(value, torch.Generator) else value
 
 
-class Glance(TorchDispatchMode):
+class OpPathRecorder(TorchDispatchMode):
     """Inside, notes the path of a pass."""
 
     def __init__(self, names: Mapping[int, str]) -> None:

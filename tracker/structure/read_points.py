@@ -12,11 +12,11 @@ from torch import nn
 from tracker.modules.kinds import kind_of, layer_of, stored_names
 from tracker.modules.layers import find_layers
 from tracker.structure.axes import Axis
-from tracker.structure.trace import Door, Trace
+from tracker.structure.trace import ModuleInput, Trace
 
 
 @dataclass(frozen=True, slots=True)
-class Tap:
+class ReadPoint:
     """A module's first input, along whose `axis` a layer's neurons lie in order, each `positions` times.
 
     positions: More than 1 where a map of channels was flattened: (channels · positions).
@@ -28,7 +28,7 @@ class Tap:
     reader: str  # the module that multiplies; another one than `module` where a dropout stands before it
 
 
-def find_taps(trace: Trace) -> Mapping[str, Tap]:
+def find_read_points(trace: Trace) -> Mapping[str, ReadPoint]:
     """Layer → the place where its neurons are first read; layers of which the structure cannot tell are left out.
 
     A neuron is read where it is multiplied and added up with others: behind its nonlinearity, norm and pooling, and
@@ -37,7 +37,7 @@ def find_taps(trace: Trace) -> Mapping[str, Tap]:
     times = Counter(call.module for call in trace.doors)
     readers = {layer_of(tensor) for tensor, _ in trace.reads}
     inputs = _Index(trace, [c for c in trace.doors if times[c.module] == 1 and c.module in readers])
-    taps = {}
+    read_points = {}
     for layer in find_layers(trace.model):
         if layer.flattened > 1 or times[layer.name] > 1:
             continue
@@ -47,30 +47,30 @@ def find_taps(trace: Trace) -> Mapping[str, Tap]:
             continue
         sets = trace.labels.sets(axis)
         if sets[:, 0].all() and trace.labels.summed.keys().isdisjoint(np.unique(sets).tolist()):
-            tap = inputs.find(layer.name, sets)
-            if tap is not None:
-                taps[layer.name] = tap
-    return taps
+            read_point = inputs.find(layer.name, sets)
+            if read_point is not None:
+                read_points[layer.name] = read_point
+    return read_points
 
 
 class _Index:
     """Inputs of modules, found by the labels of their first index."""
 
-    def __init__(self, trace: Trace, calls: list[Door]) -> None:
+    def __init__(self, trace: Trace, calls: list[ModuleInput]) -> None:
         self._trace = trace
-        self._by_first: dict[bytes, list[tuple[Door, int, np.ndarray]]] = {}
+        self._by_first: dict[bytes, list[tuple[ModuleInput, int, np.ndarray]]] = {}
         for call in calls:
             for d, axis in self._labelled(call):
                 (first,) = trace.labels.sets(axis[:1])
                 self._by_first.setdefault(first[first > 0].tobytes(), []).append((call, d, axis))
 
-    def _labelled(self, call: Door) -> Iterator[tuple[int, np.ndarray]]:
+    def _labelled(self, call: ModuleInput) -> Iterator[tuple[int, np.ndarray]]:
         for d, axis in enumerate(call.axes or ()):
             if axis is not None:
                 assert call.axes is not None
                 yield d - len(call.axes), axis
 
-    def find(self, layer: str, sets: np.ndarray) -> Tap | None:
+    def find(self, layer: str, sets: np.ndarray) -> ReadPoint | None:
         """The first input in which these neurons lie, and only they."""
         labels = self._trace.labels
         for call, d, axis in self._by_first.get(sets[0][sets[0] > 0].tobytes(), ()):
@@ -78,7 +78,7 @@ class _Index:
             if rest or call.module == layer:
                 continue
             if np.array_equal(labels.sets(axis), np.repeat(sets, positions, axis=0)):
-                return Tap(call.door or call.module, d, positions, call.module)
+                return ReadPoint(call.door or call.module, d, positions, call.module)
         return None
 
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from tracker.errors import StructureError
 from tracker.inputs.calls import Arguments, Call, ExampleInputs, calls_of
-from tracker.inputs.forward_pass import uninterrupted
-from tracker.structure.code_sizes.int_recorder import Listener
+from tracker.inputs.forward_pass import gc_paused
+from tracker.structure.code_sizes.int_recorder import IntRecorder
 from tracker.structure.code_sizes.size_equations import Integers, couple
-from tracker.structure.code_sizes.traced_int import shadow
+from tracker.structure.code_sizes.traced_int import instrumented_copy
 from tracker.structure.picture import draw
-from tracker.structure.read_points import Tap, find_taps
+from tracker.structure.read_points import ReadPoint, find_read_points
 from tracker.structure.rule_failures import RuleFailure
 from tracker.structure.rules.registry import apply_rule
 from tracker.structure.trace import CallKey, Passes, Trace, record
@@ -44,7 +44,7 @@ class Structure:
         coverage: Share of the model's parameters that lie in prunable groups.
         operations: Seen in the forward pass.
         flops: Of the same pass, by torch's formulas.
-        taps: Layer → where its neurons are read.
+        read_points: Layer → where its neurons are read.
         integers: Of the model's own code.
         forecast: Sizes after a removal.
         passes: The calls it was found by.
@@ -60,7 +60,9 @@ class Structure:
     coverage: float  # share of the model's parameters that lie in prunable groups
     operations: int  # seen in the forward pass
     flops: int  # of the same pass, by torch's formulas
-    taps: Mapping[str, Tap] = field(default_factory=dict)  # layer → where its neurons are read
+    read_points: Mapping[str, ReadPoint] = field(
+        default_factory=dict
+    )  # layer → where its neurons are read
     integers: Integers = field(default_factory=Integers, repr=False)  # of the model's own code
     forecast: Forecast = field(default_factory=Forecast, repr=False)  # sizes after a removal
     passes: Passes = field(default_factory=Passes, repr=False)  # the calls it was found by
@@ -78,7 +80,9 @@ class Structure:
             ids: (layer, index) → neuron id.
         """
         groups = [replace(group, ids=ids, roles=dict(group.roles)) for group in self.groups]
-        return replace(self, groups=groups, frozen=list(self.frozen), taps=dict(self.taps))
+        return replace(
+            self, groups=groups, frozen=list(self.frozen), read_points=dict(self.read_points)
+        )
 
     def __getitem__(self, name: str) -> UnitGroup:
         """The group of this name."""
@@ -160,7 +164,7 @@ class Structure:
         ]
 
 
-@uninterrupted()
+@gc_paused()
 def trace_structure(
     model: nn.Module,
     example_inputs: ExampleInputs | Arguments | Sequence[Call],
@@ -207,7 +211,7 @@ def trace_structure(
     precision = Precision()
     if trial:
         groups, precision = try_groups(model, trace.passes.recorded, groups, integers, forecast)
-    share, taps = coverage(model, groups), find_taps(trace)
+    share, read_points = coverage(model, groups), find_read_points(trace)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     modules = {o: sum(map(sizes.__getitem__, ns)) for o, ns in owners(model, unseen).items()}
     return Structure(
@@ -216,7 +220,7 @@ def trace_structure(
         share,
         trace.operations,
         trace.flops,
-        taps,
+        read_points,
         integers,
         forecast,
         trace.passes,
@@ -232,19 +236,21 @@ def _recorded(
     model: nn.Module, calls: Sequence[Call], axes: Mapping[str, int] | None
 ) -> tuple[Trace, Integers]:
     """The trace of the passes in which the model's integers are heard, where the model bears it."""
-    heard: list[Listener] = []
+    heard: list[IntRecorder] = []
 
-    def listen(trace: Trace, path: list[CallKey]) -> Listener:
-        heard.append(Listener(trace, path))
+    def listen(trace: Trace, path: list[CallKey]) -> IntRecorder:
+        heard.append(IntRecorder(trace, path))
         return heard[-1]
 
     try:
-        runs, values = shadow(model)
+        runs, values = instrumented_copy(model)
         trace = record(model, calls, apply_rule, runs=runs, listen=listen, axes=axes)
     except Exception:  # a copy cannot be made, or the code wants plain integers
         trace = record(model, calls, apply_rule, axes=axes)
         return trace, Integers.of(trace, {}, [])
-    equations = [equation for listener in heard for equation in listener.equations.values()]
+    equations = [
+        equation for active_observer in heard for equation in active_observer.equations.values()
+    ]
     couple(trace.labels, equations)
     return trace, Integers.of(trace, values, equations)
 

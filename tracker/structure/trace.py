@@ -28,7 +28,7 @@ from tracker.errors import StructureError
 from tracker.inputs.calls import Call
 from tracker.inputs.forward_pass import forward_once, tables_kept
 from tracker.structure.axes import Axis, Labels
-from tracker.structure.op_path import Glance, Path
+from tracker.structure.op_path import OpPathRecorder, Path
 from tracker.structure.parameters_read import Reading
 from tracker.structure.rule_failures import RuleFailure
 from tracker.structure.weight_origins import Origin, Outputs, Weights, follow
@@ -121,7 +121,7 @@ class Op:
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class ModuleInput:
     """A module's first input tensor: its axes, where they are known, and where to see it."""
 
     module: str
@@ -130,7 +130,7 @@ class Door:
 
 
 # Of each call of a module its operations: name, and the axes of each tensor of the result.
-Rows = dict[CallKey, list[tuple[str, list[list[Axis] | None]]]]
+CallAxes = dict[CallKey, list[tuple[str, list[list[Axis] | None]]]]
 
 
 @dataclass(slots=True)
@@ -160,11 +160,11 @@ class Trace:
     failures: list[RuleFailure] = field(default_factory=list)  # of users' rules, the first of each
     operations: int = 0  # of the first pass
     flops: int = 0  # of the first pass
-    doors: list[Door] = field(
+    doors: list[ModuleInput] = field(
         default_factory=list
     )  # of modules with parameters, in order, of the first pass
     undropped: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    rows: list[Rows] = field(default_factory=list)  # of each pass
+    rows: list[CallAxes] = field(default_factory=list)  # of each pass
     read: Reading = field(default_factory=Reading)
     passes: Passes = field(default_factory=Passes)
     paths: list[Path] = field(default_factory=list)  # of the recorded passes
@@ -195,13 +195,15 @@ class Trace:
             self.weights.crossed(inputs)
         if tensor is None or len(self.rows) > 1:
             return
-        at = Door(name, self.known.get(tensor))
+        at = ModuleInput(name, self.known.get(tensor))
         if isinstance(module, _DropoutNd):
             self.undropped.setdefault(tensor, at)
         elif next(module.parameters(recurse=False), None) is not None:
             before = self.undropped.get(tensor)
             self.doors.append(
-                Door(name, at.axes) if before is None else Door(name, before.axes, before.module)
+                ModuleInput(name, at.axes)
+                if before is None
+                else ModuleInput(name, before.axes, before.module)
             )
 
     def returned(self, name: str, output: object) -> None:
@@ -283,7 +285,7 @@ def _record(
 ) -> None:
     with plain_kernels():
         if trace.rows:
-            glance = Glance(trace.names)
+            glance = OpPathRecorder(trace.names)
             try:
                 with tables_kept(runs) if runs is not trace.model else nullcontext():
                     glance.path.end(forward_once(runs, call, within=glance))

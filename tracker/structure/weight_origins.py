@@ -30,7 +30,7 @@ _CONSTANTS = {
 }  # fmt: skip
 
 
-class Came(NamedTuple):
+class WeightOrigin(NamedTuple):
     """A dimension of a parameter or buffer, and how another tensor came by it.
 
     how: It is a view of it, was computed of it index by index, or is the outcome of a product.
@@ -41,7 +41,7 @@ class Came(NamedTuple):
     how: int = VIEW
 
 
-Origin = frozenset[Came]  # of one dimension of a tensor
+Origin = frozenset[WeightOrigin]  # of one dimension of a tensor
 NOWHERE: Origin = frozenset()
 
 
@@ -105,7 +105,7 @@ class Weights:
     def origin(self, tensor: Tensor, name: str | None) -> list[Origin]:
         """Where each dimension comes from."""
         if name is not None:
-            return [frozenset((Came(name, d),)) for d in range(tensor.ndim)]
+            return [frozenset((WeightOrigin(name, d),)) for d in range(tensor.ndim)]
         return self.origins.get(tensor) or [NOWHERE] * tensor.ndim
 
     def is_weight(self, tensor: Tensor, name: str | None) -> bool:
@@ -172,7 +172,7 @@ def inherited(
 ) -> list[Origin]:
     """Where the dimensions of a result come from: the inputs' dimensions that live and die with them."""
     every = [labels.every(axis) if axis is not None else frozenset() for axis in axes]
-    found: list[set[Came]] = [set() for _ in axes]
+    found: list[set[WeightOrigin]] = [set() for _ in axes]
     for theirs, origin in inputs:
         for axis, came in zip(theirs, origin, strict=True):
             if axis is None or not came:
@@ -180,7 +180,7 @@ def inherited(
             alike = labels.every(axis)
             for d, own in enumerate(every):
                 if not own.isdisjoint(alike):
-                    found[d] |= {Came(c.tensor, c.dim, max(c.how, how)) for c in came}
+                    found[d] |= {WeightOrigin(c.tensor, c.dim, max(c.how, how)) for c in came}
     return [frozenset(each) for each in found]
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tracker.errors import SurgeryError
-from tracker.structure.code_sizes.attributes import adapt, tensors
-from tracker.structure.code_sizes.traced_int import missing
+from tracker.structure.code_sizes.attributes import sync_attributes, tensors
+from tracker.structure.code_sizes.traced_int import missing_attributes
 from tracker.surgery.inserted_modules import replace_module
 from tracker.surgery.optimizer_state.moments import StateChange, is_flat, moved, moved_state
 from tracker.surgery.optimizer_state.slot_age import watch
-from tracker.surgery.plan import Mix, Plan
+from tracker.surgery.plan import Plan, WeightUpdate
 from tracker.surgery.undo import UndoLog, rewrite, writable
 
 
@@ -38,7 +38,7 @@ def require(plan: Plan, model: nn.Module) -> None:
                 f"The model was changed behind the engine's back: {name} was {tuple(shape)} and is {found}. Ask "
                 "again: the structure is traced anew."
             )
-    if lacking := missing(model, plan.attributes):
+    if lacking := missing_attributes(model, plan.attributes):
         raise SurgeryError(
             f"{type(model).__name__} has no {lacking[0]} in {lacking[0].module or 'the model'}, which has to change."
         )
@@ -97,7 +97,7 @@ def apply(
                 for name, module in plan.modules.items():
                     own = module if number == 0 and keep else _copied(module, model)
                     replace_module(model, name, own, optimizers, log)
-                adapt(model, plan.attributes, log.add)
+                sync_attributes(model, plan.attributes, log.add)
         torch.clear_autocast_cache()
         for optimizer in optimizers if plan.fresh else ():
             watch(optimizer)
@@ -165,14 +165,14 @@ def _mixed(plan: Plan, held: Mapping[str, Tensor]) -> dict[str, Callable[[], Ten
         values[mix.tensor] = partial(_weight, held[mix.tensor], mix)
         if mix.bias is not None:
             source = mix.columns(held[mix.tensor].detach())[..., list(mix.source)].double()
-            across = mix.across - (mix.across > mix.dim) if mix.taps == 1 else 0
+            across = mix.across - (mix.across > mix.dim) if mix.kernel_positions == 1 else 0
             shift = (source @ mix.shift.to(source.device)).movedim(across, 0)
             shift = shift.reshape(len(shift), -1).sum(1)
             biases[mix.bias] = biases.get(mix.bias, held[mix.bias].detach().double()) + shift
     return {**values, **{name: partial(Tensor.clone, bias) for name, bias in biases.items()}}
 
 
-def _weight(tensor: Tensor, mix: Mix) -> Tensor:
+def _weight(tensor: Tensor, mix: WeightUpdate) -> Tensor:
     old = tensor.detach()
     weight = mix.columns(old.double()).clone()
     if mix.target:

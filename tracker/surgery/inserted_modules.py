@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracker.errors import SurgeryError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.kinds import kind_of, weight_of
 from tracker.modules.layers import known_width
 from tracker.surgery.undo import UndoLog
@@ -156,14 +156,14 @@ def inserted_layers(model: nn.Module) -> int:
 
 def read_by(model: nn.Module, inputs: Arguments, name: str) -> set[str]:
     """Names of the operations that take the output of a layer."""
-    bench = quiet_copy(model)
+    trial_copy = copy_without_hooks(model)
     reader = _Readers()
 
     def watch(module: nn.Module, args: object, output: object) -> None:
         reader.watched = [*reader.watched, *tensors_in(output)]
 
-    bench.get_submodule(name).register_forward_hook(watch)
-    output = forward_once(bench, inputs, within=reader)
+    trial_copy.get_submodule(name).register_forward_hook(watch)
+    output = forward_once(trial_copy, inputs, within=reader)
     returned = {id(t) for t in tensors_in(output)}
     if any(id(t) in returned for t in reader.watched):
         reader.found.add("output")

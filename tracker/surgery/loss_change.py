@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class LossForecast:
     """In the loss that calibration was given, or that it stands in for.
 
     predicted_loss_change: From curvature and slope, over all consumers; None where no gradients were taken.

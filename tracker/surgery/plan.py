@@ -13,19 +13,19 @@ from tracker.structure import Structure, UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.structure.code_sizes.size_equations import UnsolvableError
 from tracker.structure.code_sizes.traced_int import Attribute
-from tracker.surgery.loss_change import Outlook
+from tracker.surgery.loss_change import LossForecast
 from tracker.utils.slotmap import SlotMap
 
 
 @dataclass(frozen=True, slots=True)
-class Mix:
+class WeightUpdate:
     """Columns of a consumer take over what others did.
 
     W[…, target] += W[…, source] @ matrix, and b += W[…, source] @ shift.
 
     tensor, dim: The consumer's weight, and its dimension that reads. `across`: the one of its outputs.
-    source, target: (r,) and (k,) indices along `dim`, as before the change; where `taps` is not 1, of columns of
-        which each index along `dim` has so many: the places of a convolution's kernel.
+    source, target: (r,) and (k,) indices along `dim`, as before the change. Where `kernel_positions` is not 1, they are
+        indices of columns, and each index along `dim` has `kernel_positions` of them.
     matrix: (r, k) float64. shift: (r,) float64, the constant part, for the consumer's `bias`.
     """
 
@@ -37,15 +37,15 @@ class Mix:
     matrix: Tensor
     bias: str | None
     shift: Tensor
-    taps: int = 1
+    kernel_positions: int = 1
 
     def columns(self, weight: Tensor) -> Tensor:
-        """`weight` with its columns last: (…, columns), a view where taps is not 1."""
-        return weight.movedim(self.dim, -1) if self.taps == 1 else weight.flatten(1)
+        """`weight` with its columns last: (…, columns), a view where `kernel_positions` is not 1."""
+        return weight.movedim(self.dim, -1) if self.kernel_positions == 1 else weight.flatten(1)
 
     def weight(self, columns: Tensor, shape: torch.Size) -> Tensor:
         """The weight of these columns."""
-        return columns.movedim(-1, self.dim) if self.taps == 1 else columns.view(shape)
+        return columns.movedim(-1, self.dim) if self.kernel_positions == 1 else columns.view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Plan:
     shapes: Mapping[str, torch.Size]  # of the model that the plan was drawn for
     operation: str = "prune_units"
     promise: str = "masked"
-    mixes: tuple[Mix, ...] = ()
+    mixes: tuple[WeightUpdate, ...] = ()
     # Content of fresh slots: tensors of the new shape, zero elsewhere.
     fresh: Mapping[str, Tensor] = field(default_factory=dict)
     # How much stronger a tensor's slots along a dimension act from now on: for the optimizer's moments.
@@ -68,7 +68,7 @@ class Plan:
 
     # Modules that take the place of others, or, under a name that ends in "inserted", stand behind their parent.
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    outlook: Outlook | None = None  # what it is predicted to cost, and measured
+    outlook: LossForecast | None = None  # what it is predicted to cost, and measured
 
     @property
     def touched(self) -> dict[str, Mapping[int, SlotMap]]:

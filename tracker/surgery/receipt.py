@@ -165,7 +165,7 @@ def taken_back(receipt: Receipt) -> Receipt:
     )
 
 
-def joined(
+def merge_receipts(
     operation: str,
     receipts: Sequence[Receipt],
     difference: float | None,

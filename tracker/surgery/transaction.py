@@ -11,7 +11,7 @@ from torch import nn
 
 from tracker.errors import StructureError, SurgeryError, VerificationError
 from tracker.inputs.calls import Call
-from tracker.inputs.forward_pass import forward_once, is_running, uninterrupted
+from tracker.inputs.forward_pass import forward_once, gc_paused, is_running
 from tracker.structure import Structure
 from tracker.structure.adapters.registry import adapt
 from tracker.structure.trace import Passes, plain_kernels
@@ -19,15 +19,15 @@ from tracker.structure.trials.float64_mode import Precision
 from tracker.structure.trials.op_stream import Stream, differing
 from tracker.structure.trials.temporary_copies import (
     InFloat64,
-    borrowed,
+    copy_sharing_storage,
     is_finite,
-    light_copy,
+    randomize_constants,
     relative_difference,
-    vivid,
+    temporary_copy,
 )
 from tracker.structure.trials.trial import shuffled
 from tracker.surgery.apply import apply, require
-from tracker.surgery.loss_change import Outlook
+from tracker.surgery.loss_change import LossForecast
 from tracker.surgery.optimizer_state.attachments import follower_of
 from tracker.surgery.optimizer_state.moments import unwrapped
 from tracker.surgery.plan import Plan
@@ -43,9 +43,9 @@ EXACT = 1e-6
 ROUNDINGS, LOOSEST = 4, 0.1
 
 
-@uninterrupted()
+@gc_paused()
 @torch.inference_mode(False)  # copies made inside the caller's inference mode could not be written
-def carry_out(
+def execute(
     tracker: ActivationTracker,
     plan: Plan,
     optimizers: Sequence[Any] = (),
@@ -78,21 +78,21 @@ def carry_out(
         traced = entry.structure
         precision = Precision() if traced is None else traced.precision
         promise, difference = (
-            _promised(plan, model, passes, traced if plan.only_removes else None, precision)
+            _check_preserved(plan, model, passes, traced if plan.only_removes else None, precision)
             if verify
             else (plan.promise, None)
         )
         flops_before = flops(model, first)[1] if traced is None else traced.flops
         gaps = [] if traced is None else traced.gaps
-        with borrowed(model) as bench:
-            apply(plan, [bench], [])
-            output, flops_after = flops(bench, first)
-            parameters_after = count(bench)
+        with temporary_copy(model) as trial_copy:
+            apply(plan, [trial_copy], [])
+            output, flops_after = flops(trial_copy, first)
+            parameters_after = count(trial_copy)
             if verify and not dry_run:
                 with plain_kernels():
-                    outputs = [output, *(forward_once(bench, call) for call in others)]
+                    outputs = [output, *(forward_once(trial_copy, call) for call in others)]
                 pairs = zip(passes.recorded, outputs, strict=True)
-                expected = [_expected(bench, call, plain) for call, plain in pairs]
+                expected = [_expected(trial_copy, call, plain) for call, plain in pairs]
         receipt = Receipt(
             operation=plan.operation,
             promise=promise,
@@ -111,7 +111,7 @@ def carry_out(
             widths=_widths(plan, entry),
             modules=list(plan.modules),
             samples=_samples(entry),
-            **asdict(plan.outlook or Outlook()),
+            **asdict(plan.outlook or LossForecast()),
         )
         if dry_run:
             return receipt, None
@@ -120,10 +120,10 @@ def carry_out(
             _, lost = apply(plan, [model, *copies], unwrapped(optimizers), keep=True, log=log)
             why = f"removed by {plan.operation}"
             why += f" (group {', '.join(plan.units)})" if plan.units else ""
-            receipt.added_ids.extend(tracker.reslot(plan.layers, plan.tensors, why, log.add))
+            receipt.added_ids.extend(tracker.remap(plan.layers, plan.tensors, why, log.add))
             if plan.modules:
                 log.add_last(tracker.rehook())
-                added, removed = tracker.resite(why, log.add)
+                added, removed = tracker.sync_layers(why, log.add)
                 receipt.added_ids.extend(added)
                 receipt.removed_ids.extend(removed)
             if verify:
@@ -179,7 +179,7 @@ def _samples(entry: TrackedModel) -> int | None:
     return first.shape[observer.batch_dim] or None
 
 
-class Witness:
+class OutputSnapshot:
     """The current model's output on the example inputs, to compare with later."""
 
     def __init__(self, tracker: ActivationTracker) -> None:
@@ -195,7 +195,7 @@ class Witness:
         entry = self._tracker.current
         in_float64 = entry.structure is None or entry.structure.precision.in_float64
         with entry.observer.paused(), plain_kernels(), torch.inference_mode(False):
-            copied = InFloat64(light_copy(entry.model()), in_float64)
+            copied = InFloat64(copy_sharing_storage(entry.model()), in_float64)
             return [copied.run(call) for call in self._calls]
 
 
@@ -204,7 +204,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _promised(
+def _check_preserved(
     plan: Plan,
     model: nn.Module,
     passes: Passes,
@@ -215,26 +215,26 @@ def _promised(
 
     "exact" of a plan is what the observations say; if the example inputs say otherwise, the answer is "changed".
     """
-    with borrowed(model) as whole:
+    with temporary_copy(model) as whole:
         if plan.promise == "masked":  # whatever the values: constant norms could hide an error
-            vivid(whole)
+            randomize_constants(whole)
         for module in whole.modules() if structure is not None else ():
             adapt(module)  # as the changed copy's attention may be: operations are compared
-        with borrowed(whole) as bench:
-            return _tried(plan, whole, bench, passes, structure, precision)
+        with temporary_copy(whole) as trial_copy:
+            return _run_trial(plan, whole, trial_copy, passes, structure, precision)
 
 
-def _tried(
+def _run_trial(
     plan: Plan,
     whole: nn.Module,
-    bench: nn.Module,
+    trial_copy: nn.Module,
     passes: Passes,
     structure: Structure | None,
     precision: Precision,
 ) -> tuple[str, float | None]:
     """Make every call of a changed copy, and of the original."""
-    apply(plan, [bench], [], precise=precision.in_float64)
-    changed, original = (InFloat64(copied, precision.in_float64) for copied in (bench, whole))
+    apply(plan, [trial_copy], [], precise=precision.in_float64)
+    changed, original = (InFloat64(copied, precision.in_float64) for copied in (trial_copy, whole))
     masked, tolerance = plan.promise == "masked", precision.tolerance
     differences: list[tuple[Call, float]] = []
     for number, call in enumerate((*passes.recorded, *passes.alike)):
@@ -271,7 +271,9 @@ def _tried(
         differences.append((call, difference))
     if masked:
         return "masked", max(difference for _, difference in differences)
-    return _kept(plan, differences, max(EXACT, 0 if precision.in_float64 else tolerance))
+    return _verified_promise(
+        plan, differences, max(EXACT, 0 if precision.in_float64 else tolerance)
+    )
 
 
 def _made(changed: InFloat64, call: Call) -> tuple[object, Stream]:
@@ -293,7 +295,7 @@ def _same_operations(why: str) -> None:
         )
 
 
-def _kept(
+def _verified_promise(
     plan: Plan, differences: Sequence[tuple[Call, float]], tolerance: float
 ) -> tuple[str, float]:
     """The promise that holds of a change that masks nothing, by how far its outputs are from the original's.
@@ -345,19 +347,19 @@ def _said(precision: Precision) -> list[str]:
     return [] if precision.in_float64 else [f"compared {precision}"]
 
 
-def _expected(bench: nn.Module, call: Call, plain: object) -> tuple[object, float]:
+def _expected(trial_copy: nn.Module, call: Call, plain: object) -> tuple[object, float]:
     """The changed copy's output with the kernels that the user runs, and how far the changed model's may be from it.
 
     As far as rounding goes in this very model: how far plain kernels' output, `plain`, is from the users' kernels'.
     """
     try:
-        found = forward_once(bench, call)
+        found = forward_once(trial_copy, call)
     except StructureError as error:
         raise VerificationError(
             f"Refused: a changed copy of the model does not run {call} ({error.__cause__ or error}). Nothing was "
             "touched."
         ) from error
-    floating = [p.dtype for p in bench.parameters() if p.is_floating_point()]
+    floating = [p.dtype for p in trial_copy.parameters() if p.is_floating_point()]
     eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
     rounding = min(ROUNDINGS * relative_difference(plain, found), LOOSEST)
     return found, max(rounding, 10 * eps, min(100 * eps, 0.1 * LOOSEST))

@@ -17,7 +17,7 @@ Step = Callable[[], object]
 
 
 @dataclass(slots=True)
-class Before:
+class OriginalValues:
     """What undoing gives back, as values: for a checkpoint from which a change can still be undone.
 
     Of what was written several times, the first value is kept.
@@ -36,7 +36,7 @@ class Before:
         default_factory=dict
     )
 
-    def follow(self, later: Before) -> None:
+    def follow(self, later: OriginalValues) -> None:
         """Add what was written after this."""
         for mine, theirs in (
             (self.tensors, later.tensors),
@@ -54,7 +54,7 @@ class UndoLog:
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
-        self.before = Before()
+        self.before = OriginalValues()
 
     def add(self, step: Step) -> None:
         """Remember how to take back what is about to be done."""
@@ -74,7 +74,7 @@ class UndoLog:
         with writable():
             while self._steps:
                 self._steps.pop()()
-        self.before = Before()
+        self.before = OriginalValues()
         torch.clear_autocast_cache()
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tracker.errors import TrackerError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.kinds import is_linear, kind_of, weight_of
 from tracker.modules.layers import known_width
 from tracker.structure import UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
-from tracker.structure.trials.temporary_copies import borrowed
+from tracker.structure.trials.temporary_copies import temporary_copy
 from tracker.surgery.apply import apply
 from tracker.surgery.inserted_modules import INSERTED, can_follow
 from tracker.surgery.operations.depth import plan_layer_removal
@@ -26,7 +26,7 @@ from tracker.surgery.prices.removal_problem import Limits, Problem, problems_of
 from tracker.tracker import ActivationTracker
 from tracker.training.choices import Bypass, Candidate, Size
 from tracker.training.policy import Policy
-from tracker.training.seen import NOTHING_SEEN, Seen
+from tracker.training.seen import NOTHING_SEEN, CollectedSignals
 from tracker.training.spending import TRADE
 from tracker.utils.nested import tensors_in
 
@@ -34,7 +34,7 @@ DEARER = 10  # tolerances that one group may give up for others
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
+class CostModel:
     """What weights cost. flops: of a forward pass, by weight. time: milliseconds for each FLOP, 0 where none counts."""
 
     flops: Mapping[str, float]
@@ -56,10 +56,10 @@ class Wanted(Enum):
 def candidates(
     tracker: ActivationTracker,
     policy: Policy,
-    price: Prices,
+    price: CostModel,
     correlation_threshold: float,
     protected: Protection = NOTHING,
-    seen: Seen = NOTHING_SEEN,
+    seen: CollectedSignals = NOTHING_SEEN,
     loss: float = 1.0,
     wanted: Wanted = Wanted.ALL,
     blocked: Collection[str] = (),
@@ -131,7 +131,7 @@ def bypasses(
     tracker: ActivationTracker,
     able: Sequence[Candidate],
     inputs: Sequence[Arguments],
-    price: Prices,
+    price: CostModel,
     protect: Protect = (),
 ) -> list[Bypass]:
     """Layers and residual blocks that could go, as half of these inputs say when the other half was fitted."""
@@ -188,7 +188,11 @@ def _norm(group: UnitGroup, gradients: Mapping[str, float]) -> float:
 
 
 def _gains(
-    tracker: ActivationTracker, policy: Policy, group: UnitGroup, seen: Seen, loss: float
+    tracker: ActivationTracker,
+    policy: Policy,
+    group: UnitGroup,
+    seen: CollectedSignals,
+    loss: float,
 ) -> tuple[float, ...]:
     """Relative falls of the loss by the next units; none where no room is left for them."""
     if not policy.grow or (policy.ceiling is not None and group.size >= policy.ceiling):
@@ -200,7 +204,7 @@ def _dead(units: Sequence[int], pinned: Collection[int]) -> tuple[int, ...]:
     return tuple(u for u in units if u not in pinned)
 
 
-def _deeper(layer: nn.Module | None, name: str, price: Prices) -> Size | None:
+def _deeper(layer: nn.Module | None, name: str, price: CostModel) -> Size | None:
     """At most what a layer costs that is inserted behind this one: two square ones with biases."""
     if layer is None or not can_follow(layer):
         return None
@@ -213,8 +217,8 @@ def _deeper(layer: nn.Module | None, name: str, price: Prices) -> Size | None:
 
 def _blocks(model: nn.Module, inputs: Arguments) -> Iterator[str]:
     """Modules with parts and parameters that give, once in a pass, what has the shape of what they took."""
-    bench, calls = quiet_copy(model), dict[str, list[bool]]()
-    for name, module in bench.named_modules():
+    trial_copy, calls = copy_without_hooks(model), dict[str, list[bool]]()
+    for name, module in trial_copy.named_modules():
         parts = next(module.children(), None) is not None
         if not name or not parts or next(module.parameters(), None) is None:
             continue
@@ -225,20 +229,21 @@ def _blocks(model: nn.Module, inputs: Arguments) -> Iterator[str]:
             calls.setdefault(name, []).append(same)
 
         module.register_forward_hook(hook, with_kwargs=True)
-    forward_once(bench, inputs)
+    forward_once(trial_copy, inputs)
     # A layer with another behind it is none: its name stands for both.
     alone = (n for n, same in calls.items() if same == [True])
-    return (n for n in alone if INSERTED not in bench.get_submodule(n)._modules)
+    return (n for n in alone if INSERTED not in trial_copy.get_submodule(n)._modules)
 
 
 def _error(model: nn.Module, plan: Plan, inputs: Sequence[Arguments]) -> float:
     """Σ‖Δy‖² / Σ‖y − mean y‖² of the first tensor of more than one dimension that the model puts out."""
     lost = total = 0.0
-    with borrowed(model) as bench:
-        apply(plan, [bench], [])
+    with temporary_copy(model) as trial_copy:
+        apply(plan, [trial_copy], [])
         for batch in inputs:
             before, after = (
-                _first(forward_once(m, batch)) for m in (quiet_copy(model), quiet_copy(bench))
+                _first(forward_once(m, batch))
+                for m in (copy_without_hooks(model), copy_without_hooks(trial_copy))
             )
             lost += float((after - before).square().sum())
             total += float((before - before.flatten(0, -2).mean(0)).square().sum())
@@ -251,7 +256,7 @@ def _first(output: object) -> Tensor:
     return found.detach().double()
 
 
-def _saved(model: nn.Module, name: str, plan: Plan, price: Prices) -> Size:
+def _saved(model: nn.Module, name: str, plan: Plan, price: CostModel) -> Size:
     """What the removed module has, less what others get."""
     gone = dict(model.get_submodule(name).named_parameters(prefix=name))
     held = tensors(model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracker.errors import SurgeryError
-from tracker.utils.argument_checks import described, fits, shown
+from tracker.utils.argument_checks import described_type, fits, shown
 
 # Field → least, most, and what it is. NaN is in no range.
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -44,7 +44,7 @@ def require_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in kinds and not fits(value, kinds[name]):
             raise SurgeryError(
-                f"{name} of a policy is {described(kinds[name])}, not {shown(value)}."
+                f"{name} of a policy is {described_type(kinds[name])}, not {shown(value)}."
             )
 
 

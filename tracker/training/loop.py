@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tracker.errors import SurgeryError, TrackerError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import quiet_copy
-from tracker.observation.consumer_inputs import Read
+from tracker.inputs.forward_pass import copy_without_hooks
+from tracker.observation.consumer_inputs import ConsumerInput
 from tracker.parts.session import Session
 from tracker.surgery import Receipt
 from tracker.surgery.inserted_modules import inserted_layers
@@ -25,13 +25,13 @@ from tracker.surgery.prices.latency import latency
 from tracker.surgery.prices.protection import Protection, protection, protects
 from tracker.surgery.transaction import count
 from tracker.tracker import ActivationTracker
-from tracker.training.candidates import Prices, Wanted, bypasses, candidates, grown, neurons_of
+from tracker.training.candidates import CostModel, Wanted, bypasses, candidates, grown, neurons_of
 from tracker.training.choices import Requests, Size
 from tracker.training.custom_policies import taken_by
-from tracker.training.observation_phase import Look
+from tracker.training.observation_phase import ObservationPhase
 from tracker.training.policy import Phases, Policy
-from tracker.training.seen import Seen
-from tracker.training.sensitivity import Witness, losses_of, with_curvature
+from tracker.training.seen import CollectedSignals
+from tracker.training.sensitivity import RecordedPass, losses_of, with_curvature
 from tracker.training.verdict import Verdict, rise_by, standard_error
 
 if TYPE_CHECKING:
@@ -95,18 +95,20 @@ class SelfModification:
         self._recent: list[Tensor] = []
         self._means: list[float] = []  # before each look
         self._blocked: dict[str, int] = {}
-        self._watch: Look | None = None
+        self._watch: ObservationPhase | None = None
         self._sizes: dict[
             str, int
         ] = {}  # of each group, when it was first seen: shares are of these
-        self._seen = Seen()  # in the last look, beside what consumers read
+        self._seen = CollectedSignals()  # in the last look, beside what consumers read
         self._open: Verdict | None = None  # of the last change
         # Passes that it is judged on, and their losses before it.
-        self._measured: tuple[tuple[Witness, ...], Tensor | None] = (), None
+        self._measured: tuple[tuple[RecordedPass, ...], Tensor | None] = (), None
         self._counted: tuple[int, tuple[dict[str, float], float]] | None = None
         self._stopped = False
-        # What `gather` gives once it is stopped in the middle of a look.
-        self._parting: tuple[dict[str, Any], dict[str, Read], dict[str, Tensor]] | None = None
+        # What `dump_state` gives once it is stopped in the middle of a look.
+        self._parting: tuple[dict[str, Any], dict[str, ConsumerInput], dict[str, Tensor]] | None = (
+            None
+        )
         self._interrupted = False  # the model changed during a look, which begins anew
         for part in policy.policies():  # a name that matches nothing is told now
             if part.protect and self._session.entry.observer.calls:
@@ -142,7 +144,7 @@ class SelfModification:
             try:
                 return self._look(policy) or taken_back
             finally:
-                self._seen = Seen()  # it holds inputs of the model
+                self._seen = CollectedSignals()  # it holds inputs of the model
         begins = since >= -policy.look and phase == policy.every - policy.look
         left = policy.every - phase  # steps to the look's decision
         over = policy.until is not None and self.steps - start + left > policy.until
@@ -150,7 +152,7 @@ class SelfModification:
             self._begin_to_observe()
         return taken_back
 
-    def gather(self) -> tuple[dict[str, Any], dict[str, Read], dict[str, Tensor]]:
+    def dump_state(self) -> tuple[dict[str, Any], dict[str, ConsumerInput], dict[str, Tensor]]:
         """Where the run is, as plain data, and what it observed since it began to look: reads, and other tensors.
 
         A change that awaits its verdict is not among it; see `verdict`.
@@ -172,19 +174,19 @@ class SelfModification:
         }
         if self._watch is None:
             return data, {}, {}
-        tables, data["inputs"] = self._watch.seen.gather()
+        tables, data["inputs"] = self._watch.seen.dump_state()
         return data, self._watch.reads(), tables
 
-    def go_on(
+    def restore_state(
         self,
         data: Mapping[str, Any],
-        seen: Mapping[str, Read],
+        seen: Mapping[str, ConsumerInput],
         tables: Mapping[str, Tensor],
     ) -> None:
-        """Go on where `gather` was called.
+        """Go on where `dump_state` was called.
 
         Raises:
-            KeyError, TypeError, ValueError: It is nothing that `gather` gave.
+            KeyError, TypeError, ValueError: It is nothing that `dump_state` gave.
         """
         life = [_decision(decision) for decision in data["life"]]
         self.steps = operator.index(data["steps"])
@@ -201,7 +203,7 @@ class SelfModification:
         elif data["observes"]:
             self._begin_to_observe()
             assert self._watch is not None
-            self._watch.go_on(seen, tables, data.get("inputs"))
+            self._watch.restore_state(seen, tables, data.get("inputs"))
 
     @property
     def verdict(self) -> Verdict | None:
@@ -217,7 +219,7 @@ class SelfModification:
     def stop(self) -> None:
         """Observe and change nothing any more."""
         if self._watch is not None and self._session.carries_run:
-            self._parting = self.gather()
+            self._parting = self.dump_state()
         self._stopped = True
         if self._watch is not None:
             self._watch.stop()
@@ -233,7 +235,7 @@ class SelfModification:
         self._interrupted = False
         # The policy that will decide, which is the one that holds at this step.
         _, policy = self.policy.at(self.steps)
-        self._watch = Look(self._tracker, policy)
+        self._watch = ObservationPhase(self._tracker, policy)
 
     def _look(self, policy: Policy) -> Receipt | None:
         self._interrupted = False
@@ -288,9 +290,9 @@ class SelfModification:
                 by_weight, flops = self._flops(Arguments(*inputs))
                 time = 0.0
                 if policy.times:
-                    time = latency(quiet_copy(self.model), Arguments(*inputs))
+                    time = latency(copy_without_hooks(self.model), Arguments(*inputs))
                 now = Size(count(self.model), flops, time)
-                price = Prices(by_weight, time / max(flops, 1.0))
+                price = CostModel(by_weight, time / max(flops, 1.0))
                 able = candidates(
                     self._tracker,
                     policy,
@@ -310,14 +312,14 @@ class SelfModification:
                     wanted = decide(
                         bypasses=bypasses(tracker, able, self._seen.inputs, price, policy.protect)
                     )
-        return wanted if ranks is None else Requests(**ranks.of_first(asdict(wanted)))
+        return wanted if ranks is None else Requests(**ranks.broadcast_value(asdict(wanted)))
 
     def _flops(self, inputs: Arguments) -> tuple[dict[str, float], float]:
         """FLOPs by weight, and in all; counted anew once it changed."""
         version = self._session.entry.observer.version
         known = self._counted
         if known is None or known[0] != version:
-            by_weight, other = flops_by_weight(quiet_copy(self.model), inputs)
+            by_weight, other = flops_by_weight(copy_without_hooks(self.model), inputs)
             self._counted = known = version, (by_weight, sum(by_weight.values()) + other)
         return known[1]
 

@@ -10,28 +10,28 @@ from torch import Tensor, nn
 
 from tracker.inputs.calls import Arguments
 from tracker.observation.compiled import GraphHook, is_new_data
-from tracker.observation.consumer_inputs import Read
+from tracker.observation.consumer_inputs import ConsumerInput
 from tracker.surgery.calibration.consumers import Watcher, consumers
 from tracker.surgery.calibration.growth_directions import GradientWatcher
 from tracker.tracker import ActivationTracker
 from tracker.training.candidates import grown
 from tracker.training.policy import Policy
-from tracker.training.seen import Seen
-from tracker.training.sensitivity import LossWatcher, Witness
+from tracker.training.seen import CollectedSignals
+from tracker.training.sensitivity import LossWatcher, RecordedPass
 
 ROWS = (
     512  # of what a layer reads in one pass, or two for each of its columns: more tell little more
 )
 
 
-class Look:
+class ObservationPhase:
     """Hooks on the model of a tracker until `stop`: what its policy wants to know."""
 
     def __init__(self, tracker: ActivationTracker, policy: Policy) -> None:
         model = tracker.current.model()
         groups = [g for g in tracker.structure().groups if g.prunable and g.exact]
         self.wanted, _ = consumers(model, groups)
-        self.seen = Seen()
+        self.seen = CollectedSignals()
         self._watcher = Watcher(model, self.wanted, most=ROWS)
         self._handles: list[Any] = []
         self._bent: LossWatcher | None = None
@@ -55,24 +55,26 @@ class Look:
             self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
 
     @property
-    def witnesses(self) -> tuple[Witness, ...]:
+    def witnesses(self) -> tuple[RecordedPass, ...]:
         """The last passes of it that were sent back, where their loss can be measured again."""
         return () if self._bent is None else tuple(self._bent.witnesses)
 
-    def stop(self) -> dict[str, Read]:
+    def stop(self) -> dict[str, ConsumerInput]:
         """Take the hooks off; what consumers read, by their weights' names."""
         while self._handles:
             self._handles.pop().remove()
         return self._watcher.stop()
 
-    def reads(self) -> dict[str, Read]:
+    def reads(self) -> dict[str, ConsumerInput]:
         """What consumers read so far."""
         return self._watcher.seen()
 
-    def go_on(self, reads: Mapping[str, Read], tables: Mapping[str, Tensor], places: Any) -> None:
-        """Have seen this already; see `Seen.gather`."""
-        self._watcher.go_on(reads)
-        self.seen.go_on(tables, places)
+    def restore_state(
+        self, reads: Mapping[str, ConsumerInput], tables: Mapping[str, Tensor], places: Any
+    ) -> None:
+        """Have seen this already; see `CollectedSignals.gather`."""
+        self._watcher.restore_state(reads)
+        self.seen.restore_state(tables, places)
 
 
 def _norm_hooks(model: nn.Module, norms: dict[str, Tensor]) -> list[Any]:

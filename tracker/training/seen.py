@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tracker.inputs.calls import Arguments
 from tracker.inputs.serialized import gather_inputs, inputs_from
-from tracker.observation.consumer_inputs import Read
+from tracker.observation.consumer_inputs import ConsumerInput
 from tracker.surgery.calibration.growth_directions import directions_of, strengths_of
 
 # Keys of tensors in a checkpoint.
@@ -20,7 +20,7 @@ BENT, FACTS = "look.bent/", "look.facts"
 
 
 @dataclass(slots=True)
-class Seen:
+class CollectedSignals:
     """What a look saw beside what consumers read.
 
     products: By layer, Σ δᵀx over its passes: see `directions_of`. into: Some rows of what these layers took.
@@ -43,7 +43,9 @@ class Seen:
         pairs = {name: value.tolist() for name, value in self.norms.items()}
         return {name: total / count for name, (total, count) in pairs.items() if count}
 
-    def gains(self, layer: str, reads: Mapping[str, Read], loss: float) -> tuple[float, ...]:
+    def gains(
+        self, layer: str, reads: Mapping[str, ConsumerInput], loss: float
+    ) -> tuple[float, ...]:
         """Predicted relative fall of the loss by the first, second, … unit that a layer gets.
 
         A unit that reads along u and is read along v, the singular vectors of Σ δᵀx of strength σ, takes
@@ -66,7 +68,7 @@ class Seen:
         found = {n: directions_of(self.products[n]) for n in layers if n in self.products}
         return {name: best for name, best in found.items() if best is not None}
 
-    def gather(self) -> tuple[dict[str, Tensor], Any]:
+    def dump_state(self) -> tuple[dict[str, Tensor], Any]:
         """Tensors by key, and where the inputs stand among them."""
         tables, places = gather_inputs((tuple(tuple(pair) for pair in self.inputs), {}))
         products = {PRODUCT + name: value.cpu() for name, value in self.products.items()}
@@ -75,11 +77,11 @@ class Seen:
         products[FACTS] = self.facts
         return {**products, **{INPUT + key: value for key, value in tables.items()}}, places
 
-    def go_on(self, tables: Mapping[str, Tensor], places: Any) -> None:
+    def restore_state(self, tables: Mapping[str, Tensor], places: Any) -> None:
         """Have seen this already.
 
         Raises:
-            KeyError, TypeError, ValueError: It is nothing that `gather` gave.
+            KeyError, TypeError, ValueError: It is nothing that `dump_state` gave.
         """
         for kind, mine in ((PRODUCT, self.products), *self._tables()):
             for key, value in tables.items():
@@ -99,4 +101,4 @@ class Seen:
         return (NORM, self.norms), (INTO, self.into), (BENT, self.bent)
 
 
-NOTHING_SEEN = Seen()
+NOTHING_SEEN = CollectedSignals()

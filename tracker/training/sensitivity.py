@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tracker.errors import TrackerError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.observation.compiled import GraphHook, is_new_data
-from tracker.observation.consumer_inputs import Read, Sensitivity
+from tracker.observation.consumer_inputs import ConsumerInput, Sensitivity
 from tracker.surgery.calibration.consumers import Consumer
 from tracker.utils.nested import tensors_in
 
@@ -32,7 +32,7 @@ PASSES, KNOWN, RATIO, SQUARES, ELEMENTS, ROWS, NORM = range(FACTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Witness:
+class RecordedPass:
     """One pass of training, and what the loss said of it: enough to measure the loss again.
 
     Attributes:
@@ -48,7 +48,7 @@ class Witness:
     weights: Tensor
 
     @classmethod
-    def of(cls, inputs: Arguments, output: Tensor, gradient: Tensor) -> Witness:
+    def of(cls, inputs: Arguments, output: Tensor, gradient: Tensor) -> RecordedPass:
         """What a gradient w·(p − t) tells of a cross-entropy."""
         y, g = output.flatten(0, -2), gradient.flatten(0, -2)
         least, targets = g.min(-1, keepdim=True)
@@ -60,7 +60,7 @@ class Witness:
 
     def losses(self, model: nn.Module) -> Tensor | None:
         """Of each row, weighed: (rows,) float64. By a copy in eval mode; None where it puts out something else."""
-        outputs = tensors_in(forward_once(quiet_copy(model), self.inputs))
+        outputs = tensors_in(forward_once(copy_without_hooks(model), self.inputs))
         found = next((t for t in outputs if t.shape == self.shape), None)
         if found is None:
             return None
@@ -68,7 +68,7 @@ class Witness:
         return -(self.weights * log_p.gather(-1, self.targets)).flatten()
 
 
-def losses_of(witnesses: Sequence[Witness], model: nn.Module) -> Tensor | None:
+def losses_of(witnesses: Sequence[RecordedPass], model: nn.Module) -> Tensor | None:
     """Of all rows of some passes, by a model as it is now; None where they cannot be told."""
     try:
         found = [w.losses(model) for w in witnesses]
@@ -114,7 +114,9 @@ class LossWatcher:
                     _ConsumerHook(self, one, sums[one.weight]), prepend=True
                 )
             )
-        self.witnesses = deque[Witness](maxlen=WITNESSES)  # the last passes that were sent back
+        self.witnesses = deque[RecordedPass](
+            maxlen=WITNESSES
+        )  # the last passes that were sent back
         self.handles.append(model.register_forward_hook(_OutputHook(self), with_kwargs=True))
 
     def at_output(self, inputs: Arguments, y: Tensor, gradient: Tensor) -> None:
@@ -131,7 +133,7 @@ class LossWatcher:
         if ratio is not None:
             facts[KNOWN], facts[RATIO] = 1, ratio
             if _cross_entropy(y.detach().float(), g, last=True) is not None:
-                self.witnesses.append(Witness.of(inputs, y.detach().float(), g))
+                self.witnesses.append(RecordedPass.of(inputs, y.detach().float(), g))
         else:
             facts[SQUARES], facts[ELEMENTS] = norm, g.numel()
             facts[ROWS] = g.flatten(0, -2).any(1).sum() if g.ndim > 1 else 1
@@ -150,12 +152,12 @@ class LossWatcher:
 
 
 def with_curvature(
-    reads: Mapping[str, Read],
+    reads: Mapping[str, ConsumerInput],
     wanted: Sequence[Consumer],
     sums: Mapping[str, Tensor],
     facts: Tensor,
     loss: float,
-) -> dict[str, Read]:
+) -> dict[str, ConsumerInput]:
     """The reads, with the curvature of the loss at what the consumers put out; as they are where no gradients came."""
     scale = loss_curvature(facts, loss)
     if scale is None:

@@ -70,7 +70,7 @@ def _checked(
             for one in values:
                 if name in hints and not fits(one, hints[name]):
                     raise others.get(name, error)(
-                        f"{_called(function)}: {name} is {described(hints[name])}, not {shown(one)}."
+                        f"{_called(function)}: {name} is {described_type(hints[name])}, not {shown(one)}."
                     )
         return function(*args, **kwargs)
 
@@ -128,11 +128,11 @@ def fits(value: object, hint: Any) -> bool:
     return True
 
 
-def described(hint: Any) -> str:
+def described_type(hint: Any) -> str:
     """An annotation in words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(described(one) for one in inner))
+        return " or ".join(dict.fromkeys(described_type(one) for one in inner))
     words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
     if hint in words:
         return words[hint]
@@ -142,11 +142,11 @@ def described(hint: Any) -> str:
     if kind is typing.get_origin(Callable[..., Any]):
         return "a function"
     if isinstance(kind, type) and issubclass(kind, Mapping) and inner:
-        return f"a dict {{{described(inner[0])}: {described(inner[1])}}}"
+        return f"a dict {{{described_type(inner[0])}: {described_type(inner[1])}}}"
     if kind is tuple and inner:
-        return f"({', '.join(map(described, inner))})"
+        return f"({', '.join(map(described_type, inner))})"
     if isinstance(kind, type) and issubclass(kind, Iterable) and inner:
-        of = "" if inner[0] is Any else f", each {described(inner[0])}"
+        of = "" if inner[0] is Any else f", each {described_type(inner[0])}"
         return f"a list{of}"
     return f"a {getattr(kind, '__name__', kind)}"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tracker.structure.adapters.registry import ModuleAdapter, register_adapter
 
 
-class FreeHeadsAttention(nn.MultiheadAttention):
+class DecoupledMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` after a removal: heads and their widths are free of the width around them.
 
     Torch's own takes `embed_dim` for the width of the inputs and of all heads together. Parameters, their names and the
@@ -127,4 +127,4 @@ def free_heads(module: Any, size: int) -> None:
     module.v_head_dim = size
 
 
-register_adapter(ModuleAdapter(nn.MultiheadAttention, FreeHeadsAttention, _fits, _adapt))
+register_adapter(ModuleAdapter(nn.MultiheadAttention, DecoupledMultiheadAttention, _fits, _adapt))

@@ -110,15 +110,15 @@ def _apart(
     return x.new_zeros(()).masked_fill(region[:, None] != region[:, :, None], -100.0)
 
 
-class FreeWindows(_Windows, ShiftedWindowAttention):  # type: ignore[misc]
+class DecoupledShiftedWindowAttention(_Windows, ShiftedWindowAttention):  # type: ignore[misc]
     """`ShiftedWindowAttention` after a removal."""
 
 
-class FreeWindowsV2(_Windows, ShiftedWindowAttentionV2):  # type: ignore[misc]
+class DecoupledShiftedWindowAttentionV2(_Windows, ShiftedWindowAttentionV2):  # type: ignore[misc]
     """`ShiftedWindowAttentionV2` after a removal."""
 
 
-class FreeWindows3d(_Windows, ShiftedWindowAttention3d):  # type: ignore[misc]
+class DecoupledShiftedWindowAttention3d(_Windows, ShiftedWindowAttention3d):  # type: ignore[misc]
     """`ShiftedWindowAttention3d` after a removal."""
 
 
@@ -133,6 +133,12 @@ def _adapt(module: Any) -> None:
     free_heads(module, module.head_dim)
 
 
-register_adapter(ModuleAdapter(ShiftedWindowAttention, FreeWindows, _fits, _adapt))
-register_adapter(ModuleAdapter(ShiftedWindowAttentionV2, FreeWindowsV2, _fits, _adapt))
-register_adapter(ModuleAdapter(ShiftedWindowAttention3d, FreeWindows3d, _fits, _adapt))
+register_adapter(
+    ModuleAdapter(ShiftedWindowAttention, DecoupledShiftedWindowAttention, _fits, _adapt)
+)
+register_adapter(
+    ModuleAdapter(ShiftedWindowAttentionV2, DecoupledShiftedWindowAttentionV2, _fits, _adapt)
+)
+register_adapter(
+    ModuleAdapter(ShiftedWindowAttention3d, DecoupledShiftedWindowAttention3d, _fits, _adapt)
+)

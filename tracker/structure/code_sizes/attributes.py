@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tracker.modules.kinds import kind_of
-from tracker.structure.adapters.attention import FreeHeadsAttention
+from tracker.structure.adapters.attention import DecoupledMultiheadAttention
 from tracker.structure.adapters.registry import adapt as adapt_module
 from tracker.structure.adapters.registry import needs_adapter
 from tracker.structure.adapters.transformers_stacks import list_kinds
-from tracker.structure.code_sizes.traced_int import Attribute, assign
+from tracker.structure.code_sizes.traced_int import Attribute, set_attributes
 
 _MISSING = object()
 
@@ -23,7 +23,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
 
 
-def adapt(
+def sync_attributes(
     model: nn.Module,
     attributes: Mapping[Attribute, int],
     undo: Callable[[Callable[[], None]], None],
@@ -42,7 +42,7 @@ def adapt(
     for module, *_ in before:
         if needs_adapter(module):
             adapt_module(module)
-    assign(model, attributes)
+    set_attributes(model, attributes)
     if any(a.owner for a in attributes):  # the configurations are this model's own now
         list_kinds(model)
     for module, *_ in before:
@@ -76,9 +76,9 @@ def refit(module: nn.Module) -> None:
     """Set the sizes that a module of a known kind keeps beside its parameters to what these are now."""
     m: Any = module  # mypy takes every attribute of a module for a tensor or a module
     if isinstance(m, nn.TransformerEncoder):
-        if any(isinstance(part, FreeHeadsAttention) for part in m.modules()):
+        if any(isinstance(part, DecoupledMultiheadAttention) for part in m.modules()):
             m.use_nested_tensor = False  # it is made for torch's own attention
-    elif isinstance(m, FreeHeadsAttention):
+    elif isinstance(m, DecoupledMultiheadAttention):
         q, k, v = (w for w, _ in m._weights())
         m.embed_dim, m.kdim, m.vdim = (w.shape[1] for w in (q, k, v))
     elif (kind := kind_of(module)) is not None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tracker.structure.code_sizes.traced_int import TInt
+from tracker.structure.code_sizes.traced_int import TracedInt
 
 _Cached = functools._lru_cache_wrapper
 # Nothing in these is called with a model's integers but by way of torch's functions, which are heard.
@@ -72,7 +72,7 @@ def _computed(cached: _Cached[Any]) -> Callable[..., Any]:
 
 
 def _is_traced(value: object, depth: int) -> bool:
-    if isinstance(value, TInt):
+    if isinstance(value, TracedInt):
         return True
     if not depth:
         return False

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from tracker.structure.axes import Axis
 from tracker.structure.code_sizes.cached_functions import sizes_not_cached
 from tracker.structure.code_sizes.traced_int import (
+    AxisSize,
+    BinaryOp,
     Expr,
-    Rows,
-    Term,
-    TInt,
+    TracedInt,
     expression,
     leaves,
     listeners,
@@ -42,7 +42,7 @@ class Equation:
     note: str = ""
 
 
-class Listener(TorchFunctionMode):
+class IntRecorder(TorchFunctionMode):
     """Notes an equation for every integer that a function of torch is called with."""
 
     def __init__(self, trace: Trace, path: list[CallKey]) -> None:
@@ -83,7 +83,7 @@ class Listener(TorchFunctionMode):
             pass  # called in a way that we do not know
         if name not in _GETTERS:
             for value in integers([args, kwargs]):
-                if isinstance(value, TInt):
+                if isinstance(value, TracedInt):
                     self.pin(value.expr, int(value), f"{name} is called with it")
         return result
 
@@ -94,7 +94,8 @@ class Listener(TorchFunctionMode):
         if axes is None or len(axes) != len(sizes) or all(axis is None for axis in axes):
             return sizes
         return torch.Size(
-            n if axis is None else TInt(n, Rows(axis)) for n, axis in zip(sizes, axes, strict=True)
+            n if axis is None else TracedInt(n, AxisSize(axis))
+            for n, axis in zip(sizes, axes, strict=True)
         )
 
     def float_made(self, expr: Expr) -> None:
@@ -120,16 +121,16 @@ class Listener(TorchFunctionMode):
 
 
 def _key(expr: Expr) -> object:
-    if isinstance(expr, Term):
+    if isinstance(expr, BinaryOp):
         return expr.sign, _key(expr.left), _key(expr.right)
-    return expr.axis.tobytes() if isinstance(expr, Rows) else expr
+    return expr.axis.tobytes() if isinstance(expr, AxisSize) else expr
 
 
 @dataclass(slots=True)
 class Call:
     """One call of a function of torch."""
 
-    listener: Listener
+    active_observer: IntRecorder
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
@@ -147,7 +148,7 @@ class Call:
 
     def axis(self, tensor: Tensor, dim: int) -> Axis:
         """The axis of one dimension."""
-        return self.listener.trace.axes(tensor)[dim]
+        return self.active_observer.trace.axes(tensor)[dim]
 
     def sizes(self, start: int, *names: str) -> list[Any]:
         """Integers given one by one or as one tuple."""
@@ -162,10 +163,10 @@ class Call:
 
     def equal(self, value: Any, axis: Axis, size: int, *, or_more: bool = False) -> None:
         """An integer is the number of indices of an axis."""
-        if not isinstance(value, TInt) and (axis is None or value == -1):
+        if not isinstance(value, TracedInt) and (axis is None or value == -1):
             return
-        source = self.listener.source()
-        self.listener.add(Equation(expression(value), axis, size, source, or_more))
+        source = self.active_observer.source()
+        self.active_observer.add(Equation(expression(value), axis, size, source, or_more))
 
     def all_equal(self, sizes: list[Any], tensor: Tensor, start: int = 0) -> None:
         """Integers are the sizes of a tensor's dimensions."""
@@ -192,9 +193,9 @@ def _repeat(call: Call) -> None:
     for d, count in zip(range(-len(counts), 0), counts, strict=True):
         size: Any = x.shape[d] if x.ndim >= -d else 1
         axis = call.axis(x, d) if size > 1 else None
-        whole = Term("*", expression(count), size if axis is None else Rows(axis))
-        source = call.listener.source()
-        call.listener.add(Equation(whole, call.axis(out, d), out.shape[d], source))
+        whole = BinaryOp("*", expression(count), size if axis is None else AxisSize(axis))
+        source = call.active_observer.source()
+        call.active_observer.add(Equation(whole, call.axis(out, d), out.shape[d], source))
 
 
 def _new(start: int) -> Callable[[Call], None]:
@@ -252,8 +253,8 @@ def _index(call: Call) -> None:
             for bound in (part.start, part.stop):
                 if bound is not None:
                     _bound(call, bound, axis, n)
-        elif isinstance(part, TInt):
-            call.listener.pin(part.expr, int(part), "it picks a position")
+        elif isinstance(part, TracedInt):
+            call.active_observer.pin(part.expr, int(part), "it picks a position")
         d += _consumed(part)
 
 
@@ -266,7 +267,7 @@ def _bound(call: Call, bound: Any, axis: Axis, n: int) -> None:
     elif value > 0:
         call.equal(bound, None if axis is None else axis[:value], value)
     elif value > -n:
-        back = bound.__neg__() if isinstance(bound, TInt) else -value
+        back = bound.__neg__() if isinstance(bound, TracedInt) else -value
         call.equal(back, None if axis is None else axis[n + value :], -value)
 
 
@@ -285,9 +286,9 @@ def _groups(position: int, name: str) -> Callable[[Call], None]:
     def hear(call: Call) -> None:
         groups = call.arg(position, name, 1)
         n = int(groups)
-        if n == 1 and not isinstance(groups, TInt):
+        if n == 1 and not isinstance(groups, TracedInt):
             return
-        channels, labels = call.axis(call.x, 1), call.listener.trace.labels
+        channels, labels = call.axis(call.x, 1), call.active_observer.trace.labels
         outer = labels.split(channels, [n, call.x.shape[1] // n], "groups")[0] if n > 1 else None
         call.equal(groups, outer, n)
 
@@ -297,7 +298,7 @@ def _groups(position: int, name: str) -> Callable[[Call], None]:
 def _attention(call: Call) -> None:
     if call.kwargs.get("scale") is None and (width := call.axis(call.x, -1)) is not None:
         note = "the default scale is made of it"
-        call.listener.pin(Rows(width), call.x.shape[-1], note)
+        call.active_observer.pin(AxisSize(width), call.x.shape[-1], note)
 
 
 def _grouped_product(call: Call) -> None:
@@ -305,13 +306,13 @@ def _grouped_product(call: Call) -> None:
         width, dim = 16 // x.element_size(), x.stride().index(1)
         if (axis := call.axis(x, dim)) is not None and width > 1:
             note = "a grouped product wants rows of 16 bytes"
-            call.listener.pin(Term("%", Rows(axis), width), 0, note)
+            call.active_observer.pin(BinaryOp("%", AxisSize(axis), width), 0, note)
 
 
 def plain(value: Any) -> Any:
     """The same with plain integers."""
     kind = type(value)
-    if kind is TInt:
+    if kind is TracedInt:
         return int(value)
     if kind in (tuple, list):
         return kind(map(plain, value)) if any(True for _ in integers(value)) else value

@@ -12,9 +12,9 @@ from tracker.structure.axes import Labels
 from tracker.structure.code_sizes.int_recorder import Equation
 from tracker.structure.code_sizes.traced_int import (
     Attribute,
+    AxisSize,
+    BinaryOp,
     Expr,
-    Rows,
-    Term,
     evaluate,
     leaves,
     text,
@@ -76,7 +76,7 @@ class Integers:
             return seen[id(axis)]
 
         for equation in equations:
-            rows = [leaf for leaf in leaves(equation.expr) if isinstance(leaf, Rows)]
+            rows = [leaf for leaf in leaves(equation.expr) if isinstance(leaf, AxisSize)]
             axis = None if equation.axis is None else number(equation.axis)
             used = {number(leaf.axis) for leaf in rows} | ({axis} - {None})
             names = frozenset(e for e in leaves(equation.expr) if isinstance(e, Attribute))
@@ -191,7 +191,7 @@ class Integers:
     def _value(
         self, expr: Expr, values: Mapping[Attribute, int], left: Sequence[int]
     ) -> int | None:
-        def leaf(at: Attribute | Rows) -> int:
+        def leaf(at: Attribute | AxisSize) -> int:
             if isinstance(at, Attribute):
                 return values[at] if at in values else self.values[at]
             return left[int(at.axis)]
@@ -290,9 +290,9 @@ def couple(labels: Labels, equations: Sequence[Equation]) -> None:
     first: dict[Attribute, np.ndarray] = {}
     for equation in equations:
         name, axis = equation.expr, equation.axis
-        if axis is None or equation.or_more or not isinstance(name, Attribute | Rows):
+        if axis is None or equation.or_more or not isinstance(name, Attribute | AxisSize):
             continue
-        other = name.axis if isinstance(name, Rows) else first.setdefault(name, axis)
+        other = name.axis if isinstance(name, AxisSize) else first.setdefault(name, axis)
         if len(other) != len(axis):
             continue  # misheard
         pairs = zip(labels.rows(other), labels.rows(axis), strict=True)
@@ -303,9 +303,9 @@ def couple(labels: Labels, equations: Sequence[Equation]) -> None:
 
 
 def _numbered(expr: Expr, number: object) -> Expr:
-    if isinstance(expr, Term):
-        return Term(expr.sign, _numbered(expr.left, number), _numbered(expr.right, number))
-    return Rows(np.array(number(expr.axis))) if isinstance(expr, Rows) else expr  # type: ignore[operator]
+    if isinstance(expr, BinaryOp):
+        return BinaryOp(expr.sign, _numbered(expr.left, number), _numbered(expr.right, number))
+    return AxisSize(np.array(number(expr.axis))) if isinstance(expr, AxisSize) else expr  # type: ignore[operator]
 
 
 def resolved(labels: Labels, axis: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Integers of the model's own code that remember where they come from.
 
-`shadow` makes a copy of a model that shares all parameters with it and in which every integer attribute is a `TInt`: an
-int that carries an expression over attributes and sizes. `assign` gives attributes new values.
+`instrumented_copy` makes a copy of a model that shares all parameters with it and in which every integer attribute
+is a `TracedInt`: an int that carries an expression over attributes and sizes. `set_attributes` gives attributes new
+values.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Attribute:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class AxisSize:
     """The labels of an axis, of which some indices may be gone."""
 
     axis: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class BinaryOp:
     """Two expressions and what is done with them."""
 
     sign: str
@@ -52,7 +53,7 @@ class Term:
     right: Expr
 
 
-Expr = int | Attribute | Rows | Term
+Expr = int | Attribute | AxisSize | BinaryOp
 
 SIGNS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
@@ -67,12 +68,12 @@ SIGNS: dict[str, Callable[[int, int], int]] = {
 listeners: list[Callable[[Expr], None]] = []
 
 
-class TInt(int):
+class TracedInt(int):
     """An int that knows its expression; arithmetic with integers keeps it."""
 
     expr: Expr
 
-    def __new__(cls, value: int, expr: Expr) -> TInt:
+    def __new__(cls, value: int, expr: Expr) -> TracedInt:
         """An int of this value."""
         self = super().__new__(cls, value)
         self.expr = expr
@@ -81,19 +82,19 @@ class TInt(int):
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
-    def __neg__(self) -> TInt:
-        return TInt(-int(self), Term("-", 0, self.expr))
+    def __neg__(self) -> TracedInt:
+        return TracedInt(-int(self), BinaryOp("-", 0, self.expr))
 
-    def __pos__(self) -> TInt:
+    def __pos__(self) -> TracedInt:
         return self
 
-    def __floor__(self) -> TInt:
+    def __floor__(self) -> TracedInt:
         return self
 
-    def __ceil__(self) -> TInt:
+    def __ceil__(self) -> TracedInt:
         return self
 
-    def __trunc__(self) -> TInt:
+    def __trunc__(self) -> TracedInt:
         return self
 
     def __float__(self) -> float:
@@ -106,47 +107,47 @@ class TInt(int):
 
 def expression(value: int) -> Expr:
     """The expression of an integer."""
-    return value.expr if isinstance(value, TInt) else operator.index(value)
+    return value.expr if isinstance(value, TracedInt) else operator.index(value)
 
 
 def _heard(expr: Expr) -> None:
-    for listener in listeners:
-        listener(expr)
+    for active_observer in listeners:
+        active_observer(expr)
 
 
 def _arithmetic(name: str, sign: str) -> None:
     plain, reflected = getattr(int, f"__{name}__"), getattr(int, f"__r{name}__")
 
-    def forward(self: TInt, other: Any) -> Any:
+    def forward(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int) or (sign == "**" and other < 0):
             if isinstance(other, (int, float)):
                 _heard(self.expr)
             return plain(self, other)
-        return TInt(plain(self, other), Term(sign, self.expr, expression(other)))
+        return TracedInt(plain(self, other), BinaryOp(sign, self.expr, expression(other)))
 
-    def backward(self: TInt, other: Any) -> Any:
+    def backward(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int) or (sign == "**" and self < 0):
             if isinstance(other, (int, float)):
                 _heard(self.expr)
             return reflected(self, other)
-        return TInt(reflected(self, other), Term(sign, expression(other), self.expr))
+        return TracedInt(reflected(self, other), BinaryOp(sign, expression(other), self.expr))
 
-    setattr(TInt, f"__{name}__", forward)
-    setattr(TInt, f"__r{name}__", backward)
+    setattr(TracedInt, f"__{name}__", forward)
+    setattr(TracedInt, f"__r{name}__", backward)
 
 
 def _division() -> None:
-    def forward(self: TInt, other: Any) -> Any:
+    def forward(self: TracedInt, other: Any) -> Any:
         if isinstance(other, (int, float)):
             _heard(self.expr)
         return int.__truediv__(self, other)
 
-    def backward(self: TInt, other: Any) -> Any:
+    def backward(self: TracedInt, other: Any) -> Any:
         if isinstance(other, (int, float)):
             _heard(self.expr)
         return int.__rtruediv__(self, other)
 
-    TInt.__truediv__, TInt.__rtruediv__ = forward, backward  # type: ignore[method-assign, assignment]
+    TracedInt.__truediv__, TracedInt.__rtruediv__ = forward, backward  # type: ignore[method-assign, assignment]
 
 
 for _name, _sign in (
@@ -156,7 +157,7 @@ for _name, _sign in (
 _division()
 
 
-def evaluate(expr: Expr, leaf: Callable[[Attribute | Rows], int]) -> int:
+def evaluate(expr: Expr, leaf: Callable[[Attribute | AxisSize], int]) -> int:
     """The value of an expression.
 
     Raises:
@@ -164,14 +165,14 @@ def evaluate(expr: Expr, leaf: Callable[[Attribute | Rows], int]) -> int:
     """
     if isinstance(expr, int):
         return expr
-    if isinstance(expr, Term):
+    if isinstance(expr, BinaryOp):
         return SIGNS[expr.sign](evaluate(expr.left, leaf), evaluate(expr.right, leaf))
     return leaf(expr)
 
 
-def leaves(expr: Expr) -> Iterator[Attribute | Rows]:
+def leaves(expr: Expr) -> Iterator[Attribute | AxisSize]:
     """Attributes and sizes in an expression."""
-    if isinstance(expr, Term):
+    if isinstance(expr, BinaryOp):
         yield from leaves(expr.left)
         yield from leaves(expr.right)
     elif not isinstance(expr, int):
@@ -180,16 +181,16 @@ def leaves(expr: Expr) -> Iterator[Attribute | Rows]:
 
 def text(expr: Expr) -> str:
     """The expression for people."""
-    if isinstance(expr, Term):
+    if isinstance(expr, BinaryOp):
         left, right = (
-            f"({text(e)})" if isinstance(e, Term) else text(e) for e in (expr.left, expr.right)
+            f"({text(e)})" if isinstance(e, BinaryOp) else text(e) for e in (expr.left, expr.right)
         )
         return f"{left} {expr.sign} {right}"
-    return "size" if isinstance(expr, Rows) else str(expr)
+    return "size" if isinstance(expr, AxisSize) else str(expr)
 
 
-def shadow(model: nn.Module) -> tuple[nn.Module, dict[Attribute, int]]:
-    """A copy with `TInt`s for its integers, that has `model`'s own parameters; and the value of each attribute."""
+def instrumented_copy(model: nn.Module) -> tuple[nn.Module, dict[Attribute, int]]:
+    """A copy with `TracedInt`s for its integers, that has `model`'s own parameters; and the value of each attribute."""
     memo: dict[int, Any] = {id(t): t for t in model.parameters()}
     twin = copy_of(model, memo)
     own = {id(part) for part in memo.values()}  # an object may have chosen not to be copied
@@ -209,14 +210,14 @@ def _instrument(
         attribute = Attribute(path, owner, name)
         if type(value) is int:
             values[attribute] = value
-            table[name] = TInt(value, attribute)
+            table[name] = TracedInt(value, attribute)
         elif type(value) in (tuple, list) and any(type(v) is int for v in value):
             parts = []
             for i, part in enumerate(value):
                 if type(part) is int:
                     at = dataclasses.replace(attribute, index=i)
                     values[at] = part
-                    part = TInt(part, at)
+                    part = TracedInt(part, at)
                 parts.append(part)
             table[name] = type(value)(parts)
         elif is_config(name, value) and id(value) in own and len(owner) < 3:
@@ -235,7 +236,7 @@ def is_config(name: str, value: object) -> bool:
     )
 
 
-def assign(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
+def set_attributes(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
     """Give attributes new values. Configurations are replaced by copies: other models may hold them too."""
     if any(a.owner for a in attributes):
         shared = [*model.parameters(), *model.buffers(), *model.modules()]
@@ -254,7 +255,7 @@ def assign(model: nn.Module, attributes: Mapping[Attribute, int]) -> None:
             table[attribute.name] = type(table[attribute.name])(parts)
 
 
-def missing(model: nn.Module, attributes: Mapping[Attribute, int]) -> list[Attribute]:
+def missing_attributes(model: nn.Module, attributes: Mapping[Attribute, int]) -> list[Attribute]:
     """Attributes that the model does not have."""
     gone = []
     for attribute in attributes:

@@ -218,7 +218,7 @@ def index_put(op: Op) -> None:
         if d is None or values.shape[k] != x.shape[d]:
             op.labels.freeze(axis, op.why("written where data says"))
         elif values.shape[k] != 1:
-            axes[d] = op.labels.unify(axes[d], axis, op.why("met by values that cannot die"))
+            axes[d] = op.labels.unify(axes[d], axis, op.why("combined with values of a fixed size"))
     return op.give(op.out, axes)
 
 

@@ -17,7 +17,7 @@ from tracker.utils.nested import tensors_in
 
 def contract(op: Op, a: Tensor, i: int, b: Tensor, j: int) -> None:
     """Dimension i of a and j of b are multiplied and added up."""
-    why = op.why("multiplied with values that cannot die")
+    why = op.why("multiplied with values of a fixed size")
     note_read(op, a, i, b)
     note_read(op, b, j, a)
     op.labels.unify(op.axes(a)[i], op.axes(b)[j], why)

@@ -110,7 +110,7 @@ def together(op: Op, met: Sequence[Axis]) -> Axis:
         return None
     first = met[0]
     for other in met[1:]:
-        first = op.labels.unify(first, other, op.why("met by values that cannot die"))
+        first = op.labels.unify(first, other, op.why("combined with values of a fixed size"))
     return first
 
 

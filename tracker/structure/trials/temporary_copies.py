@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tracker.errors import StructureError
 from tracker.inputs.calls import Arguments, Call, arguments
 from tracker.inputs.forward_pass import copy_of, forward_once, tables_kept
-from tracker.structure.code_sizes.attributes import adapt, tensors
+from tracker.structure.code_sizes.attributes import sync_attributes, tensors
 from tracker.structure.code_sizes.size_equations import Choice
 from tracker.structure.code_sizes.traced_int import Attribute
 from tracker.structure.trials.float64_mode import Float64Code, double, wider
@@ -37,7 +37,7 @@ def is_lending() -> bool:
     return _lending.get()
 
 
-def light_copy(model: nn.Module) -> nn.Module:
+def copy_sharing_storage(model: nn.Module) -> nn.Module:
     """A copy with parameters of its own that share the storage of the model's: what is set in one stays there.
 
     Written to in place, a parameter would be written in both: give it new data, or `set_` it. Buffers are copied.
@@ -71,23 +71,23 @@ def light_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Iterator[nn.Module]:
+def temporary_copy(model: nn.Module) -> Iterator[nn.Module]:
     """A light copy that lets go of what it came to own at the end: what has cycles would keep it until collected."""
-    bench = light_copy(model)
+    trial_copy = copy_sharing_storage(model)
     try:
-        yield bench
+        yield trial_copy
     finally:
-        let_go(bench)
+        release(trial_copy)
 
 
-def let_go(model: nn.Module) -> None:
+def release(model: nn.Module) -> None:
     """Empty a copy that is used no more."""
     for module in model.modules():
         dict.clear(module._parameters)
         module._buffers.clear()
 
 
-def vivid(model: nn.Module) -> nn.Module:
+def randomize_constants(model: nn.Module) -> nn.Module:
     """Constant vectors (norms' ones and zeros) and matrices of zeros would hide a wrong removal: make them random.
 
     `model` is a light copy: its parameters get new data.
@@ -193,7 +193,7 @@ class InFloat64:
             self._edit_buffers()
             backs: list[Callable[[], None]] = []
             try:
-                adapt(self.model, attributes, backs.append)
+                sync_attributes(self.model, attributes, backs.append)
                 yield
             finally:
                 for back in backs:

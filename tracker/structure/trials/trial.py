@@ -23,10 +23,10 @@ from tracker.structure.trials.float64_mode import Precision
 from tracker.structure.trials.op_stream import Forecast, Stream, differing
 from tracker.structure.trials.temporary_copies import (
     InFloat64,
+    copy_sharing_storage,
     is_finite,
-    light_copy,
+    randomize_constants,
     relative_difference,
-    vivid,
 )
 from tracker.structure.units import Place, UnitGroup
 from tracker.utils.nested import replaced, tensors_in
@@ -71,8 +71,8 @@ def _tried(
     precision: Precision,
 ) -> tuple[dict[str, str], str]:
     """Group -> why it cannot go; and why the whole model does not run so, or ""."""
-    bench = InFloat64(vivid(light_copy(model)), precision.in_float64)
-    trial = _Trial(bench, passes, integers, forecast, precision)
+    trial_copy = InFloat64(randomize_constants(copy_sharing_storage(model)), precision.in_float64)
+    trial = _Trial(trial_copy, passes, integers, forecast, precision)
     with plain_kernels():
         for exact in (True, False):
             for together in _apart([g for g in groups if g.prunable and g.exact is exact]):
@@ -90,14 +90,14 @@ def _own_precision(model: nn.Module, passes: Sequence[Call], why: str) -> Precis
     generator = torch.Generator().manual_seed(0)
     outputs = []
     for step in (0, eps):
-        bench = vivid(light_copy(model))
+        trial_copy = randomize_constants(copy_sharing_storage(model))
         with torch.no_grad():
-            for p in bench.parameters() if step else ():
+            for p in trial_copy.parameters() if step else ():
                 if p.is_floating_point():
                     sign = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
                     p.data = p.data * (1 + step * sign)
         try:
-            own = InFloat64(bench, in_float64=False)
+            own = InFloat64(trial_copy, in_float64=False)
             with plain_kernels():
                 outputs.append([own.run(call) for call in passes])
         except StructureError:

@@ -14,14 +14,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from tracker.compensation.linear import EXACT
 from tracker.inputs.batches import EXAMPLE, Batch
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.kinds import kind_of
 from tracker.observation.compiled import GraphHook, forget_compiled_graphs, is_new_data
-from tracker.observation.consumer_inputs import Read
+from tracker.observation.consumer_inputs import ConsumerInput
 from tracker.statistics import Covariance
 from tracker.structure import UnitGroup
-from tracker.structure.trials.temporary_copies import borrowed
-from tracker.surgery.calibration.covariance_collector import Readings
+from tracker.structure.trials.temporary_copies import temporary_copy
+from tracker.surgery.calibration.covariance_collector import CovarianceCollector
 from tracker.surgery.calibration.curvature import CurvatureWatcher, eager
 from tracker.surgery.calibration.loss import Objective
 from tracker.tracker import ActivationTracker
@@ -51,14 +51,18 @@ class Consumer:
     bias: str | None
     padded: bool = False
 
-    def fits(self, read: Read, weight: Tensor) -> bool:
+    def fits(self, read: ConsumerInput, weight: Tensor) -> bool:
         """Whether that is what it reads."""
-        return len(read.covariance.mean) == weight.shape[self.reads] * read.taps
+        return len(read.covariance.mean) == weight.shape[self.reads] * read.kernel_positions
 
-    def matrix(self, weight: Tensor, taps: int) -> Tensor:
+    def matrix(self, weight: Tensor, kernel_positions: int) -> Tensor:
         """Its weight as a matrix whose columns are those of what it reads: (rows, columns) float64."""
         whole = weight.detach().double().cpu()
-        return whole.movedim(self.reads, -1).flatten(0, -2) if taps == 1 else whole.flatten(1)
+        return (
+            whole.movedim(self.reads, -1).flatten(0, -2)
+            if kernel_positions == 1
+            else whole.flatten(1)
+        )
 
     def passes_on(self, shift: Tensor, second_moment: Tensor) -> bool:
         """Whether constants for features of such second moments can be taken over exactly."""
@@ -114,7 +118,7 @@ def consumers(model: nn.Module, groups: Iterable[UnitGroup]) -> tuple[list[Consu
 
 def reads_of(
     tracker: ActivationTracker, wanted: Iterable[Consumer], *, example: bool = True
-) -> dict[str, Read]:
+) -> dict[str, ConsumerInput]:
     """What these consumers read: calibrated, else from the window, else (if `example`) on the example inputs."""
     entry = tracker.current
     found = dict(entry.reads)
@@ -122,7 +126,7 @@ def reads_of(
     for one in list(missing):
         seen = _from_window(tracker, one)
         if seen is not None:
-            found[one.weight] = Read(one.reads, seen)
+            found[one.weight] = ConsumerInput(one.reads, seen)
             missing.remove(one)
     if missing and example:
         passes = tracker.passes()
@@ -143,7 +147,7 @@ def collect(
     *,
     patches: bool = False,
     objective: Objective | None = None,
-) -> dict[str, Read]:
+) -> dict[str, ConsumerInput]:
     """One pass over `batches` in eval mode, calls in theirs; the inputs of these consumers become covariances.
 
     patches: Convolutions see all that lies under their kernels, not channels alone.
@@ -151,15 +155,15 @@ def collect(
         batches.
     """
     wanted = list(wanted)
-    with borrowed(model) if objective is not None else nullcontext(model) as lent:
-        quiet = quiet_copy(lent)
+    with temporary_copy(model) if objective is not None else nullcontext(model) as lent:
+        quiet = copy_without_hooks(lent)
         watcher = Watcher(quiet, wanted, heard=True, patches=patches)
         if objective is None:
             for batch in batches:
                 forward_once(quiet, batch.call, given=batch.what)
             return watcher.stop()
         every = {one.weight: one for one in wanted}
-        with CurvatureWatcher(quiet, every, watcher.taps, objective) as bent, eager():
+        with CurvatureWatcher(quiet, every, watcher.kernel_positions, objective) as bent, eager():
             for number, batch in enumerate(batches):
                 with bent.expecting(batch.given if number < GRADIENTS else None):
                     forward_once(quiet, batch.call, bent.mode(), given=batch.what)
@@ -184,39 +188,39 @@ class Watcher:
         patches: bool = False,
         most: int | None = None,
     ) -> None:
-        self._readings, self._most = Readings(), most
+        self._readings, self._most = CovarianceCollector(), most
         self._dims: dict[str, tuple[int, int]] = {}
         self._handles = []
         self._seen = 0
         for one in wanted:
             module = model.get_submodule(one.module)
-            taps = kernel_places(module) if patches else 1
-            self._dims[one.weight] = one.reads, taps
+            kernel_positions = kernel_places(module) if patches else 1
+            self._dims[one.weight] = one.reads, kernel_positions
 
-            hook = ReadingHook(self, one, module, taps, heard=heard)
+            hook = ReadingHook(self, one, module, kernel_positions, heard=heard)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         if not heard:
             forget_compiled_graphs()
 
-    def stop(self) -> dict[str, Read]:
+    def stop(self) -> dict[str, ConsumerInput]:
         """Take the hooks off; what was seen, by consumer's weight."""
         while self._handles:
             self._handles.pop().remove()
         return self._reads(self._readings.values(release=True))
 
-    def seen(self) -> dict[str, Read]:
+    def seen(self) -> dict[str, ConsumerInput]:
         """What was seen so far."""
         return self._reads(self._readings.values())
 
-    def _reads(self, values: Mapping[str, Covariance]) -> dict[str, Read]:
-        return {w: Read(self._dims[w][0], c, self._dims[w][1]) for w, c in values.items()}
+    def _reads(self, values: Mapping[str, Covariance]) -> dict[str, ConsumerInput]:
+        return {w: ConsumerInput(self._dims[w][0], c, self._dims[w][1]) for w, c in values.items()}
 
     @property
-    def taps(self) -> dict[str, int]:
+    def kernel_positions(self) -> dict[str, int]:
         """Columns of each feature, by consumer's weight."""
-        return {weight: taps for weight, (_, taps) in self._dims.items()}
+        return {weight: kernel_positions for weight, (_, kernel_positions) in self._dims.items()}
 
-    def go_on(self, seen: Mapping[str, Read]) -> None:
+    def restore_state(self, seen: Mapping[str, ConsumerInput]) -> None:
         """Have seen this already; of consumers that are no longer watched it is forgotten.
 
         Raises:
@@ -224,18 +228,22 @@ class Watcher:
         """
         known = {name: read for name, read in seen.items() if name in self._dims}
         for name, read in known.items():
-            if self._dims[name] != (read.dim, read.taps):
+            if self._dims[name] != (read.dim, read.kernel_positions):
                 raise ValueError(f"what {name} reads lies along another dimension")
-        self._readings.go_on({name: read.covariance for name, read in known.items()})
+        self._readings.restore_state({name: read.covariance for name, read in known.items()})
 
-    def add(self, one: Consumer, module: nn.Module, taps: int, tensor: Tensor) -> None:
+    def add(self, one: Consumer, module: nn.Module, kernel_positions: int, tensor: Tensor) -> None:
         """Take one input of a consumer in."""
-        rows = _rows(tensor, one.axis, self._most) if taps == 1 else self._patches(module, tensor)
+        rows = (
+            _rows(tensor, one.axis, self._most)
+            if kernel_positions == 1
+            else self._patches(module, tensor)
+        )
         moved = one.axis % tensor.ndim != tensor.ndim - 1
-        self._readings.add(one.weight, tensor, rows, alone=moved or taps > 1)
+        self._readings.add(one.weight, tensor, rows, alone=moved or kernel_positions > 1)
 
     def _patches(self, module: Any, tensor: Tensor) -> Tensor:
-        """What lies under the kernel at some of its places, each time others: (rows, channels · taps)."""
+        """Patches under the kernel at a new sample of output positions: (rows, channels · kernel positions)."""
         x = tensor.detach()
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
@@ -256,10 +264,21 @@ class ReadingHook(GraphHook):
     """Stands at a consumer's door for a watcher; `heard`: also in passes of our own."""
 
     def __init__(
-        self, watcher: Watcher, one: Consumer, module: nn.Module, taps: int, *, heard: bool
+        self,
+        watcher: Watcher,
+        one: Consumer,
+        module: nn.Module,
+        kernel_positions: int,
+        *,
+        heard: bool,
     ) -> None:
         super().__init__()
-        self._watcher, self._one, self._module, self._taps = watcher, one, module, taps
+        self._watcher, self._one, self._module, self._kernel_positions = (
+            watcher,
+            one,
+            module,
+            kernel_positions,
+        )
         self._heard = heard
 
     def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
@@ -273,7 +292,7 @@ class ReadingHook(GraphHook):
     def seen(self, tensor: Tensor) -> None:
         """Also called from inside a compiled graph."""
         if self._heard or is_new_data():
-            self._watcher.add(self._one, self._module, self._taps, tensor)
+            self._watcher.add(self._one, self._module, self._kernel_positions, tensor)
 
 
 def kernel_places(module: nn.Module) -> int:
@@ -299,10 +318,10 @@ def _from_window(tracker: ActivationTracker, one: Consumer) -> Covariance | None
     """The covariance of a layer that was observed at this consumer's door."""
     observer = tracker.current.observer
     # Of a sample nothing is exact: a neuron may have fired in a row that was left out.
-    for site in observer.sites if observer.sampling == 1 else ():
-        tap = site.tap
-        if tap is not None and tap.reader == one.module and tap.positions == 1:
-            window = next((w for w in site.windows.values() if w.covariance is not None), None)
+    for point in observer.points if observer.sampling == 1 else ():
+        read_point = point.read_point
+        if read_point is not None and read_point.reader == one.module and read_point.positions == 1:
+            window = next((w for w in point.windows.values() if w.covariance is not None), None)
             if window is not None and window.covariance is not None:
                 value = window.covariance.value()
                 if bool((value.count > 1).all()) and bool((value.count == value.count[0]).all()):

@@ -29,7 +29,7 @@ class _Stream:
         self.waiting, self.missing = None, set()
 
 
-class Readings:
+class CovarianceCollector:
     """Streams of covariance by reader; who reads the same is found out and shares one."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Readings:
             del stream
         return {reader: known[key] for reader, key in shared.items()}
 
-    def go_on(self, seen: Mapping[str, Covariance]) -> None:
+    def restore_state(self, seen: Mapping[str, Covariance]) -> None:
         """Have seen this already."""
         self._streams = {
             name: _Stream(CovarianceStream.resumed(value), {name}) for name, value in seen.items()

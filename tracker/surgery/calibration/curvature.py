@@ -34,18 +34,20 @@ class CurvatureWatcher:
     Surgeon (Hassibi & Stork, 1993) with that Hessian is what LLM Surgeon (van der Ouderaa et al., 2024) does.
 
     model: A copy whose parameters may be told to need no gradients; inside `with` it has hooks.
-    wanted, taps: Consumers by their weights, and columns of each feature that they read.
+    wanted, kernel_positions: Consumers by their weights, and columns of each feature that they read.
     """
 
     def __init__(
         self,
         model: nn.Module,
         wanted: Mapping[str, Consumer],
-        taps: Mapping[str, int],
+        kernel_positions: Mapping[str, int],
         objective: Objective,
     ) -> None:
         self._model, self._objective = model, objective
-        self._sums = {name: _Sums(one, taps[name], model) for name, one in wanted.items()}
+        self._sums = {
+            name: _Sums(one, kernel_positions[name], model) for name, one in wanted.items()
+        }
         self._batches, self._failed = 0, False
         self._batch: Any = None
         self._of_loss = False  # the gradients under way are those of the loss, not of a probe
@@ -153,8 +155,8 @@ class CurvatureWatcher:
 class _Sums:
     """What gradients say of one consumer, summed over batches."""
 
-    def __init__(self, one: Consumer, taps: int, model: nn.Module) -> None:
-        self.one, self._taps = one, taps
+    def __init__(self, one: Consumer, kernel_positions: int, model: nn.Module) -> None:
+        self.one, self._kernel_positions = one, kernel_positions
         weight = model.get_parameter(one.weight)
         columns = weight.shape[one.reads]
         # Of what only reads a narrow stream the diagonal will do.
@@ -184,7 +186,9 @@ class _Sums:
             alone._parameters = {**module._parameters, key: weight}  # type: ignore[dict-item]
             with torch.enable_grad():
                 again = alone.forward(x)
-            slope = self.one.matrix(torch.autograd.grad(again, weight, gradient)[0], self._taps)
+            slope = self.one.matrix(
+                torch.autograd.grad(again, weight, gradient)[0], self._kernel_positions
+            )
         shift = self._rows(gradient).sum(0, dtype=torch.float64).cpu()
         self._slope = slope.float() if self._slope is None else self._slope.add_(slope)
         self._shift = shift if self._shift is None else self._shift + shift

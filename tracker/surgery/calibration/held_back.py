@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from tracker.inputs.batches import Batch, BatchReader, each
-from tracker.observation.consumer_inputs import Read
-from tracker.structure.trials.temporary_copies import borrowed
+from tracker.observation.consumer_inputs import ConsumerInput
+from tracker.structure.trials.temporary_copies import temporary_copy
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration.consumers import Consumer, collect
 from tracker.surgery.calibration.loss import Calibration, Objective
-from tracker.surgery.loss_change import Outlook
+from tracker.surgery.loss_change import LossForecast
 from tracker.surgery.plan import Plan
 
 EVERY, MOST = 4, 8  # each fourth batch is kept, of the first 32
@@ -57,11 +57,11 @@ class Batches:
 
 def measured(model: nn.Module, plan: Plan, calibration: Calibration) -> tuple[Plan, str]:
     """The same plan with the loss before and after it, measured on a copy, and a note that says on what."""
-    with borrowed(model) as bench:
-        apply(plan, [bench], [])
-        before, after = calibration.value(model, model), calibration.value(bench, model)
+    with temporary_copy(model) as trial_copy:
+        apply(plan, [trial_copy], [])
+        before, after = calibration.value(model, model), calibration.value(trial_copy, model)
     outlook = replace(
-        plan.outlook or Outlook(),
+        plan.outlook or LossForecast(),
         loss=calibration.kind(model),
         loss_before=before,
         loss_after=after,
@@ -71,14 +71,14 @@ def measured(model: nn.Module, plan: Plan, calibration: Calibration) -> tuple[Pl
 
 def with_all(
     model: nn.Module,
-    reads: Mapping[str, Read],
+    reads: Mapping[str, ConsumerInput],
     calibration: Calibration,
     wanted: Iterable[Consumer],
-) -> dict[str, Read]:
+) -> dict[str, ConsumerInput]:
     """What consumers read in all batches, once those that were held back have served."""
     some = [one for one in wanted if one.weight in reads]
-    taps = any(reads[one.weight].taps > 1 for one in some)
-    more = collect(model, calibration.read(), some, patches=taps)
+    kernel_positions = any(reads[one.weight].kernel_positions > 1 for one in some)
+    more = collect(model, calibration.read(), some, patches=kernel_positions)
     known: dict[tuple[int, int], Any] = {}  # what some share, they go on sharing
     found = dict(reads)
     for weight, read in more.items():

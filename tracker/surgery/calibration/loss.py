@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tracker.errors import SurgeryError
 from tracker.inputs.batches import A_BATCH, Batch, BatchReader
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.utils.nested import replaced, tensors_in
 
 Loss = Callable[
@@ -88,8 +88,8 @@ class Objective:
 
     def value(self, model: nn.Module, batches: Iterable[Batch], original: nn.Module) -> float:
         """Mean loss of a model over batches; without a loss, how far its outputs are from those of the original."""
-        quiet, total, count = quiet_copy(model), 0.0, 0
-        reference = None if self.loss is not None else quiet_copy(original)
+        quiet, total, count = copy_without_hooks(model), 0.0, 0
+        reference = None if self.loss is not None else copy_without_hooks(original)
         for batch in batches:
             count += 1
             output = forward_once(quiet, batch.call, given=A_BATCH)
@@ -138,7 +138,9 @@ class Calibration:
     def kind(self, model: nn.Module) -> str:
         """What its values are."""
         first = next(self.read())
-        return self.objective.kind(forward_once(quiet_copy(model), first.call, given=A_BATCH))
+        return self.objective.kind(
+            forward_once(copy_without_hooks(model), first.call, given=A_BATCH)
+        )
 
 
 def _curvature_of(

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tracker.errors import SurgeryError
 from tracker.inputs.batches import A_BATCH, Batch
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.surgery.undo import UndoLog, writable
 
 Moments = dict[str, list[tuple[Tensor, Tensor]]]  # of each norm, batch by batch
@@ -28,15 +28,15 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], log: UndoLog) -> list
         SurgeryError: No norm keeps running statistics, or none was reached by a batch.
         StructureError: A forward pass failed.
     """
-    bench = quiet_copy(model)
-    norms = _running(bench)
+    trial_copy = copy_without_hooks(model)
+    norms = _running(trial_copy)
     if not norms:
         raise SurgeryError(
             "No norm of the model keeps running statistics: there is nothing to take anew."
         )
     seen: Moments = {}
     for batch in batches:
-        forward_once(bench, batch.call, within=_shown(norms, seen), given=A_BATCH)
+        forward_once(trial_copy, batch.call, within=_shown(norms, seen), given=A_BATCH)
     if not seen:
         raise SurgeryError("No batch reached a norm: pass batches as the model takes them.")
     new = {name: _whole(parts) for name, parts in seen.items()}

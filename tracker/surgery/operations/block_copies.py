@@ -14,7 +14,7 @@ from torch import nn
 
 from tracker.errors import SurgeryError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.structure.adapters.transformers_stacks import (
     CONFIGS,
     INDEX,
@@ -135,8 +135,8 @@ def block_copy(model: nn.Module, inputs: Arguments, name: str) -> nn.Module:
 
 def _calls(model: nn.Module, inputs: Arguments, name: str) -> list[tuple[Any, Any, Any, list[str]]]:
     """Arguments and output of each call of a block, and its modules in the order in which they are done."""
-    bench = quiet_copy(model)
-    block, calls, order = bench.get_submodule(name), [], list[str]()
+    trial_copy = copy_without_hooks(model)
+    block, calls, order = trial_copy.get_submodule(name), [], list[str]()
     given: list[tuple[Any, Any]] = []
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -149,7 +149,7 @@ def _calls(model: nn.Module, inputs: Arguments, name: str) -> list[tuple[Any, An
     block.register_forward_hook(leave)
     for inner, module in block.named_modules():
         module.register_forward_hook(lambda m, a, o, inner=inner: order.append(inner))
-    forward_once(bench, inputs)
+    forward_once(trial_copy, inputs)
     return calls
 
 

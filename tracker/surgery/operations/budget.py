@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from tracker.compensation import Path
+from tracker.compensation import ErrorCurve
 from tracker.inputs.calls import Arguments
 from tracker.structure import UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
-from tracker.structure.trials.temporary_copies import borrowed
+from tracker.structure.trials.temporary_copies import temporary_copy
 from tracker.surgery.apply import apply
 from tracker.surgery.operations.removal import plan_pruning
 from tracker.surgery.prices.flops import flops, flops_by_weight
@@ -25,7 +25,7 @@ Cost = Callable[[list[int]], float]  # of removed units per group
 
 def spread(
     shares: Sequence[float],
-    paths: Sequence[Path],
+    paths: Sequence[ErrorCurve],
     free: Sequence[int],
     cost: Cost,
     budget: float,
@@ -56,7 +56,7 @@ def _nearest(stops: Sequence[int], wanted: float) -> int:
     return min(stops, key=lambda n: abs(n - wanted))
 
 
-def below(removed: list[int], paths: Sequence[Path], cost: Cost, budget: float) -> list[int]:
+def below(removed: list[int], paths: Sequence[ErrorCurve], cost: Cost, budget: float) -> list[int]:
     """The same, and the fewest steps more that bring the cost to the budget or under it, where there are such."""
     removed = list(removed)
     while cost(removed) > budget * (1 + 1e-9):
@@ -75,7 +75,7 @@ def below(removed: list[int], paths: Sequence[Path], cost: Cost, budget: float) 
 
 def nearer(
     removed: list[int],
-    paths: Sequence[Path],
+    paths: Sequence[ErrorCurve],
     free: Sequence[int],
     cost: Callable[[list[int]], float],
     budget: float,
@@ -163,6 +163,6 @@ def achieved(
     if of != "flops":
         return estimate
     plan, _ = plan_pruning(tracker, units, compensate=False)
-    with borrowed(tracker.current.model()) as bench:
-        apply(plan, [bench], [])
-        return float(flops(bench, inputs)[1])
+    with temporary_copy(tracker.current.model()) as trial_copy:
+        apply(plan, [trial_copy], [])
+        return float(flops(trial_copy, inputs)[1])

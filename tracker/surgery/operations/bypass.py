@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tracker.errors import StructureError, SurgeryError
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.kinds import is_linear, kind_of
 from tracker.modules.layers import known_width
 from tracker.surgery.calibration.consumers import Consumer, consumer
@@ -172,9 +172,9 @@ def _refit(
         raise SurgeryError(
             f"{inside[0]!r}, which was inserted behind {name!r}, reads it and would go with it. Remove that one first."
         )
-    bench = quiet_copy(model)
-    replace_module(bench, name, instead, [], UndoLog())
-    probe = _InputsOnly(bench, [one.module for one in readers])
+    trial_copy = copy_without_hooks(model)
+    replace_module(trial_copy, name, instead, [], UndoLog())
+    probe = _InputsOnly(trial_copy, [one.module for one in readers])
     for batch in batches:
         probe.run(batch)
     slots: dict[str, Mapping[int, SlotMap]] = {}
@@ -250,10 +250,10 @@ def _writer(model: nn.Module, name: str, batch: Arguments, shape: torch.Size) ->
         if is_linear(m) and not n.startswith(name + ".")
         if isinstance(one := consumer(model, _read_of(model, n)), Consumer)
     }
-    bench = quiet_copy(model)
+    trial_copy = copy_without_hooks(model)
     order: list[str] = []
     entered: list[Tensor] = []
-    bench.get_submodule(name).register_forward_pre_hook(
+    trial_copy.get_submodule(name).register_forward_pre_hook(
         lambda m, args, kwargs: entered.append(tensors_in((args, kwargs))[0]), with_kwargs=True
     )
     push = torch.randn(shape[-1], generator=torch.Generator().manual_seed(0))
@@ -265,13 +265,13 @@ def _writer(model: nn.Module, name: str, batch: Arguments, shape: torch.Size) ->
                 order.append(n)
             return output + push.to(output) if pushed[0] == n else None
 
-        bench.get_submodule(n).register_forward_hook(hook)
-    forward_once(bench, batch)
+        trial_copy.get_submodule(n).register_forward_hook(hook)
+    forward_once(trial_copy, batch)
     base, first = entered[0].double(), list(order)
     for n in reversed(first):
         entered.clear()
         pushed[0] = n
-        forward_once(bench, batch)
+        forward_once(trial_copy, batch)
         moved = entered[0].double() - base
         if float((moved - push.to(base)).abs().max()) < 1e-3 and first.count(n) == 1:
             return linears[n]
@@ -279,22 +279,22 @@ def _writer(model: nn.Module, name: str, batch: Arguments, shape: torch.Size) ->
 
 
 def _returns(model: nn.Module, name: str, batch: Arguments) -> str:
-    bench = quiet_copy(model)
+    trial_copy = copy_without_hooks(model)
     kinds: list[str] = []
-    bench.get_submodule(name).register_forward_hook(
+    trial_copy.get_submodule(name).register_forward_hook(
         lambda m, a, out: kinds.append("tuple" if isinstance(out, tuple) else "tensor")
     )
-    forward_once(bench, batch)
+    forward_once(trial_copy, batch)
     return kinds[0]
 
 
 class _InputsOnly:
     """The inputs of some modules, of which the code behind may fail."""
 
-    def __init__(self, bench: nn.Module, names: Sequence[str]) -> None:
-        self.bench, self.inputs = bench, {name: list[Tensor]() for name in names}
+    def __init__(self, trial_copy: nn.Module, names: Sequence[str]) -> None:
+        self.trial_copy, self.inputs = trial_copy, {name: list[Tensor]() for name in names}
         for name in names:
-            bench.get_submodule(name).register_forward_pre_hook(
+            trial_copy.get_submodule(name).register_forward_pre_hook(
                 lambda m, args, kwargs, name=name: self.inputs[name].append(
                     precise(tensors_in((args, kwargs))[0])
                 ),
@@ -304,4 +304,4 @@ class _InputsOnly:
     def run(self, batch: Arguments) -> None:
         # The widths do not fit yet: what counts has been seen before that shows.
         with suppress(StructureError):
-            forward_once(self.bench, batch)
+            forward_once(self.trial_copy, batch)

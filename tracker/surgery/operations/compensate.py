@@ -10,23 +10,23 @@ from torch import Tensor, nn
 
 from tracker.compensation import compensate
 from tracker.compensation.linear import second_moment
-from tracker.observation.consumer_inputs import Read
+from tracker.observation.consumer_inputs import ConsumerInput
 from tracker.structure import UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.surgery.calibration.consumers import Consumer, consumers, reads_of
 from tracker.surgery.calibration.curvature import in_loss
 from tracker.surgery.operations.least_squares import ENOUGH
-from tracker.surgery.plan import Mix, Plan
+from tracker.surgery.plan import Plan, WeightUpdate
 from tracker.tracker import ActivationTracker
 
 Choice = Sequence[tuple[UnitGroup, Sequence[int]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Takeover:
+class Compensation:
     """How the consumers of what goes are to change."""
 
-    mixes: tuple[Mix, ...]
+    mixes: tuple[WeightUpdate, ...]
     gains: dict[str, dict[int, Tensor]]
     exact: bool  # all that goes is explained up to rounding, as far as was observed
     loss_change: float | None = (
@@ -35,7 +35,7 @@ class Takeover:
     notes: list[str] = field(default_factory=list)
 
 
-def taken_over(tracker: ActivationTracker, plan: Plan) -> Takeover:
+def compute_compensation(tracker: ActivationTracker, plan: Plan) -> Compensation:
     """The best that the consumers of the units that go can do with the others, for each consumer by itself."""
     model = tracker.current.model()
     able, problems = consumers(model, [group for group, _ in plan.choice])
@@ -64,16 +64,18 @@ def taken_over(tracker: ActivationTracker, plan: Plan) -> Takeover:
             f"compensated from few observations ({', '.join(few[:4])}): call calibrate(batches) first"
         )
     exact = exact and all(group.exact for group, _ in plan.choice)
-    return Takeover(tuple(mixes), gains(model, plan.choice, mixes), exact, rise, notes)
+    return Compensation(tuple(mixes), gains(model, plan.choice, mixes), exact, rise, notes)
 
 
-def loss_change(one: Consumer, read: Read, held: Mapping[str, Tensor], mix: Mix) -> float:
+def loss_change(
+    one: Consumer, read: ConsumerInput, held: Mapping[str, Tensor], mix: WeightUpdate
+) -> float:
     """Predicted change of the loss by what a consumer computes with a mix, first order and second.
 
     Its weight changes by ΔW on centred inputs: ⟨∇W, ΔW⟩ + ½ tr(ΔW C ΔWᵀ E[Σ g gᵀ]). See `curvature`.
     """
     assert read.loss is not None
-    weight, c = one.matrix(held[one.weight], read.taps), read.covariance
+    weight, c = one.matrix(held[one.weight], read.kernel_positions), read.covariance
     lost, change = weight[:, list(mix.source)], torch.zeros_like(weight)
     change[:, list(mix.target)], change[:, list(mix.source)] = lost @ mix.matrix, -lost
     covariance = c.comoment / max(int(c.count.max()), 1)
@@ -96,7 +98,9 @@ def columns(choice: Choice, one: Consumer) -> tuple[int, ...]:
     return tuple(sorted(gone))
 
 
-def solve(one: Consumer, read: Read, weight: Tensor, gone: Sequence[int]) -> tuple[Mix, bool]:
+def solve(
+    one: Consumer, read: ConsumerInput, weight: Tensor, gone: Sequence[int]
+) -> tuple[WeightUpdate, bool]:
     """The mix by which a consumer's other columns take over those that go, and whether nothing is lost."""
     covariance, gone = read.covariance, read.columns(gone)
     lost = set(gone)
@@ -105,12 +109,12 @@ def solve(one: Consumer, read: Read, weight: Tensor, gone: Sequence[int]) -> tup
     found = compensate(
         covariance.comoment / max(count, 1),
         covariance.mean,
-        one.matrix(weight, read.taps),
+        one.matrix(weight, read.kernel_positions),
         None if one.bias is None else torch.zeros(weight.numel() // len(covariance.mean)),
         kept,
         count=count,
     )
-    mix = Mix(
+    mix = WeightUpdate(
         one.weight,
         one.reads,
         one.makes,
@@ -119,13 +123,15 @@ def solve(one: Consumer, read: Read, weight: Tensor, gone: Sequence[int]) -> tup
         found.mixing,
         one.bias,
         found.shift,
-        read.taps,
+        read.kernel_positions,
     )
     scale = covariance.comoment.diagonal() / max(count, 1) + covariance.mean.square()
     return mix, found.exact and one.passes_on(found.shift, scale[list(gone)])
 
 
-def gains(model: nn.Module, choice: Choice, mixes: Sequence[Mix]) -> dict[str, dict[int, Tensor]]:
+def gains(
+    model: nn.Module, choice: Choice, mixes: Sequence[WeightUpdate]
+) -> dict[str, dict[int, Tensor]]:
     """For what makes the kept units: how much stronger their consumers read them from now on.
 
     ‖W'‖ / ‖W‖ of a unit's columns, over all its consumers. Gradients of the makers grow alike, and so must the
@@ -139,7 +145,9 @@ def gains(model: nn.Module, choice: Choice, mixes: Sequence[Mix]) -> dict[str, d
         new = weight.clone()
         new[:, list(mix.target)] += weight[:, list(mix.source)] @ mix.matrix
         for norms, values in ((before, weight), (after, new)):
-            norms[mix.tensor] = values.square().sum(0).unflatten(0, (-1, mix.taps)).sum(1)
+            norms[mix.tensor] = (
+                values.square().sum(0).unflatten(0, (-1, mix.kernel_positions)).sum(1)
+            )
     found: dict[str, dict[int, Tensor]] = {}
     for group, gone in choice:
         places = [p for p, role in group.roles.items() if role == "reads" and p[0] in before]

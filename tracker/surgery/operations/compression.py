@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tracker.compensation import Path, Selection, allocate
+from tracker.compensation import ErrorCurve, Selection, allocate
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.inputs.calls import Arguments
 from tracker.structure import UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
-from tracker.structure.trials.temporary_copies import borrowed
+from tracker.structure.trials.temporary_copies import temporary_copy
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration.loss import Calibration
-from tracker.surgery.loss_change import Outlook
+from tracker.surgery.loss_change import LossForecast
 from tracker.surgery.operations.budget import (
     OF,
     PRECISE,
@@ -30,7 +30,7 @@ from tracker.surgery.operations.budget import (
     spread,
 )
 from tracker.surgery.operations.removal import plan_pruning
-from tracker.surgery.operations.shortfall import UNITS, Asked, refusal
+from tracker.surgery.operations.shortfall import UNITS, KeepRequest, refusal
 from tracker.surgery.plan import Plan
 from tracker.surgery.prices.criterion_inputs import RECONSTRUCTION, check_criterion, ordered
 from tracker.surgery.prices.removal_problem import (
@@ -54,7 +54,7 @@ class _Market:
     groups: Sequence[UnitGroup]
     problems: Problems
     found: Sequence[Selection]
-    paths: Sequence[Path]
+    paths: Sequence[ErrorCurve]
     cost: Cost
     whole: float
     of: str
@@ -109,7 +109,7 @@ def plan_compression(
     calibration: Calibration | None = None,
     chosen: Callable[[], None] = lambda: None,
     progress: bool | None = False,
-    asked: Asked | None = None,
+    asked: KeepRequest | None = None,
 ) -> tuple[Plan, list[str]]:
     """The plan that keeps the share `keep` of the model's parameters, FLOPs, or prunable units.
 
@@ -132,7 +132,7 @@ def plan_compression(
         raise SurgeryError(f"keep is a share between 0 and 1, not {keep!r}.")
     check_criterion(criterion)
     groups, problems, left_out = problems_of(tracker, limits)
-    asked = asked or Asked(keep)
+    asked = asked or KeepRequest(keep)
     if not groups:
         raise SurgeryError(
             "There is nothing to compress: no group may be pruned whose consumers were seen to read. "
@@ -182,7 +182,7 @@ def _market(
         relative.append((selection.errors[:most] / max(selection.total, 1e-300)).tolist())
         prices.append(_rising(problem, selection)[:most].tolist() if priced else relative[-1])
     paths = [
-        Path(g.size, e, round_to=math.lcm(limits.round_to, g.multiple_of), floor=limits.of(g))
+        ErrorCurve(g.size, e, round_to=math.lcm(limits.round_to, g.multiple_of), floor=limits.of(g))
         for g, e in zip(groups, prices, strict=True)
     ]
     inputs = Arguments(*tracker.current.observer.inputs)  # type: ignore[misc]
@@ -235,7 +235,7 @@ def _within(
     found: Mapping[str, tuple[float, list[int]]],
     market: _Market,
     keep: float,
-    asked: Asked,
+    asked: KeepRequest,
     limits: Limits,
     *,
     strict: bool,
@@ -271,11 +271,11 @@ def _best(
     *,
     compensate: bool,
     progress: bool | None,
-) -> tuple[str, Outlook]:
+) -> tuple[str, LossForecast]:
     """The candidate after which the loss is least, each tried on a copy; the first where there is nothing to try on."""
     first = next(iter(usable))
     if calibration is None:
-        return first, Outlook()
+        return first, LossForecast()
     entry = tracker.current
     model, losses = entry.model(), dict[str, float]()
     with entry.observer.paused():
@@ -286,15 +286,15 @@ def _best(
                 losses[name] = losses[same]
                 continue
             plan, _ = plan_pruning(tracker, market.units(removed), compensate)
-            with borrowed(model) as bench:
-                apply(plan, [bench], [])
-                loss = calibration.value(bench, model)
+            with temporary_copy(model) as trial_copy:
+                apply(plan, [trial_copy], [])
+                loss = calibration.value(trial_copy, model)
             losses[name] = loss if math.isfinite(loss) else math.inf
     best = min(losses, key=lambda name: losses[name])
-    return best, Outlook(None, calibration.kind(model), before, losses[best], losses)
+    return best, LossForecast(None, calibration.kind(model), before, losses[best], losses)
 
 
-def _told(name: str, outlook: Outlook, calibration: Calibration | None) -> list[str]:
+def _told(name: str, outlook: LossForecast, calibration: Calibration | None) -> list[str]:
     if calibration is None:
         return []
     tried = ", ".join(f"{n}: {loss:.5g}" for n, loss in outlook.candidates.items())

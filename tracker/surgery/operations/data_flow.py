@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.kinds import is_linear
 from tracker.utils.nested import tensors_in
 
@@ -73,9 +73,9 @@ class Flow:
 
 def flow_of(model: nn.Module, inputs: Arguments, name: str) -> Flow:
     """What becomes of the input and of the output of the module `name` in one pass."""
-    bench = quiet_copy(model)
-    target = bench.get_submodule(name)
-    seen = _Follower({id(t) for t in (*bench.parameters(), *bench.buffers())})
+    trial_copy = copy_without_hooks(model)
+    target = trial_copy.get_submodule(name)
+    seen = _Follower({id(t) for t in (*trial_copy.parameters(), *trial_copy.buffers())})
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.stream = WeakTensorKeyDictionary()
@@ -91,10 +91,10 @@ def flow_of(model: nn.Module, inputs: Arguments, name: str) -> Flow:
 
     target.register_forward_pre_hook(enter, with_kwargs=True)
     target.register_forward_hook(leave)
-    for reader, module in bench.named_modules():
+    for reader, module in trial_copy.named_modules():
         if is_linear(module):
             seen.watch(reader, module)
-    output = forward_once(bench, inputs, within=seen)
+    output = forward_once(trial_copy, inputs, within=seen)
     if any(t in seen.came for t in tensors_in(output)):
         seen.flow.elsewhere.add("output")
     return seen.flow

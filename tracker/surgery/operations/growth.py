@@ -13,17 +13,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from tracker.errors import StructureError, SurgeryError
 from tracker.inputs.batches import Batch
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.kinds import is_linear, kind_of, layer_of, made_along
 from tracker.structure import Structure, UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.structure.code_sizes.size_equations import UnsolvableError
 from tracker.structure.code_sizes.traced_int import Attribute
-from tracker.structure.trials.temporary_copies import light_copy
+from tracker.structure.trials.temporary_copies import copy_sharing_storage
 from tracker.surgery.apply import apply
 from tracker.surgery.calibration.growth_directions import directions_of
 from tracker.surgery.calibration.loss import Objective
-from tracker.surgery.operations.compensate import taken_over
+from tracker.surgery.operations.compensate import compute_compensation
 from tracker.surgery.plan import Plan, plan_removal
 from tracker.tracker import ActivationTracker
 from tracker.utils.nested import tensors_in
@@ -102,7 +102,7 @@ def plan_recycling(
     model, structure = entry.model(), tracker.structure()
     sizes = {name: len(layer.ids) for name, layer in entry.layers.items()}
     plan = plan_removal(model, structure, units, sizes)
-    takeover = taken_over(tracker, plan)
+    takeover = compute_compensation(tracker, plan)
     held = tensors(model)
     slots = {
         name: {d: _in_place(held[name].shape[d], kept) for d, kept in dims.items()}
@@ -190,14 +190,14 @@ def with_measured_norms(tracker: ActivationTracker, plan: Plan) -> Plan:
         if isinstance(module, _NormBase) and f"{name}.running_mean" in plan.fresh
     ]
     for name in norms:
-        bench = light_copy(model)
-        apply(plan, [bench], [])
+        trial_copy = copy_sharing_storage(model)
+        apply(plan, [trial_copy], [])
         seen: list[Tensor] = []
-        bench.get_submodule(name).register_forward_pre_hook(
+        trial_copy.get_submodule(name).register_forward_pre_hook(
             lambda m, args, seen=seen: seen.append(args[0].detach().double().cpu())
         )
         with observer.paused():
-            forward_once(bench, Arguments(*observer.inputs))
+            forward_once(trial_copy, Arguments(*observer.inputs))
         if not seen:
             continue
         rows = torch.cat([x.movedim(1, -1).flatten(0, -2) for x in seen])
@@ -222,14 +222,16 @@ def gradient_directions(
     model = tracker.current.model()
     group = _growing(model, tracker.structure(), layer)
     readers = {t.rpartition(".")[0] for (t, _), role in group.roles.items() if role == "reads"}
-    bench = quiet_copy(model)
-    if not is_linear(bench.get_submodule(layer)):
+    trial_copy = copy_without_hooks(model)
+    if not is_linear(trial_copy.get_submodule(layer)):
         return None
     inputs: list[Tensor] = []
     outputs: dict[str, list[Tensor]] = {name: [] for name in sorted(readers)}
-    bench.get_submodule(layer).register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach()))
+    trial_copy.get_submodule(layer).register_forward_pre_hook(
+        lambda m, a: inputs.append(a[0].detach())
+    )
     for name, seen in outputs.items():
-        bench.get_submodule(name).register_forward_hook(
+        trial_copy.get_submodule(name).register_forward_hook(
             lambda m, a, out, seen=seen: seen.append(tensors_in(out)[0])
         )
     product: Tensor | None = None
@@ -239,10 +241,10 @@ def gradient_directions(
         for seen in outputs.values():
             seen.clear()
         # Inside the pass: afterwards the buffers are put back, and the graph would have saved others.
-        sent = bench.register_forward_hook(_sent_back(objective, batch, outputs, deltas))
+        sent = trial_copy.register_forward_hook(_sent_back(objective, batch, outputs, deltas))
         try:
             with tracker.current.observer.paused():
-                forward_once(bench, batch.call, torch.enable_grad(), given=batch.what)
+                forward_once(trial_copy, batch.call, torch.enable_grad(), given=batch.what)
         except StructureError as error:
             if isinstance(error.__cause__, SurgeryError):  # of the loss
                 raise error.__cause__ from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.inputs.calls import Arguments
-from tracker.inputs.forward_pass import forward_once, quiet_copy
+from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.utils.nested import tensors_in
 
 EVERY = 4  # one batch, sample or row of so many is held back
@@ -43,7 +43,7 @@ def first_input_and_output(
     model: nn.Module, batches: Sequence[Arguments], names: Sequence[str]
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """The first tensors that modules take and give over some batches: copies, float64 on the CPU."""
-    bench = quiet_copy(model)
+    trial_copy = copy_without_hooks(model)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     for name in names:
         taken: list[Tensor | None] = []
@@ -60,10 +60,10 @@ def first_input_and_output(
             if given is not None and made:
                 seen[name].append((given, precise(made[0])))
 
-        bench.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
-        bench.get_submodule(name).register_forward_hook(leave)
+        trial_copy.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
+        trial_copy.get_submodule(name).register_forward_hook(leave)
     for batch in batches:
-        forward_once(bench, batch)
+        forward_once(trial_copy, batch)
     return seen
 
 

@@ -13,7 +13,7 @@ from tracker.statistics import Covariance
 from tracker.surgery.calibration.consumers import consumers, reads_of
 from tracker.surgery.operations.compensate import gains
 from tracker.surgery.operations.least_squares import ENOUGH
-from tracker.surgery.plan import Mix, Plan, plan_removal, units_of
+from tracker.surgery.plan import Plan, WeightUpdate, plan_removal, units_of
 from tracker.tracker import ActivationTracker
 
 # Share of a neuron's variance that may stay unexplained where a merge is called exact.
@@ -92,7 +92,7 @@ def plan_merge(
         scale = covariance.comoment.diagonal() / covariance.count.max() + covariance.mean.square()
         exact = exact and one.passes_on(shift, scale[source].to(shift))
         mixes.append(
-            Mix(
+            WeightUpdate(
                 one.weight,
                 one.reads,
                 one.makes,

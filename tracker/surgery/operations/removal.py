@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tracker.surgery.loss_change import Outlook
-from tracker.surgery.operations.compensate import taken_over
+from tracker.surgery.loss_change import LossForecast
+from tracker.surgery.operations.compensate import compute_compensation
 from tracker.surgery.plan import Plan, plan_removal
 from tracker.tracker import ActivationTracker
 
@@ -27,12 +27,12 @@ def plan_pruning(
     plan = plan_removal(entry.model(), structure, units, sizes)
     if not compensate:
         return plan, []
-    takeover = taken_over(tracker, plan)
+    takeover = compute_compensation(tracker, plan)
     promise = "exact" if takeover.exact else "changed"
     return replace(
         plan,
         mixes=takeover.mixes,
         gains=takeover.gains,
         promise=promise,
-        outlook=Outlook(takeover.loss_change),
+        outlook=LossForecast(takeover.loss_change),
     ), takeover.notes

@@ -17,7 +17,7 @@ UNITS = {"parameters": "parameters", "flops": "FLOPs", "neurons": "prunable unit
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class KeepRequest:
     """What the user asked for, of which this may be one of several rounds.
 
     Attributes:
@@ -32,7 +32,11 @@ class Asked:
 
 
 def refusal(
-    tracker: ActivationTracker, limits: Limits, of: str, asked: Asked, nearest: Iterable[float]
+    tracker: ActivationTracker,
+    limits: Limits,
+    of: str,
+    asked: KeepRequest,
+    nearest: Iterable[float],
 ) -> str:
     """Why the share cannot be kept, for people.
 

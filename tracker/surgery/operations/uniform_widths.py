@@ -43,7 +43,7 @@ def kind_of(group: UnitGroup, model: nn.Module) -> Kind | None:
     return tuple(sorted(found))
 
 
-def uneven(structure: Structure, model: nn.Module, *, widest: bool) -> dict[Key, int]:
+def widths_to_equalize(structure: Structure, model: nn.Module, *, widest: bool) -> dict[Key, int]:
     """Groups that are not as wide as the widest (or the narrowest) of their kind, with the units they should have."""
     kinds: dict[tuple[str, Kind], list[UnitGroup]] = {}
     for group in structure.groups:

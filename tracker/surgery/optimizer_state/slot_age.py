@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from tracker.utils.slotmap import SlotMap
 
 AGE = "slot_age"
-GROWN_UP = 10_000  # steps after which nothing is corrected any more
+MATURE_STEPS = 10_000  # steps after which nothing is corrected any more
 WARM_UP = 100
 
 
@@ -33,7 +33,7 @@ def aged(
     if isinstance(state.get(AGE), Tensor):
         return {}  # moves with the rest, fresh slots at zero
     shape = [slots[d].size if d in slots else n for d, n in enumerate(parameter.shape)]
-    age = torch.full(shape, float(GROWN_UP), device=parameter.device)
+    age = torch.full(shape, float(MATURE_STEPS), device=parameter.device)
     for dim, change in fresh.items():
         young = [i for i, s in enumerate(change.source) if s is None]
         age.index_fill_(dim, torch.tensor(young, device=age.device), 0.0)
@@ -104,10 +104,10 @@ class _Young:
         # A rank that holds none of the young slots keeps their ages as long as the others do.
         age: Any = self.age
         whole = age.full_tensor() if hasattr(parameter, "placements") else age
-        young = whole < GROWN_UP
+        young = whole < MATURE_STEPS
         self._left = 0  # steps until the youngest has grown up
         if bool(young.any()):
-            self._left = GROWN_UP - int(whole.min())
+            self._left = MATURE_STEPS - int(whole.min())
             self._divide(young, sharded=hasattr(parameter, "placements"))
 
     def _divide(self, young: Tensor, *, sharded: bool) -> None:
@@ -145,7 +145,7 @@ class _Young:
             one, age = self._ages[number], None
             if one is not None:
                 self._ages[number] = one + 1
-                factor: Any = float(self._table[min(int(one) + 1, GROWN_UP)])
+                factor: Any = float(self._table[min(int(one) + 1, MATURE_STEPS)])
             else:
                 age = _part(self.age, dim, slots) + 1
                 factor = self._factors(age).to(parameter.dtype)
@@ -169,11 +169,11 @@ class _Young:
     def _factors(self, age: Tensor) -> Tensor:
         table = self._table.to(age.device)
         if not hasattr(age, "placements"):
-            return table[age.clamp(max=GROWN_UP).long()]
+            return table[age.clamp(max=MATURE_STEPS).long()]
         from torch.distributed.tensor import DTensor
 
         whole: Any = age
-        own = table[whole.to_local().clamp(max=GROWN_UP).long()]
+        own = table[whole.to_local().clamp(max=MATURE_STEPS).long()]
         return DTensor.from_local(
             own, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
         )
@@ -196,7 +196,7 @@ def _placed(age: Tensor, parameter: Any) -> Tensor:
 @functools.cache
 def _corrections(beta1: float, beta2: float) -> Tensor:
     """By age, up to GROWN_UP, from which on it is 1: (GROWN_UP + 1,) float32."""
-    age = torch.arange(GROWN_UP + 1, dtype=torch.float64).clamp(min=1)
+    age = torch.arange(MATURE_STEPS + 1, dtype=torch.float64).clamp(min=1)
     factor = (1 - beta2**age).sqrt() / (1 - beta1**age) * (age / WARM_UP).clamp(max=1)
-    factor[GROWN_UP] = 1.0
+    factor[MATURE_STEPS] = 1.0
     return factor.float()

@@ -25,7 +25,7 @@ ENOUGH = 2  # observations for each column
 Neuron = tuple[str, int]
 
 
-def foretell(tracker: ActivationTracker, seen: Observation, advice: dict[str, Any]) -> None:
+def add_predictions(tracker: ActivationTracker, seen: Observation, advice: dict[str, Any]) -> None:
     """Add to `advice`, in place, what it is predicted to change, and units that the others explain exactly.
 
     Nothing is added where no correlation was observed, or the structure cannot be traced.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tracker.compensation import Selection, backward, select, slope_along
 from tracker.compensation.linear import constant, default_ridge, second_moment
 from tracker.errors import SurgeryError
-from tracker.observation.consumer_inputs import Read
+from tracker.observation.consumer_inputs import ConsumerInput
 from tracker.structure import UnitGroup
 from tracker.structure.code_sizes.attributes import tensors
 from tracker.structure.code_sizes.size_equations import UnsolvableError
@@ -119,7 +119,9 @@ class Problem:
         )
 
 
-Part = tuple[list[Consumer], list[Read]]  # consumers that read the same, and what each reads
+Part = tuple[
+    list[Consumer], list[ConsumerInput]
+]  # consumers that read the same, and what each reads
 
 
 class Problems(Sequence[Problem]):
@@ -226,7 +228,7 @@ def problems_of(
     return groups, Problems(model, groups, parts, limits.protected), left_out
 
 
-def _parts(model: nn.Module, group: UnitGroup, reads: Mapping[str, Read]) -> list[Part]:
+def _parts(model: nn.Module, group: UnitGroup, reads: Mapping[str, ConsumerInput]) -> list[Part]:
     """The consumers of a group; none if one was not observed."""
     able, _ = consumers(model, [group])
     held, unit = tensors(model), group.members[0]
@@ -261,7 +263,7 @@ def _problem(
     crosses: list[Tensor] = []
     for together, reads in parts:
         one, read, c = together[0], reads[0], reads[0].covariance
-        rows = [each.matrix(held[each.weight], read.taps) for each in together]
+        rows = [each.matrix(held[each.weight], read.kernel_positions) for each in together]
         if priced:
             crosses += _cross(rows, reads)
             rows = [
@@ -300,7 +302,7 @@ def _problem(
     )
 
 
-def _cross(weights: Sequence[Tensor], reads: Sequence[Read]) -> list[Tensor]:
+def _cross(weights: Sequence[Tensor], reads: Sequence[ConsumerInput]) -> list[Tensor]:
     """slopeᵀ · weight over consumers that read the same; none where a slope is unknown or all are zero."""
     slopes = [read.loss.slope for read in reads if read.loss is not None]
     if not all(s is not None and s.numel() for s in slopes):
@@ -309,7 +311,7 @@ def _cross(weights: Sequence[Tensor], reads: Sequence[Read]) -> list[Tensor]:
     return [torch.stack([s.double().T @ w for s, w in pairs if s is not None]).sum(0)]
 
 
-def _same_input(a: Read, b: Read, one: Consumer, other: Consumer) -> bool:
+def _same_input(a: ConsumerInput, b: ConsumerInput, one: Consumer, other: Consumer) -> bool:
     x, y = a.covariance, b.covariance
     return (
         (one.bias is None) == (other.bias is None)

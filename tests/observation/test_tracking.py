@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo_layers import CASES, Attention, example
 
+from tests.statistics import oracle
+from tests.zoo_layers import CASES, Attention, example
 from tracker import (
     NeuronEngine,
     NeuronTracker,
@@ -20,9 +19,6 @@ from tracker import (
     StructureError,
     UnknownNeuronError,
 )
-
-sys.path.insert(0, str(Path(__file__).parent / "statistics"))
-import oracle
 
 
 def mlp() -> nn.Sequential:

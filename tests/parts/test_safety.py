@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.sessions.test_sessions import X, net, same, state, watched
+from tests.parts.test_sessions import X, net, same, state, watched
 from tracker import NeuronEngine, Policy
 from tracker.errors import SurgeryError
 

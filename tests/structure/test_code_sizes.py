@@ -37,7 +37,7 @@ from tests.structure.models import (
 )
 from tests.structure.oracle_masks import relative_difference
 from tracker import SurgeryError
-from tracker.structure.code_sizes.traced_int import Attribute, TInt, evaluate, expression, text
+from tracker.structure.code_sizes.traced_int import Attribute, TracedInt, evaluate, expression, text
 
 
 @pytest.mark.parametrize("build", [Attention, Fused, Split, Configured], ids=lambda b: b.__name__)
@@ -152,7 +152,7 @@ def test_filters_inside_every_group_of_a_convolution() -> None:
 
 def test_arithmetic_keeps_expressions() -> None:
     a, b = Attribute("m", (), "a"), Attribute("m", (), "b")
-    x, y = TInt(12, a), TInt(5, b)
+    x, y = TracedInt(12, a), TracedInt(5, b)
     value = (x * 2 + y) // 3 - x % 7
     assert value == (12 * 2 + 5) // 3 - 12 % 7
     assert evaluate(expression(value), {a: 12, b: 5}.__getitem__) == value
@@ -194,7 +194,7 @@ def test_tracing_leaves_the_integers_plain() -> None:
     engine = engine_of(model, image())
     assert len(engine.structure.groups) > 1
     assert attributes_of(model) == before
-    assert not any(isinstance(v, TInt) for m in model.modules() for v in vars(m).values())
+    assert not any(isinstance(v, TracedInt) for m in model.modules() for v in vars(m).values())
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="a newer torch has it")

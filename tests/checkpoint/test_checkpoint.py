@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import kills
-from tests.journal.runs import CHANGES, ROOT, begun, fresh
+from tests.checkpoint.runs import CHANGES, ROOT, begun, fresh
 from tests.surgery.subjects import OPTIMIZERS, equal, snapshot, train
 from tracker import CheckpointError, NeuronEngine, TrackerError, apply_journal
 from tracker.checkpoint import checkpoint_files, directories

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.journal.mutants import Mutant, listing, mutants
-from tests.journal.test_hostile_files import groups_of, hooks_of, states_of_noise
+from tests.checkpoint.mutants import Mutant, listing, mutants
+from tests.checkpoint.test_hostile_files import groups_of, hooks_of, states_of_noise
 from tests.surgery.subjects import conv, equal, mlp, snapshot
 from tracker import CheckpointError, NeuronEngine, Policy, TrackerError
 

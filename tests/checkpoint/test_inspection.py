@@ -14,8 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.journal.runs import ROOT, begun
-from tests.journal.test_hostile_files import HOSTILE, edit, put
+from tests.checkpoint.runs import ROOT, begun
+from tests.checkpoint.test_hostile_files import HOSTILE, edit, put
 from tests.surgery.subjects import train
 from tracker.__main__ import main
 from tracker.utils.json_schema import FOLDER, load_schema, problems

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tracker import NeuronEngine
 from tracker.statistics import Covariance
-from tracker.surgery.calibration.covariance_collector import Readings
+from tracker.surgery.calibration.covariance_collector import CovarianceCollector
 
 READERS = ("queries", "keys", "values")
 # In each pass: who reads which of two tensors, in which order, and whether the model writes to it afterwards.
@@ -36,7 +36,7 @@ def equal(found: Covariance, seen: list[Tensor]) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PASS, min_size=1, max_size=5), st.integers(0, 1000))
 def test_each_reader_has_seen_what_it_read(passes: list[list[tuple]], seed: int) -> None:
-    generator, readings = torch.Generator().manual_seed(seed), Readings()
+    generator, readings = torch.Generator().manual_seed(seed), CovarianceCollector()
     seen: dict[str, list[Tensor]] = {}
     for reads in passes:
         tensors = [torch.randn(3, 4, generator=generator) for _ in range(2)]
@@ -55,7 +55,7 @@ def test_each_reader_has_seen_what_it_read(passes: list[list[tuple]], seed: int)
 
 
 def test_who_reads_the_same_shares_one_stream() -> None:
-    readings = Readings()
+    readings = CovarianceCollector()
     for _ in range(4):
         tensor, other = torch.randn(5, 4), torch.randn(5, 4)
         for reader in READERS:

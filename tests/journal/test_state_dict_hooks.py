@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.journal.runs import CHANGES, begun, fresh
+from tests.checkpoint.runs import CHANGES, begun, fresh
 from tests.surgery.subjects import equal, snapshot, train
 from tracker import CheckpointError, NeuronEngine
 from tracker.journal.state_dict_hooks import KEY

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.journal.runs import begun, fresh
+from tests.checkpoint.runs import begun, fresh
 from tests.surgery.subjects import equal, snapshot, train
 from tracker import CheckpointError, NeuronEngine, apply_journal
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.sessions.test_sessions import CHANGES, X, net, same, state, watched
+from tests.parts.test_sessions import CHANGES, X, net, same, state, watched
 from tracker import NeuronEngine, Policy
 from tracker.errors import TrackerError
 

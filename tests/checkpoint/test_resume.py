@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tracker
-from tests.journal.runs import CHANGES, begun, fresh
+from tests.checkpoint.runs import CHANGES, begun, fresh
 from tests.surgery.subjects import equal, train
 from tracker import CheckpointError, Journal, NeuronEngine, apply_journal
 

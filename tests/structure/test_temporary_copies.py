@@ -18,7 +18,11 @@ from tracker.inputs.calls import calls_of
 from tracker.inputs.forward_pass import forward_once
 from tracker.structure.trace import plain_kernels
 from tracker.structure.trials.float64_mode import double
-from tracker.structure.trials.temporary_copies import InFloat64, light_copy, relative_difference
+from tracker.structure.trials.temporary_copies import (
+    InFloat64,
+    copy_sharing_storage,
+    relative_difference,
+)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -31,7 +35,7 @@ def test_it_computes_what_a_copy_in_float64_does(name: str) -> None:
     before, inputs = state(model), double(calls_of(example)[0])
     with plain_kernels():
         expected = forward_once(copied(model).double(), inputs)
-        found = InFloat64(light_copy(model)).run(inputs)
+        found = InFloat64(copy_sharing_storage(model)).run(inputs)
     assert relative_difference(found, expected) < 1e-14
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -53,7 +57,7 @@ class Listed(nn.Module):
 def test_weights_that_are_held_elsewhere_are_doubled_too() -> None:
     torch.manual_seed(0)
     model, x = Listed(), torch.randn(3, 4)
-    found = InFloat64(light_copy(model)).run(double(calls_of(x)[0]))
+    found = InFloat64(copy_sharing_storage(model)).run(double(calls_of(x)[0]))
     with torch.no_grad():
         expected = copied(model).double()(x.double())
     assert relative_difference(found, expected) == 0.0
@@ -121,7 +125,7 @@ def test_what_code_casts_is_made_in_float64_and_stays_as_it_was() -> None:
     """In float32 all of it would differ by rounding, and be taken for wrong."""
     torch.manual_seed(0)
     model, x = Selective().eval(), torch.randn(5, 6)
-    found = InFloat64(light_copy(model)).run(double(calls_of(x)[0]))
+    found = InFloat64(copy_sharing_storage(model)).run(double(calls_of(x)[0]))
     exact = copied(model).double()
     with torch.no_grad():
         expected = exact.b.double()(torch.relu(exact.a(x.double())))
@@ -149,7 +153,7 @@ def test_parameters_made_in_inference_mode_are_refused() -> None:
 
 def test_what_is_set_in_a_light_copy_stays_there() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    before, light = state(model), light_copy(model)
+    before, light = state(model), copy_sharing_storage(model)
     with torch.no_grad():
         light[0].weight.set_(torch.zeros(2, 3))
         light[1].running_mean += 1
