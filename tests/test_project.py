@@ -45,6 +45,22 @@ def test_layout(path):
     assert (ROOT / path).exists()
 
 
+TOP = {
+    "tracker", "demos", "outputs", "data", "tests", "benchmarks", "docs", "fashion_mnist_mlp.py", "test_tracker.py",
+    "requirements.txt", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml",
+}  # fmt: skip
+
+
+def test_nothing_else_lies_at_the_top():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    found = {line.split("/")[0] for line in listed.splitlines()}
+    assert {name for name in found if not name.startswith(".")} <= TOP
+
+
 def test_requirements_are_those_of_the_package():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = [line for line in lines if line and not line.startswith("#")]

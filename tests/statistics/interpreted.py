@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
+from tests.statistics import oracle
 from tracker.statistics import Activity, ActivityStream, Scratch, stream
 from tracker.statistics.activity import M2, MEAN
 from tracker.statistics.native import fused, loading
