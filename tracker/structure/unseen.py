@@ -86,9 +86,10 @@ def _refused(
         return group
     some = ", ".join(list(met)[:4]) + (f" and {len(met) - 4} more" if len(met) > 4 else "")
     first = next(iter(met))
+    asked = str(list(met)) if len(met) <= 4 else f"[{first!r}, ...]"
     return replace(
         group,
         prunable=False,
         reason=f"no example call ran {some}, which could read or make these units ({met[first]}): add a call that does "
-        f"to example_inputs, or say that none will: track_model(..., assume_unread=[{first!r}])",
+        f"to example_inputs, or say that none will: track_model(..., assume_unread={asked})",
     )

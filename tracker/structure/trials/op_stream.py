@@ -27,7 +27,7 @@ LONGEST = 1 << 17  # indices; of longer axes (all positions of an image) sizes a
 # Copies, casts and other looks at the same values come and go with memory layouts and dtypes.
 _NEUTRAL = (
     "_to_copy", "clone", "view", "_unsafe_view", "alias", "detach", "expand", "contiguous", "lift_fresh",
-    "t", "transpose", "permute", "squeeze", "unsqueeze", "_reshape_alias",
+    "t", "transpose", "permute", "squeeze", "unsqueeze", "_reshape_alias", "as_strided_",  # the last by pooling to one place, where channels lie last
 )  # fmt: skip
 # After these, sizes and paths depend on values: which rows an expert is given, say.
 _DECIDED = {
