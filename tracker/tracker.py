@@ -168,17 +168,17 @@ class ActivationTracker:
             entry.handles = [watch_inputs(observer, model)]
         for point in points:
             if point.neurons is not None:
-                self._register(entry, point)
+                self.register_layer(entry, point)
         # Weak: the model's hooks lead to the observer, and must not keep the whole tracker alive.
         this = weakref.ref(self)
 
         def resolved(point: ObservationPoint) -> None:
             if (tracker := this()) is not None:
-                tracker._register(entry, point)
+                tracker.register_layer(entry, point)
 
         def shown() -> None:
             if (tracker := this()) is not None:
-                tracker._set_read_points(entry)
+                tracker.set_read_points(entry)
 
         observer.resolved, observer.shown = resolved, shown
         self.models.append(entry)
@@ -194,7 +194,7 @@ class ActivationTracker:
                 forward_once(model, call)
         observer.given, observer.inputs = calls, (calls[0].args, calls[0].kwargs)
         entry.structure, entry.traced = None, False
-        self._set_read_points(entry)
+        self.set_read_points(entry)
 
     def hook(self, model: nn.Module | None = None) -> None:
         """Put hooks on a tracked model (the current one), and make it the current one."""
@@ -229,7 +229,7 @@ class ActivationTracker:
         changed, observer.chosen = chosen != observer.chosen, chosen
         if not entry.hooked or observer.model() is None or changed:
             self.hook()
-        self._set_read_points(entry)
+        self.set_read_points(entry)
         observer.clear()
         observer.correlate = entry.correlated = correlate
         observer.every, observer.sampling, entry.mode = every, sampling, mode
@@ -367,12 +367,12 @@ class ActivationTracker:
         added: list[int] = []
         for layer in born:
             if layer.neurons is not None:
-                self._register(entry, next(s for s in observer.points if s.name == layer.name))
+                self.register_layer(entry, next(s for s in observer.points if s.name == layer.name))
                 added += entry.layers[layer.name].ids
         entry.structure, entry.traced = None, False
         if entry.hooked:
             attach_points(observer, model)
-            self._set_read_points(entry)
+            self.set_read_points(entry)
         observer.version += 1
         return added, removed
 
@@ -416,7 +416,7 @@ class ActivationTracker:
         others = sum(n for flag, n in observer.samples.items() if flag not in flags)
         return Observation(entry.name, layers, samples, mode, others, self.threshold)
 
-    def _set_read_points(self, entry: TrackedModel) -> None:
+    def set_read_points(self, entry: TrackedModel) -> None:
         """Observe layers where they are read; where that cannot be told, at their own outputs."""
         observer, model = entry.observer, entry.observer.model()
         wanted = self.observe_at == "reads" and entry.hooked and not entry.traced
@@ -450,7 +450,8 @@ class ActivationTracker:
     def _known(self, model: nn.Module) -> TrackedModel | None:
         return next((m for m in self.models if m.observer.model() is model), None)
 
-    def _register(self, entry: TrackedModel, point: ObservationPoint) -> None:
+    def register_layer(self, entry: TrackedModel, point: ObservationPoint) -> None:
+        """Give ids to the neurons of a layer whose width is known."""
         assert point.neurons is not None
         ids = self.registry.register(entry.name, point.name, point.neurons)
         entry.layers[point.name] = ids

@@ -52,7 +52,7 @@ def write_out_attention(free: DecoupledMultiheadAttention) -> nn.Module:
     Torch's takes the width of its queries for that of all heads together. So the queries are brought to that width
     first, and torch's own projection of them is the identity, no parameter.
     """
-    (q, q_bias), (k, k_bias), (v, v_bias) = free._weights()
+    (q, q_bias), (k, k_bias), (v, v_bias) = free.projections()
     heads, width, v_width = free.num_heads, free.head_dim, free.v_head_dim
     widest = max(width, v_width)
     # Torch divides by the root of the width that the heads have here.

@@ -19,20 +19,24 @@ class LazyCovariance:
     """
 
     def __init__(self, source: Covariance | LazyCovariance, slots: SlotMap) -> None:
+        self._source, self._slots = source, slots
+        if isinstance(source, LazyCovariance):  # several moves are made as one
+            self._source, self._slots = source.after(slots)
         self._value: Covariance | None = None
-        self._source: Covariance
-        self._slots: SlotMap
-        if isinstance(source, LazyCovariance) and source._value is None:  # both moves at once
-            self._source, self._slots = source._source, source._slots.then(slots)
-        else:
-            self._source = source.value() if isinstance(source, LazyCovariance) else source
-            self._slots = slots
 
     def value(self) -> Covariance:
         """The covariance, always the same object."""
         if self._value is None:
-            self._value = self._source = self._source.remap(self._slots)
+            source = self._source
+            whole = source.value() if isinstance(source, LazyCovariance) else source
+            self._value = self._source = whole.remap(self._slots)
         return self._value
+
+    def after(self, slots: SlotMap) -> tuple[Covariance | LazyCovariance, SlotMap]:
+        """What it would be made of after one more move: a covariance, and the slots that it is moved by."""
+        if self._value is not None:
+            return self._value, slots
+        return self._source, self._slots.then(slots)
 
 
 @dataclass(frozen=True, slots=True)

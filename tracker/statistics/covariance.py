@@ -117,10 +117,11 @@ class CovarianceStream:
     the stream's (the Chan term). So fp32 products see small numbers, whatever the mean and however it drifts.
     """
 
-    def __init__(self, neurons: int, device: torch.device | str = "cpu") -> None:
-        self._begin(Covariance.empty(neurons, device))
-
-    def _begin(self, total: Covariance) -> None:
+    def __init__(
+        self, neurons: int, device: torch.device | str = "cpu", total: Covariance | None = None
+    ) -> None:
+        if total is None:
+            total = Covariance.empty(neurons, device)
         native = kernel() if total.mean.device.type == "cpu" else None
         # Outside any inference mode: tensors made inside could not be written outside.
         with torch.inference_mode(False):
@@ -192,10 +193,8 @@ class CovarianceStream:
     @classmethod
     def resumed(cls, value: Covariance, device: torch.device | str = "cpu") -> CovarianceStream:
         """A stream that goes on from what was observed."""
-        stream = cls.__new__(cls)
         parts = (t.to(device) for t in (value.count, value.mean, value.comoment))
-        stream._begin(Covariance(*parts))
-        return stream
+        return cls(len(value.mean), device, Covariance(*parts))
 
     def remap(self, slots: SlotMap) -> CovarianceStream:
         """A stream that goes on from here with neurons removed, added or reordered."""

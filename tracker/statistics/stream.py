@@ -30,12 +30,17 @@ class ActivityStream:
     to be merged together.
     """
 
-    def __init__(self, neurons: int, threshold: float, device: torch.device | str = "cpu") -> None:
-        # Outside any inference mode: tensors made inside could not be written outside.
-        with torch.inference_mode(False):
-            self._begin(Activity.empty(neurons, device), threshold)
-
-    def _begin(self, total: Activity, threshold: float) -> None:
+    def __init__(
+        self,
+        neurons: int,
+        threshold: float,
+        device: torch.device | str = "cpu",
+        total: Activity | None = None,
+    ) -> None:
+        if total is None:
+            # Outside any inference mode: tensors made inside could not be written outside.
+            with torch.inference_mode(False):
+                total = Activity.empty(neurons, device)
         self.threshold = threshold
         self._neurons = total.neurons
         self._pending: list[Sums] = []
@@ -91,12 +96,9 @@ class ActivityStream:
     @classmethod
     def resumed(cls, value: Activity, threshold: float) -> ActivityStream:
         """A stream that goes on from what was observed."""
-        stream = cls.__new__(cls)
         with torch.inference_mode(False):
-            stream._begin(
-                Activity(value.table.clone(memory_format=torch.contiguous_format)), threshold
-            )
-        return stream
+            total = Activity(value.table.clone(memory_format=torch.contiguous_format))
+        return cls(total.neurons, threshold, total=total)
 
     def remap(self, slots: SlotMap) -> ActivityStream:
         """A stream that goes on from here with neurons removed, added or reordered."""

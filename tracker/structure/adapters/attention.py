@@ -43,7 +43,10 @@ class DecoupledMultiheadAttention(nn.MultiheadAttention):
         q, k, v = (
             F.linear(x, w, b).unflatten(-1, (self.num_heads, width)).transpose(1, 2)
             for x, (w, b), width in zip(
-                parts, self._weights(), (self.head_dim, self.head_dim, self.v_head_dim), strict=True
+                parts,
+                self.projections(),
+                (self.head_dim, self.head_dim, self.v_head_dim),
+                strict=True,
             )
         )
         causal = is_causal and key_padding_mask is None and not need_weights
@@ -63,7 +66,7 @@ class DecoupledMultiheadAttention(nn.MultiheadAttention):
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
-    def _weights(self) -> list[tuple[Tensor, Tensor | None]]:
+    def projections(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of queries, keys and values."""
         inner = self.num_heads * self.head_dim
         bounds = ((None, inner), (inner, 2 * inner), (2 * inner, None))

@@ -52,7 +52,7 @@ class _Windows(nn.Module):
         x = x.flatten(n + 1, 2 * n).flatten(0, n)
         q, k, v = (
             F.linear(x, w, b).unflatten(-1, (m.num_heads, size)).transpose(1, 2)
-            for w, b, size in self._weights()
+            for w, b, size in self.projections()
         )
         if self._cosine:
             scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
@@ -80,7 +80,7 @@ class _Windows(nn.Module):
     def _cosine(self) -> bool:
         return isinstance(self, ShiftedWindowAttentionV2)
 
-    def _weights(self) -> list[tuple[Tensor, Tensor | None, int]]:
+    def projections(self) -> list[tuple[Tensor, Tensor | None, int]]:
         """Weight, bias, and width of a head, of queries, keys and values."""
         m: Any = self
         inner = m.num_heads * self.head_dim

@@ -79,7 +79,7 @@ def refit(module: nn.Module) -> None:
         if any(isinstance(part, DecoupledMultiheadAttention) for part in m.modules()):
             m.use_nested_tensor = False  # it is made for torch's own attention
     elif isinstance(m, DecoupledMultiheadAttention):
-        q, k, v = (w for w, _ in m._weights())
+        q, k, v = (w for w, _ in m.projections())
         m.embed_dim, m.kdim, m.vdim = (w.shape[1] for w in (q, k, v))
     elif (kind := kind_of(module)) is not None:
         kind.refit(module)

@@ -51,7 +51,7 @@ class Integers:
     places: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # of parameters
     frozen: frozenset[int] = frozenset()
     labels: int = 0  # how many
-    _by_attribute: dict[Attribute, list[_Fact]] = field(default_factory=dict)
+    by_attribute: dict[Attribute, list[_Fact]] = field(default_factory=dict)
     _stacks: list[tuple[list[int], np.ndarray, np.ndarray]] = field(default_factory=list)
 
     @classmethod
@@ -83,7 +83,7 @@ class Integers:
             expr = _numbered(equation.expr, number)
             fact = _Fact(expr, axis, equation.size, equation, names, frozenset(used))  # type: ignore[arg-type]
             size = len(self.axes[axis]) if axis is not None else equation.size
-            now = self._value(expr, self.values, sizes)
+            now = self.value_of(expr, self.values, sizes)
             if now is None:
                 continue
             if equation.note:
@@ -92,7 +92,7 @@ class Integers:
                 continue  # misheard: it does not hold as things are
             self.facts.append(fact)
             for attribute in names:
-                self._by_attribute.setdefault(attribute, []).append(fact)
+                self.by_attribute.setdefault(attribute, []).append(fact)
         for name, axes in trace.parameters.items():
             for dim, each in enumerate(axes):
                 if each is not None:
@@ -188,9 +188,12 @@ class Integers:
             }
         return list(candidates)
 
-    def _value(
+    def value_of(
         self, expr: Expr, values: Mapping[Attribute, int], left: Sequence[int]
     ) -> int | None:
+        """Of an expression, by these attributes and by what is left of each axis; None where it has none."""
+        """The value of an expression by these attributes, and by the sizes that are left of each axis; None: unknown."""
+
         def leaf(at: Attribute | AxisSize) -> int:
             if isinstance(at, Attribute):
                 return values[at] if at in values else self.values[at]
@@ -218,7 +221,7 @@ class _Solution:
             changed = {a for a, v in self.values.items() if v != self.integers.values[a]}
             facts = dict.fromkeys(touched)
             for attribute in changed:
-                facts.update(dict.fromkeys(self.integers._by_attribute[attribute]))
+                facts.update(dict.fromkeys(self.integers.by_attribute[attribute]))
             for fact in facts:  # what a fixed attribute meets elsewhere
                 self._direct(fact)
             broken = [f for f in facts if not self._holds(f)]
@@ -234,7 +237,7 @@ class _Solution:
         for attribute in fact.attributes:
             if attribute in self.by:
                 continue
-            for other in self.integers._by_attribute[attribute]:
+            for other in self.integers.by_attribute[attribute]:
                 if other.expr == attribute and not other.equation.or_more:
                     value = self._target(other)
                     if attribute not in self.by:
@@ -243,7 +246,7 @@ class _Solution:
                         self._refuse(other, self.by[attribute])
 
     def _holds(self, fact: _Fact, values: Mapping[Attribute, int] | None = None) -> bool:
-        found = self.integers._value(fact.expr, values or self.values, self.left)
+        found = self.integers.value_of(fact.expr, values or self.values, self.left)
         target = self._target(fact)
         return found is not None and (found >= target if fact.equation.or_more else found == target)
 
@@ -254,7 +257,7 @@ class _Solution:
         """A value of an attribute that makes this and all that it alone decides true."""
         for attribute in self._free(fact):
             alone = [
-                f for f in self.integers._by_attribute[attribute] if self._free(f) == [attribute]
+                f for f in self.integers.by_attribute[attribute] if self._free(f) == [attribute]
             ]
             now = min(self.integers.values[attribute], 100_000)
             for value in (*range(now, 0, -1), *range(now + 1, 4 * now + 64)):
@@ -266,7 +269,7 @@ class _Solution:
 
     def _refuse(self, fact: _Fact, other: _Fact | None = None) -> None:
         equation, target = fact.equation, self._target(fact)
-        found = self.integers._value(fact.expr, self.values, self.left)
+        found = self.integers.value_of(fact.expr, self.values, self.left)
         what = text(equation.expr)
         least = "at least " if equation.or_more else ""
         if other is not None:

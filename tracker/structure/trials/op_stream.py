@@ -24,10 +24,10 @@ from tracker.structure.trials.temporary_copies import is_lending
 from tracker.utils.nested import tensors_in
 
 LONGEST = 1 << 17  # indices; of longer axes (all positions of an image) sizes are not predicted
-# Copies, casts and other looks at the same values come and go with memory layouts and dtypes.
+# Copies, casts and views: which of them run depends on memory layout and dtype (`as_strided_`: pooling to 1 × 1).
 _NEUTRAL = (
     "_to_copy", "clone", "view", "_unsafe_view", "alias", "detach", "expand", "contiguous", "lift_fresh",
-    "t", "transpose", "permute", "squeeze", "unsqueeze", "_reshape_alias", "as_strided_",  # the last by pooling to one place, where channels lie last
+    "t", "transpose", "permute", "squeeze", "unsqueeze", "_reshape_alias", "as_strided_",
 )  # fmt: skip
 # After these, sizes and paths depend on values: which rows an expert is given, say.
 _DECIDED = {
