@@ -192,7 +192,6 @@ class Integers:
         self, expr: Expr, values: Mapping[Attribute, int], left: Sequence[int]
     ) -> int | None:
         """Of an expression, by these attributes and by what is left of each axis; None where it has none."""
-        """The value of an expression by these attributes, and by the sizes that are left of each axis; None: unknown."""
 
         def leaf(at: Attribute | AxisSize) -> int:
             if isinstance(at, Attribute):
