@@ -191,7 +191,7 @@ class ActivationTracker:
         with observer.paused():
             calls = calls_of(example_inputs)
             for call in calls:
-                forward_once(model, call)
+                forward_once(model, call, watch_writes=True)
         observer.given, observer.inputs = calls, (calls[0].args, calls[0].kwargs)
         entry.structure, entry.traced = None, False
         self.set_read_points(entry)
@@ -268,7 +268,7 @@ class ActivationTracker:
         found, model = Passes(), copy_without_hooks(entry.model())
         for made in (made for call in entry.observer.calls for made in call.modes()):
             try:
-                forward_once(model, made)
+                forward_once(model, made, watch_writes=True)
             except StructureError as error:  # noqa: PERF203
                 found.failed.append((made, str(error)))
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from tracker import Call, NeuronEngine, StructureError
 
 
 class Noted(nn.Module):
-    """Notes how it was called."""
+    """Notes how it was called, outside of itself: what it holds is put back."""
+
+    seen: ClassVar[list[tuple[str, bool, tuple[Any, ...]]]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
-        self.seen: list[tuple[str, bool, tuple[Any, ...]]] = []
+        self.seen.clear()
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, more: bool = False) -> Tensor:
         self.seen.append(("forward", self.training, (y is not None, more)))

@@ -237,6 +237,6 @@ def test_windows_that_lost_heads_train_are_saved_and_come_back(version: int, tmp
     assert torch.equal(fresh(x), model(x))
     attention = model.get_submodule(heads[0].name.split(".qkv")[0])
     assert attention.num_heads == 2
-    assert type(attention).__name__.startswith("Free")
+    assert type(attention).__name__.startswith("Decoupled")
     engine.undo()
-    assert not type(attention).__name__.startswith("Free")
+    assert not type(attention).__name__.startswith("Decoupled")

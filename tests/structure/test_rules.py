@@ -68,6 +68,7 @@ def volumes(operation: Callable[[Tensor], Tensor], width: int = HIDDEN) -> tuple
 
 
 AT = torch.tensor([[3, 1, 0], [2, 2, 4]])
+PLACES = torch.arange(4 * 3 * HIDDEN).reshape(4, 3, HIDDEN) % 5
 CHOSEN = torch.arange(60).reshape(4, 5, 3) % HIDDEN
 GRID = torch.rand(2, 3, 3, 2) * 2 - 1
 
@@ -108,6 +109,11 @@ def complex_rows(h: Tensor) -> Tensor:
     return torch.view_as_real(pairs * pairs).sum(-1)
 
 
+def added(h: Tensor) -> Tensor:
+    at = AT[0, :, None].expand(4, 3, h.shape[-1])
+    return torch.zeros_like(h).scatter_add(1, at, h[:, :3] * h[:, :3].amax(1, keepdim=True))
+
+
 def turned(h: Tensor) -> Tensor:
     pairs = torch.view_as_complex(h.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * pairs[:, :1]).flatten(-2)
@@ -129,6 +135,16 @@ PASSES: dict[str, tuple[Callable[..., Any], ...]] = {
     "max": (rows, lambda h: h.max(1).values),
     "min keepdim": (rows, lambda h: h.min(1, keepdim=True).values),
     "argmax": (rows, lambda h: h.argmax(1).to(h.dtype)),
+    "normalize": (rows, lambda h: F.normalize(h, dim=-1)),
+    "expand_as": (rows, lambda h: h * h.sum(-1, keepdim=True).expand_as(h)),
+    "expand": (rows, lambda h: h + torch.arange(5.0).to(h)[:, None].expand(4, 5, h.shape[-1])),
+    "broadcast_to": (rows, lambda h: h * h.norm(dim=-1, keepdim=True).broadcast_to(h.shape)),
+    "repeat of a sum": (rows, lambda h: h * h.sum(-1, keepdim=True).repeat(1, 1, h.shape[-1])),
+    "scatter_add at repeated places": (rows, added),
+    "gather of repeated places": (
+        rows,
+        lambda h: h.gather(1, AT[0, :, None].expand(4, 3, h.shape[-1])),
+    ),
     "argsort and gather": (rows, lambda h: h.gather(1, h.argsort(1))),
     "index": (rows, lambda h: h[:, torch.tensor([3, 1])]),
     "index of two": (rows, lambda h: h[torch.tensor([1, 0]), torch.tensor([3, 1])]),
@@ -250,12 +266,12 @@ FREEZES: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor], int, st
     "topk": (rows, lambda h: h.topk(4).values, 4, "topk"),
     "argmax": (rows, lambda h: h.argmax(-1, True).to(h.dtype), 1, "argmax"),
     "argmax of all": (rows, lambda h: h[:, :1, :2] * h.argmax(), 2, "argmax"),
-    "max": (rows, lambda h: h.max(-1, keepdim=True).values, 1, "max"),
+    "place of the max": (rows, lambda h: h[:, :, :1] * h.max(-1, keepdim=True).indices, 1, "max"),
     "mode": (rows, lambda h: h.mode(-1, True).values, 1, "mode"),
     "gather": (rows, lambda h: h.gather(2, CHOSEN), 3, "gather"),
     "gather by data": (
         rows,
-        lambda h: h.gather(1, AT[:1].expand(4, HIDDEN, 3).mT),
+        lambda h: h.gather(1, PLACES),
         HIDDEN,
         "gather",
     ),
@@ -321,6 +337,12 @@ def test_units_freeze(name: str) -> None:
 
 # The hidden units can go, but the others see it: not exact, for a reason that names the operation.
 INEXACT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "max": (lambda h: h - h.max(-1, keepdim=True).values, "max"),
+    "max of all": (lambda h: h - h.max(), "max"),
+    "max beside mean": (
+        lambda h: h * torch.stack([h.max(-1)[0], h.mean(-1)], -1).prod(-1, keepdim=True),
+        "max",
+    ),
     "prod": (lambda h: h * h.prod(-1, keepdim=True), "prod"),
     "std": (lambda h: h / h.std(-1, keepdim=True), "std"),
     "var_mean": (lambda h: h - torch.var_mean(h, -1, keepdim=True)[1], "var_mean"),

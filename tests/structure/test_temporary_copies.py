@@ -138,7 +138,7 @@ def test_what_is_read_behind_the_modules_back_is_refused_with_the_line() -> None
     engine.track_model(model, "m", torch.randn(5, 6))
     (group,) = engine.structure.groups
     assert not group.prunable
-    assert "test_lending.py" in group.reason
+    assert "test_temporary_copies.py" in group.reason
 
 
 def test_parameters_made_in_inference_mode_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tracker.errors import StructureError
 from tracker.inputs.calls import Arguments, Call, ExampleInputs, arguments
-from tracker.inputs.repeatable import certain
+from tracker.inputs.repeatable import certain, writes_put_back
 
 
 def forward_once(
@@ -26,13 +28,16 @@ def forward_once(
     *,
     heard: bool = False,
     given: str = "the example inputs",
+    watch_writes: bool = False,
 ) -> object:
     """The output of one call of the model, without gradients, the call itself `within` a context.
 
     It is made in eval mode, unless it is a `Call` in train mode; there nothing is drawn at random.
 
-    Training flags, buffers, and the random states of the devices are as before afterwards. No engine observes this
-    pass, unless it is to be `heard`. `given`: what it is called with, for messages.
+    Training flags, buffers, attributes and the random states of the devices are as before afterwards; so are weights
+    that the model's code writes into (an embedding's `max_norm`), if the pass is in train mode, `within` a context, or
+    asked to `watch_writes`. No engine observes this pass, unless it is to be `heard`. `given`: what it is called with,
+    for messages.
 
     Raises:
         StructureError: The forward pass failed.
@@ -49,7 +54,7 @@ def forward_once(
         for module in model.modules():  # model.train is the user's: it may merge weights, say
             module.training = training
         try:
-            with within or nullcontext(), _in_train_mode(model) if training else nullcontext():
+            with within or nullcontext(), _left_alone(model, training, watch_writes or within):
                 return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
         except Exception as error:
             raise StructureError(
@@ -125,7 +130,13 @@ def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
 
     Pruning masks and the older spectral norm of torch keep the weight that they computed.
     """
-    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    held = [
+        value
+        for module in model.modules()
+        for values in (vars(module), *_containers(module))
+        for value in (values.values() if isinstance(values, dict) else values)
+        if isinstance(value, Tensor)
+    ]
     return {id(t): t.detach().clone() for t in held if not t.is_leaf}
 
 
@@ -151,22 +162,46 @@ def _is_of_the_model(hook: object) -> bool:
 
 @contextmanager
 def tables_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever is set in the modules' own tables inside is put back: attributes, parameters, buffers."""
-    modules = list(model.modules())
-    saved = [(dict(vars(m)), dict(dict.items(m._parameters)), dict(m._buffers)) for m in modules]
+    """Whatever is set in the modules' own tables inside is put back: attributes, parameters, buffers.
+
+    So is what lists and dicts among the attributes hold.
+    """
+    saved = [(table, _entries(table)) for module in model.modules() for table in _tables(module)]
     try:
         yield
     finally:
-        for module, before in zip(modules, saved, strict=True):
-            _put_table(vars(module), before[0])
-            _put_table(module._parameters, before[1])
-            _put_table(module._buffers, before[2])
+        for table, before in saved:
+            _put_back_entries(table, before)
 
 
-def _put_table(table: dict[str, Any], before: dict[str, Any]) -> None:
-    if list(table) != list(before):
-        table.clear()
+def _tables(module: nn.Module) -> Iterator[Table]:
+    yield from (vars(module), module._parameters, module._buffers)
+    yield from _containers(module)
+
+
+def _containers(module: nn.Module) -> Iterator[Table]:
+    """Lists and dicts among a module's attributes that are not part of each module."""
+    for name, value in vars(module).items():
+        if isinstance(value, dict | list) and name not in _OF_EACH_MODULE:
+            yield value
+
+
+def _entries(table: Table) -> list[Any]:
+    return list(dict.items(table) if isinstance(table, dict) else table)
+
+
+def _put_back_entries(table: Table, before: list[Any]) -> None:
+    if isinstance(table, list):
+        if len(table) != len(before) or any(map(operator.is_not, table, before)):
+            table[:] = before
+        return
+    if list(dict.keys(table)) != [key for key, _ in before]:
+        dict.clear(table)
     dict.update(table, before)
+
+
+Table = dict[Any, Any] | list[Any]
+_OF_EACH_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -194,8 +229,14 @@ def _internal_pass() -> Iterator[None]:
 
 
 @contextmanager
-def _in_train_mode(model: nn.Module) -> Iterator[None]:
-    with tables_kept(model), certain(model):
+def _left_alone(model: nn.Module, training: bool, watched: object) -> Iterator[None]:
+    """A pass inside leaves nothing in the model, unless it makes what a lazy one lacks."""
+    parameters = (p for m in model.modules() for p in dict.values(m._parameters))
+    if any(p is not None and is_lazy(p) for p in parameters):
+        yield
+        return
+    writes = writes_put_back(model) if watched else nullcontext()
+    with tables_kept(model), certain(model) if training else writes:
         yield
 
 

@@ -56,31 +56,40 @@ def _random_states() -> list[Callable[[], None]]:
     return found
 
 
-class _Constant(TorchDispatchMode):
-    """Draws become constants; weights are noted before they are written into."""
+@contextmanager
+def writes_put_back(model: nn.Module) -> Iterator[None]:
+    """Parameters and other tensors of modules that are written into inside have their values back afterwards."""
+    mode = _Writes(model)
+    try:
+        with mode:
+            yield
+    finally:
+        mode.put_back()
+
+
+class _Writes(TorchDispatchMode):
+    """Tensors that modules hold are noted before they are written into."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._saved: list[tuple[Tensor, Tensor]] = []
-        self._weights: dict[int, list[Tensor]] = {}  # by where their values lie
+        self._held: dict[int, list[Tensor]] = {}  # by where their values lie
         for module in model.modules():
-            for p in dict.values(module._parameters):
-                if p is not None and p.layout is torch.strided and p.numel():
-                    self._weights.setdefault(_storage(p), []).append(p)
+            for held in (*dict.values(module._parameters), *vars(module).values()):
+                if isinstance(held, Tensor) and held.layout is torch.strided and held.numel():
+                    self._held.setdefault(_storage(held), []).append(held)
 
     def put_back(self) -> None:
-        """Give parameters that were written into their values back."""
-        for parameter, value in reversed(self._saved):
-            parameter.copy_(value)
+        """Give tensors that were written into their values back."""
+        with torch.no_grad():
+            for held, value in reversed(self._saved):
+                held.copy_(value)
         self._saved.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        constant = _CONSTANT.get(func._schema.name)
-        if constant is not None:
-            return constant(func, args, kwargs)
         if func._schema.is_mutable:
             for at, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -90,9 +99,21 @@ class _Constant(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self, written: Tensor) -> None:
-        for parameter in self._weights.pop(_storage(written), ()) if written.numel() else ():
-            data = parameter.data
+        for held in self._held.pop(_storage(written), ()) if written.numel() else ():
+            data = held.data
             self._saved.append((data, data.clone()))
+
+
+class _Constant(_Writes):
+    """Draws become constants, too."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        constant = _CONSTANT.get(func._schema.name)
+        if constant is not None:
+            return constant(func, args, kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _storage(tensor: Tensor) -> int:

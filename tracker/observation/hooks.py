@@ -373,7 +373,7 @@ def resolve_widths(observer: Observer, model: nn.Module, calls: Iterable[Call]) 
     observer.recording = True
     try:
         for call in calls:
-            forward_once(model, call, heard=True)
+            forward_once(model, call, heard=True, watch_writes=True)
     finally:
         for handle in handles:
             handle.remove()

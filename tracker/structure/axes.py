@@ -31,6 +31,7 @@ class Labels:
         self.frozen: dict[int, str] = {}  # root → why it can never die
         self.inexact: dict[int, str] = {}  # root → what sees that it died, other than a zero
         self.summed: dict[int, str] = {}  # root → where values of several makers are added up
+        self._repeated: set[int] = set()  # of repeated values, as long as they met no others
 
     def fresh(self, n: int) -> np.ndarray:
         """An axis of n indices, each of which can die on its own."""
@@ -43,6 +44,18 @@ class Labels:
         new = np.arange(start, self._count)
         self._parent[new] = self._next[new, 0] = new
         return new[:, None]
+
+    def repeated(self, n: int) -> Axis:
+        """An axis along which one value is repeated: it dies like whatever it meets."""
+        if n < 2:
+            return None
+        axis = self.fresh(n)
+        self._repeated.update(axis[:, 0].tolist())
+        return axis
+
+    def unmet(self, axis: Axis) -> bool:
+        """Whether values are repeated along an axis, and have met no others so far."""
+        return axis is not None and self._repeated.issuperset(self.roots(axis)[:, 0].tolist())
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
         """The representative of each label."""
@@ -157,6 +170,7 @@ class Labels:
             return False
         pairs.sort(axis=0)
         self._parent[pairs[1]] = pairs[0]
+        self._repeated.difference_update(pairs.ravel().tolist())
         for table in (self.frozen, self.inexact, self.summed):
             if table:
                 for stays, goes in pairs.T.tolist():
@@ -203,6 +217,7 @@ class Labels:
         if a != b:
             a, b = min(a, b), max(a, b)
             self._parent[b] = a
+            self._repeated -= {a, b}
             for table in (self.frozen, self.inexact, self.summed):
                 if b in table:
                     table.setdefault(a, table.pop(b))
@@ -213,6 +228,7 @@ class Labels:
         if wider > 0:
             self._next = np.pad(self._next, ((0, 0), (0, wider)))
         self._composite[labels] = True
+        self._repeated.difference_update(labels.tolist())
         self._next[labels] = 0
         self._next[labels, : parts.shape[1]] = parts
         for table in (self.frozen, self.inexact, self.summed):

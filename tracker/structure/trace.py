@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracker.errors import StructureError
 from tracker.inputs.calls import Call
-from tracker.inputs.forward_pass import forward_once, tables_kept
+from tracker.inputs.forward_pass import forward_once
 from tracker.structure.axes import Axis, Labels
 from tracker.structure.op_path import OpPathRecorder, Path
 from tracker.structure.parameters_read import Reading
@@ -151,6 +151,8 @@ class Trace:
     labels: Labels = field(default_factory=Labels)
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     weights: Weights = field(default_factory=Weights)  # and what is computed of them alone
+    # Indices along an axis, of which nothing can die if they are used, and why.
+    places: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     outputs: Outputs = field(default_factory=lambda: Outputs({}))  # where layers' neurons lie
     parameters: dict[str, list[Axis]] = field(default_factory=dict)  # of parameters and buffers
     reads: set[tuple[str, int]] = field(default_factory=set)  # (tensor, dim) that is contracted
@@ -174,7 +176,7 @@ class Trace:
         self.passes.recorded.append(call)
         self.rows.append({})
         self.paths.append(Path(self.names))
-        self.known = WeakTensorKeyDictionary()
+        self.known, self.places = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.weights.begin((call.args, call.kwargs))
         self.undropped = WeakTensorKeyDictionary()
 
@@ -187,6 +189,13 @@ class Trace:
                 self.read.whole(name)
             elif (origin := self.weights.viewed(tensor)) is not None:
                 self.read.part(self.axes(tensor), origin, self.parameters)
+
+    def use(self, values: object) -> None:
+        """Values are given to an operation, or to the caller: if they are places along an axis, it is frozen."""
+        if self.places:
+            for tensor in tensors_in(values):
+                if (place := self.places.get(tensor)) is not None:
+                    self.labels.freeze(*place)
 
     def called(self, name: str, module: nn.Module, inputs: object) -> None:
         """Note with which input a module is called; what a dropout passes on is rather seen at its door."""
@@ -268,8 +277,7 @@ def record(
     for call in calls:
         for made in call.modes():
             may_fail = call.training is None and made.training is True
-            with tables_kept(runs) if runs is not model else nullcontext():
-                _record(trace, made, rule, runs, listen, may_fail=may_fail)
+            _record(trace, made, rule, runs, listen, may_fail=may_fail)
     trained = {
         call.method for call in (*trace.passes.recorded, *trace.passes.alike) if call.training
     }
@@ -287,8 +295,7 @@ def _record(
         if trace.rows:
             glance = OpPathRecorder(trace.names)
             try:
-                with tables_kept(runs) if runs is not trace.model else nullcontext():
-                    glance.path.end(forward_once(runs, call, within=glance))
+                glance.path.end(forward_once(runs, call, within=glance))
             except StructureError as error:
                 if not may_fail:
                     raise
@@ -312,6 +319,7 @@ def _record(
             trace.passes.failed.append((call, str(error.__cause__ or error)))
             return
     recorder.path.end(output)
+    trace.use(output)
     for tensor in tensors_in(output):
         for axis in trace.axes(tensor):
             trace.labels.freeze(axis, "it is part of the model's output")
@@ -383,6 +391,7 @@ class _Recorder(TorchDispatchMode):
         call = self.at[-1]
         source = Source(call.module, frame.f_code.co_filename, frame.f_lineno)
         op = Op(func, args, kwargs, result, self.trace, source, before)
+        self.trace.use((args, kwargs))
         self.rule(op)
         follow(op)
         axes = [self.trace.known.get(t) for t in tensors_in(result)]

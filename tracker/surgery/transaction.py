@@ -368,7 +368,7 @@ def _expected(trial_copy: nn.Module, call: Call, plain: object) -> tuple[object,
 def _as_expected(model: nn.Module, call: Call, expected: object, allowed: float) -> None:
     """The changed model gives what the copy gave: the swap itself went right."""
     try:
-        found = forward_once(model, call)
+        found = forward_once(model, call, watch_writes=True)
     except StructureError as error:
         raise VerificationError(
             f"After the change the model does not run ({error.__cause__ or error}). Everything was undone."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tracker.structure.axes import Axis
-from tracker.structure.rules.registry import rule, same, together, unknown
+from tracker.structure.rules.registry import pointwise, rule, same, together, unknown
 from tracker.structure.trace import Op
 from tracker.structure.weight_origins import NOWHERE, Origin
 from tracker.utils.nested import tensors_in
@@ -66,8 +66,27 @@ def roll(op: Op) -> None:
     op.give(op.out, *kept(op, x, as_dims(x, op.arg(2, "dims")), "rolled along"))
 
 
+@rule("aten::max", "aten::min")
+def extreme(op: Op) -> None:
+    """The largest value along a dimension sees what is removed; where it lies, no other can be removed."""
+    x, dim = op.args[0], op.arg(1, "dim", None)
+    if len(tensors_in([op.args, op.kwargs])) > 1:
+        return pointwise(op)
+    gone, axes = {d % x.ndim for d in as_dims(x, dim)} if x.ndim else set(), op.axes(x)
+    for d in gone:
+        op.labels.mark_inexact(axes[d], op.why("reduced over"))
+    for out in tensors_in(op.result):
+        same_rank = out.ndim == x.ndim
+        stay = [None if d in gone else a for d, a in enumerate(axes) if same_rank or d not in gone]
+        op.give(out, stay)
+    for places in tensors_in(op.result)[1:]:
+        for d in gone:
+            op.trace.places[places] = axes[d], op.why("the place of a value is used")
+    return None
+
+
 @rule("aten::topk", "aten::kthvalue", "aten::median", "aten::nanmedian", "aten::mode",
-      "aten::argmax", "aten::argmin", "aten::max", "aten::min")  # fmt: skip
+      "aten::argmax", "aten::argmin")  # fmt: skip
 def picked(op: Op) -> None:
     """Values picked along a dimension, or the positions of them."""
     x, name = op.args[0], op.func._schema.name.removeprefix("aten::")
@@ -125,9 +144,12 @@ def repeat(op: Op) -> None:
     """The whole again and again: a repeated index dies in every repetition."""
     x, times = op.args[0], op.args[1]
     new = len(times) - x.ndim
-    axes: list[Axis] = [None] * new
+    axes: list[Axis] = [op.labels.repeated(k) for k in times[:new]]
     for n, k, axis in zip(x.shape, times[new:], op.axes(x), strict=True):
-        axes.append(axis if k == 1 or axis is None else op.labels.merge([k, n], [None, axis]))
+        if n == 1:
+            axes.append(op.labels.repeated(k))
+        else:
+            axes.append(axis if k == 1 or axis is None else op.labels.merge([k, n], [None, axis]))
     if 0 in times:
         return unknown(op)
     return op.give(op.out, axes)

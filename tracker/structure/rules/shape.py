@@ -61,21 +61,22 @@ def squeeze(op: Op) -> None:
 
 @rule("aten::expand")
 def expand(op: Op) -> None:
-    """New dimensions have no index that could die; of a single number that is repeated any index may."""
+    """Along a dimension of one index, or a new one, a value is repeated, as often as what it will meet has indices."""
     x = op.args[0]
     new = op.out.ndim - x.ndim
+    sizes, axes = [1] * new + list(x.shape), [None] * new + op.axes(x)
     axes = [
-        axis if n == size or x.numel() > 1 else op.labels.fresh(n)
-        for axis, size, n in zip(op.axes(x), x.shape, op.out.shape[new:], strict=True)
+        axis if n == size else op.labels.repeated(n)
+        for axis, size, n in zip(axes, sizes, op.out.shape, strict=True)
     ]
-    op.give(op.out, [*[None] * new, *axes], [*[NOWHERE] * new, *op.origin(x)])
+    op.give(op.out, axes, [*[NOWHERE] * new, *op.origin(x)])
 
 
 @rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias")
 def view(op: Op) -> None:
     """Neighbouring dimensions are merged and split; groups of equal size are taken one by one."""
     x, out = op.args[0], op.out
-    axes, old, new = op.axes(x), list(x.shape), list(out.shape)
+    axes, old, new = list(op.axes(x)), list(x.shape), list(out.shape)
     result: list[Axis] = []
     origin: list[Origin] = []
     i = j = 0
@@ -88,6 +89,8 @@ def view(op: Op) -> None:
                 b += 1
             if a > len(old) + 1 or b > len(new) + 1:
                 return unknown(op)
+        if a - i > 1 or b - j > 1:  # how often a value is repeated is no unit's number
+            axes[i:a] = [None if op.labels.unmet(axis) else axis for axis in axes[i:a]]
         whole = (
             op.labels.merge(old[i:a], axes[i:a])
             if a - i > 1

@@ -1,0 +1,136 @@
+"""What a model keeps from pass to pass is as it was: no pass that the engine makes leaves anything in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tracker import NeuronEngine, SurgeryError
+
+
+class Two(nn.Module):
+    """Two layers, and something that is kept between passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.kept: Any = None
+
+    def keep(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.keep(self.a(x).relu()))
+
+
+class Counted(Two):
+    def keep(self, h: Tensor) -> Tensor:
+        self.kept = (self.kept or 0) + 1
+        return h
+
+
+class Streamed(Two):
+    """The graph of the last pass hangs on what is kept."""
+
+    def keep(self, h: Tensor) -> Tensor:
+        self.kept = h if self.kept is None else h + self.kept / 2
+        return h
+
+
+class Written(Two):
+    """Kept in a plain tensor, which is written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(())
+
+    def keep(self, h: Tensor) -> Tensor:
+        self.kept.add_(h.detach().mean())
+        return h + self.kept
+
+
+class Listed(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = []
+
+    def keep(self, h: Tensor) -> Tensor:
+        self.kept.append(h)
+        return h
+
+
+class Named(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"calls": 0}
+
+    def keep(self, h: Tensor) -> Tensor:
+        self.kept["calls"] += 1
+        self.kept["last"] = h
+        return h
+
+
+class Renormalised(nn.Module):
+    """Each pass writes into the rows that it looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.b = nn.Embedding(11, 16, max_norm=0.5), nn.Linear(16, 3)
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.b(self.e(i))
+
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+ROWS = torch.arange(10).reshape(2, 5)
+CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor]] = {
+    **{kind.__name__: (kind, X, X) for kind in (Counted, Streamed, Written, Listed, Named)},
+    "Renormalised": (Renormalised, ROWS[:, :1], ROWS),
+}
+
+
+def kept(model: nn.Module) -> Any:
+    """All that a model holds, as plain values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list) else copy.copy(value)
+
+    return plain(getattr(model, "kept", None)), plain(dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_pass_of_the_engine_leaves_anything_in_a_model(name: str) -> None:
+    build, first, x = CASES[name]
+    torch.manual_seed(0)
+    model, engine = build(), NeuronEngine()
+    model(first)  # the user's own pass, with its graph
+    before = kept(model)
+    engine.track_model(model, "m", example_inputs=x)
+    groups = [group.name for group in engine.structure.groups if group.prunable]
+    with suppress(SurgeryError):  # what is kept may have the units' width
+        engine.prune_units({name: [0, 3] for name in groups}, dry_run=True)
+    with suppress(SurgeryError):
+        engine.expand_layer("b" if name == "Renormalised" else "a", 2, dry_run=True)
+    assert kept(model) == before
+    with suppress(SurgeryError):
+        engine.prune_units({name: [0, 3] for name in groups})
+        assert kept(model)[0] == before[0]
+
+
+def test_a_model_that_nobody_ran_keeps_nothing_of_the_trace() -> None:
+    torch.manual_seed(0)
+    model, engine = Streamed(), NeuronEngine()
+    engine.track_model(model, "m", example_inputs=X)
+    assert engine.prune_units({"a": [0, 3]}, compensate=False).promise == "masked"
+    assert model.kept is None
+    assert model(X).shape == (4, 3)
