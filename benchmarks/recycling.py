@@ -199,9 +199,9 @@ def main() -> None:
             f"least and the greatest).\n\nTwelve tasks in a row: Fashion-MNIST with the pixels permuted anew, 6,000 "
             f"samples each for two epochs; 784-128-128-10 with ReLU, Adam 5e-3, batch {BATCH}. A neuron is dormant "
             "where the mean of |h| is at most a tenth of its layer's, over 1,000 training images. Every 100 steps the "
-            "dormant ones are recycled. Accuracy is that on the test set at the end of each task.\n\n"
-            + table(runs)
-            + "\n",
+            "dormant ones are recycled. Accuracy is that on the test set at the end of each task. In a run that "
+            "changes itself, `Policy(recycle=True, dormant=0.1)` does the same at its looks; the measures are in "
+            "[reports.md](reports.md#plasticity).\n\n" + table(runs) + "\n",
             encoding="utf-8",
         )
 

@@ -99,6 +99,7 @@ def required(case: Case, path: Path) -> dict[str, dict[str, Any]]:
         "recycle_neurons": {"neurons": ids[:1]},
         "reestimate_norms": {"batches": [X]},
         "remove_layer": {"layer_name": "4", "force": True},
+        "rewind": {"follower": case.follower},
         "save_checkpoint": {"path": saved},
         "save_html_report": {"path": saved},
         "save_optimization_recommendations": {"path": saved},

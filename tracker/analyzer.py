@@ -7,6 +7,7 @@ from typing import Any
 
 from tracker.analysis import findings as of_layers
 from tracker.analysis.findings import LayerFindings
+from tracker.analysis.plasticity import DORMANT, plasticity
 from tracker.errors import StatisticsError
 from tracker.observation.neuron_ids import NeuronId, named
 from tracker.observation.records import Observation
@@ -136,6 +137,24 @@ class Analyzer:
             values = of_layers.explained_shares(found)
             shares[name] = dict(zip(named(found.layer.ids), values, strict=True))
         return shares
+
+    def get_plasticity_summary(
+        self, dormant_threshold: float = DORMANT
+    ) -> dict[str, dict[str, Any]]:
+        """{layer name: dormant neurons and their share, effective rank of the features}, as plain numbers.
+
+        A neuron is dormant where its mean |activation| is at most so much of its layer's (Sokar et al., 2023); in
+        layers with neurons of both signs the root mean square stands for it ("dormant_measure" says which). The
+        effective rank (Roy & Vetterli, 2007) needs a window with correlation; else it is None.
+
+        Args:
+            dormant_threshold: Score up to which a neuron is dormant.
+
+        Raises:
+            StatisticsError: The threshold is below 0, or no number.
+        """
+        _, findings = self.findings()
+        return {name: plasticity(found, dormant_threshold) for name, found in findings.items()}
 
     def findings(self) -> tuple[Observation, Findings]:
         """What was observed, and what is found in it, by layer."""

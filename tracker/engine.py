@@ -188,6 +188,7 @@ class NeuronEngine:
     find_redundant_neurons = call("analyzer", Analyzer.find_redundant_neurons)
     get_redundancy_summary = call("analyzer", Analyzer.get_redundancy_summary)
     get_explained_shares = call("analyzer", Analyzer.get_explained_shares)
+    get_plasticity_summary = call("analyzer", Analyzer.get_plasticity_summary)
 
     # Recommend and report
 
@@ -202,6 +203,7 @@ class NeuronEngine:
     print_activation_summary = call("reporter", Reporter.print_activation_summary)
     print_dataset_summary = call("reporter", Reporter.print_dataset_summary)
     print_correlation_analysis = call("reporter", Reporter.print_correlation_analysis)
+    print_plasticity_report = call("reporter", Reporter.print_plasticity_report)
     generate_neuron_report = call("reporter", Reporter.generate_neuron_report)
     save_report_to_file = call("reporter", Reporter.save_report_to_file)
     plot_activity_heatmap = call("reporter", Reporter.plot_activity_heatmap)
@@ -216,6 +218,7 @@ class NeuronEngine:
     detach_optimizer = call("attachments", Attachments.detach_optimizer)
     attach_follower = call("attachments", Attachments.attach_follower)
     detach_follower = call("attachments", Attachments.detach_follower)
+    rewind = call("attachments", Attachments.rewind)
     attach_process_group = call("attachments", Attachments.attach_process_group)
     merge_statistics = call("attachments", Attachments.merge_statistics)
 
@@ -260,6 +263,7 @@ class NeuronEngine:
     start_self_modification = call("trainer", Trainer.start_self_modification)
     step = call("trainer", Trainer.step)
     stop_self_modification = call("trainer", Trainer.stop_self_modification)
+    get_neuron_ages = call("trainer", Trainer.get_neuron_ages)
 
     # Record
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.analysis.epoch_history import write_json
+from tracker.analysis.plasticity import DORMANT
 from tracker.analysis.recommendations import Thresholds, pruning_candidates, recommend
 from tracker.analyzer import Analyzer
 from tracker.errors import StatisticsError
@@ -15,6 +16,7 @@ from tracker.observation.neuron_ids import layer_named
 from tracker.observation.records import Observation
 from tracker.parts.sessions import Sessions
 from tracker.reporting import figures, html_page, text_reports
+from tracker.reporting.plasticity_report import plasticity_report
 from tracker.reporting.recommendations_view import Recommendations
 from tracker.reporting.timeline import life
 from tracker.surgery.transaction import count
@@ -132,6 +134,14 @@ class Reporter:
         observation, _ = self._analyzer.findings()
         print(text_reports.correlation_report(observation, self._analyzer.correlated(), threshold))
 
+    def print_plasticity_report(self, dormant_threshold: float = DORMANT) -> None:
+        """Print dormant neurons, effective ranks and ages of every layer; see `get_plasticity_summary`.
+
+        Args:
+            dormant_threshold: Score up to which a neuron is dormant.
+        """
+        print(self._plasticity_report(dormant_threshold))
+
     def generate_neuron_report(
         self, show_heatmap: bool = True, save_heatmap: PathLike | None = None, top_n: int = 10
     ) -> str:
@@ -175,6 +185,7 @@ class Reporter:
                 )
             )
         parts.append(text_reports.optimization_report(self._current_recommendations({})))
+        parts.append(self._plasticity_report(DORMANT))
         parts += text_reports.more_sections(observation, findings)
         files: dict[PathLike, bytes] = {}
         if include_heatmap:
@@ -255,6 +266,12 @@ class Reporter:
         )
 
     # Wiring
+
+    def _plasticity_report(self, threshold: float) -> str:
+        session = self._sessions.present
+        run = None if session is None else session.run
+        ages = {} if run is None else {n: list(a.values()) for n, a in run.ages().items()}
+        return plasticity_report(self._analyzer.get_plasticity_summary(threshold), ages)
 
     def _activity_report(self, top_n: int) -> str:
         observation, findings = self._analyzer.findings()

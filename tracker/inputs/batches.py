@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,11 +259,15 @@ def each(
     """All batches (or the first `limit`) as they come, one pass, with a bar on terminals and in notebooks.
 
     Raises:
-        SurgeryError: There is none: a generator, say, that was gone through before.
+        SurgeryError: There is none: a generator, say, that was gone through before; or `limit` is less than 1.
     """
     none = True
+    if limit is not None and limit < 1:
+        raise SurgeryError(f"limit is a number of batches, 1 or more, not {limit!r}.")
     items = reader.batches(batches)
-    for batch in bar(items if limit is None else islice(items, limit), text, "batch", progress):
+    for batch in bar(
+        items if limit is None else islice(items, min(limit, sys.maxsize)), text, "batch", progress
+    ):
         none = False
         yield batch
     if none:

@@ -18,6 +18,7 @@ from tracker.engine import NeuronEngine
 from tracker.errors import SurgeryError
 from tracker.integrations.loggers import log_to
 from tracker.journal.state_dict_hooks import InertCallable
+from tracker.training.schedule import steps_for
 
 INSTANTIATOR = f"{__name__}.instantiate"
 _KEEPER = "_tracker_engine"  # under which a module that was loaded keeps its engine
@@ -69,7 +70,8 @@ class SelfModificationCallback(Callback):
     With DistributedDataParallel each rank needs this callback; its wrapper is made anew after each change.
 
     Args:
-        policy: What `start_self_modification` takes. None: that of the checkpoint, else the default one.
+        policy: What `start_self_modification` takes. None: that of the checkpoint, else the default one, fitted to
+            the steps that the Trainer takes.
         engine: To use; else `callback.engine` is a new one.
     """
 
@@ -130,7 +132,8 @@ class SelfModificationCallback(Callback):
         self.engine.attach_optimizer(*trainer.optimizers)
         if trainer.world_size > 1:
             self.engine.attach_process_group()
-        self.engine.start_self_modification(self.policy)
+        steps = steps_for(self.policy, trainer.estimated_stepping_batches)
+        self.engine.start_self_modification(self.policy, steps=steps)
         self._steps = trainer.global_step
 
     def on_train_batch_start(

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tracker.engine import NeuronEngine
 from tracker.errors import SurgeryError
 from tracker.observation.compiled import is_new_data
+from tracker.training.schedule import steps_for
 
 
 class SelfModificationCallback(TrainerCallback):
@@ -22,7 +23,8 @@ class SelfModificationCallback(TrainerCallback):
     its journal says, and the run goes on with its policy, its timeline, and the change that awaits its verdict.
 
     Args:
-        policy: What `start_self_modification` takes. None: that of the checkpoint, else the default one.
+        policy: What `start_self_modification` takes. None: that of the checkpoint, else the default one, fitted to
+            the steps that the Trainer takes.
         engine: To use; else `callback.engine` is a new one.
     """
 
@@ -50,7 +52,9 @@ class SelfModificationCallback(TrainerCallback):
         model = kwargs["model"]
         self._track(model)
         self.engine.attach_optimizer(kwargs["optimizer"])
-        self.engine.start_self_modification(self.policy)
+        self.engine.start_self_modification(
+            self.policy, steps=steps_for(self.policy, state.max_steps)
+        )
         self._handle = model.register_forward_hook(_seen_by(self._losses))
 
     def _track(self, model: nn.Module) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tracker.distributed.ranks import Ranks, WrapperFinder
 from tracker.errors import SurgeryError
 from tracker.parts.sessions import Sessions
+from tracker.structure.code_sizes.attributes import tensors
 from tracker.surgery.optimizer_state.attachments import follower_of, holds, torch_optimizer
 from tracker.surgery.optimizer_state.slot_age import watch
 from tracker.tracker import ActivationTracker
@@ -140,3 +142,41 @@ class Attachments:
                     f"This {type(model).__name__} does not follow {session.entry.name!r}."
                 )
         session.followers = [f for f in session.followers if not any(f is m for m in models)]
+
+    def rewind(self, follower: nn.Module, *, reset_optimizers: bool = True) -> None:
+        """Give the current model the weights and buffers of a follower: of an earlier step, if none moved it since.
+
+        A copy that follows the model (`attach_follower`) changes alike, so that it has the weights of the step at which
+        it was made in the architecture of now: what lottery tickets are rewound to (Frankle et al., 2020). Where the
+        others took over what went, they did so in the copy as well; new units are as they came. The last change can be
+        no longer undone, and awaits no verdict.
+
+        Args:
+            follower: An attached one.
+            reset_optimizers: Whether optimizers forget what they know of these parameters.
+
+        Raises:
+            SurgeryError: It does not follow the current model; nothing was touched.
+        """
+        session = self._sessions.current
+        if not any(follower is f for f in session.followers):
+            raise SurgeryError(
+                f"This {type(follower).__name__} does not follow {session.entry.name!r}: attach a copy with "
+                "attach_follower at the step to which you want to return."
+            )
+        model = session.entry.model()
+        early = tensors(follower_of(model, follower))
+        held = tensors(model)
+        if {n: t.shape for n, t in held.items()} != {n: t.shape for n, t in early.items()}:
+            raise SurgeryError(
+                f"This {type(follower).__name__} has other buffers than {session.entry.name!r}: it is no copy of it."
+            )
+        session.last = None
+        with torch.no_grad():
+            for name, tensor in held.items():
+                tensor.copy_(early[name])
+        for optimizer in session.attached()[0] if reset_optimizers else ():
+            state = torch_optimizer(optimizer).state
+            for parameter in model.parameters():
+                state.pop(parameter, None)
+        session.changed()

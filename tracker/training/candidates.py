@@ -78,7 +78,8 @@ def candidates(
     priced = policy.gradients and problems.priced and 0 < size < float("inf")
     dead = [_dead(problems.constant(i), protected.pinned_of(g)) for i, g in enumerate(groups)]
     gains = [_gains(tracker, policy, g, seen, size) if priced else () for g in groups]
-    free = [d for d, g in zip(dead, groups, strict=True) if g.name not in blocked]
+    dormant = [_dormant(policy, seen, group, protected) for group in groups]
+    free = [d or m for d, m, g in zip(dead, dormant, groups, strict=True) if g.name not in blocked]
     found = []
     within = policy.tolerance
     if wanted is Wanted.ALL:
@@ -92,7 +93,8 @@ def candidates(
         problem = problems[i] if priced else problems.plain(i)
         total = size if priced else max(problem.total, 1e-300)
         most = min(int(policy.at_most * group.size), group.size - policy.floor)
-        most = 0 if within < 0 or group.size == 1 else max(most, 1)
+        able = min(group.size - len(protected.pinned_of(group)), group.size - 1)
+        most = 0 if within < 0 else min(max(most, 1), able)
         selection = problem.backward(most, within * total)
         parameters = flops = 0.0
         for (name, dim), indices in group.members[0].items():
@@ -122,6 +124,7 @@ def candidates(
                 _norm(group, gradients),
                 gains[i],
                 priced,
+                dormant[i],
             )
         )
     return found
@@ -202,6 +205,15 @@ def _gains(
 
 def _dead(units: Sequence[int], pinned: Collection[int]) -> tuple[int, ...]:
     return tuple(u for u in units if u not in pinned)
+
+
+def _dormant(
+    policy: Policy, seen: CollectedSignals, group: UnitGroup, protected: Protection
+) -> tuple[int, ...]:
+    """Units that say little, of those that may get a new start."""
+    if not policy.recycle or not policy.dormant:
+        return ()
+    return _dead(seen.dormant(group, policy.dormant), protected.pinned_of(group))
 
 
 def _deeper(layer: nn.Module | None, name: str, price: CostModel) -> Size | None:

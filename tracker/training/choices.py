@@ -34,6 +34,7 @@ class Candidate:
             tolerance, unless a budget or a policy of the user's own may want more.
         cost: Of one unit.
         dead: Units of which the consumers read a constant.
+        dormant: Units that say so little that the policy gives them a new start: see its `dormant`.
         pairs: (unit that stays, unit that is folded into it), each unit in one part only.
         merge_errors: Predicted relative rise of the loss once 1, 2, … pairs are folded, in the order of `pairs`.
         deeper: At most what a layer of the same width behind its own would cost; None where none can stand.
@@ -62,6 +63,7 @@ class Candidate:
     gradient: float = 0.0
     gains: tuple[float, ...] = ()
     in_loss: bool = True
+    dormant: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

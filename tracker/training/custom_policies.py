@@ -22,7 +22,7 @@ class OwnPolicy(Policy):
     """Settings of a policy, and what decides in its place.
 
     rule: `rule(candidates, now, losses, blocked)` → Requests, or None for nothing; or an object with such a `decide`.
-        Of `bypasses`, `inserted` and `step` it is given those that it names as keyword arguments.
+        Of `bypasses`, `inserted`, `step` and `looks_left` it is given those that it names as keyword arguments.
     """
 
     rule: Any = None
@@ -49,6 +49,7 @@ class OwnPolicy(Policy):
         bypasses: Sequence[Bypass] = (),
         inserted: int = 0,
         step: int = 0,
+        looks_left: int | None = None,
     ) -> Requests:
         """What the rule wants.
 
@@ -56,7 +57,13 @@ class OwnPolicy(Policy):
             SurgeryError: It gave something else than Requests.
         """
         rule = _function(self.rule)
-        more = taken_by(rule, {"bypasses": bypasses, "inserted": inserted, "step": step})
+        known = {
+            "bypasses": bypasses,
+            "inserted": inserted,
+            "step": step,
+            "looks_left": looks_left,
+        }
+        more = taken_by(rule, known)
         found = rule(candidates, now, losses, blocked, **more)
         if found is None:
             return Requests("nothing is to be done")

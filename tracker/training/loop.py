@@ -17,15 +17,17 @@ from tracker.errors import SurgeryError, TrackerError
 from tracker.inputs.calls import Arguments
 from tracker.inputs.forward_pass import copy_without_hooks
 from tracker.observation.consumer_inputs import ConsumerInput
+from tracker.observation.neuron_ids import named
 from tracker.parts.session import Session
 from tracker.surgery import Receipt
 from tracker.surgery.inserted_modules import inserted_layers
 from tracker.surgery.prices.flops import flops_by_weight
 from tracker.surgery.prices.latency import latency
-from tracker.surgery.prices.protection import Protection, protection, protects
+from tracker.surgery.prices.protection import Protection, protection
 from tracker.surgery.transaction import count
 from tracker.tracker import ActivationTracker
-from tracker.training.candidates import CostModel, Wanted, bypasses, candidates, grown, neurons_of
+from tracker.training.candidates import CostModel, Wanted, bypasses, candidates
+from tracker.training.carry_out import Limits, carry_out
 from tracker.training.choices import Requests, Size
 from tracker.training.custom_policies import taken_by
 from tracker.training.observation_phase import ObservationPhase
@@ -103,6 +105,7 @@ class SelfModification:
         self._open: Verdict | None = None  # of the last change
         # Passes that it is judged on, and their losses before it.
         self._measured: tuple[tuple[RecordedPass, ...], Tensor | None] = (), None
+        self._begun = len(session.journal)  # entries before this run
         self._counted: tuple[int, tuple[dict[str, float], float]] | None = None
         self._stopped = False
         # What `dump_state` gives once it is stopped in the middle of a look.
@@ -171,6 +174,7 @@ class SelfModification:
             "life": [asdict(decision) for decision in self.life],
             "observes": self._watch is not None or self._interrupted,
             "interrupted": self._interrupted,
+            "begun": self._begun,
         }
         if self._watch is None:
             return data, {}, {}
@@ -196,6 +200,7 @@ class SelfModification:
         self._means = [float(mean) for mean in data["means"]]
         self._blocked = {str(n): operator.index(looks) for n, looks in data["blocked"].items()}
         self._sizes = {str(n): operator.index(k) for n, k in data.get("sizes", {}).items()}
+        self._begun = operator.index(data.get("begun", 0))
         self.life[:] = life
         no_inputs = not self._session.entry.observer.calls  # they were no plain data
         if data["observes"] and (no_inputs or data.get("interrupted", False)):
@@ -248,6 +253,7 @@ class SelfModification:
             reads = ranks.merge_reads(reads)
             self._seen.products = ranks.sums(self._seen.products)
             self._seen.bent = ranks.sums(self._seen.bent)
+            self._seen.sizes = ranks.sums(self._seen.sizes)
             self._seen.facts = ranks.sums({"facts": self._seen.facts})["facts"]
         tracker.current.reads = with_curvature(
             reads, look.wanted, self._seen.bent, self._seen.facts, self._mean(policy.look)
@@ -298,21 +304,38 @@ class SelfModification:
                     policy,
                     price,
                     self._surgeon.correlation_threshold,
-                    self._protected(policy),
+                    self._spared(policy),
                     self._seen,
                     loss,
                     _wanted(policy, now),
                     [name for name, looks in self._blocked.items() if looks],
                 )
-                more: dict[str, Any] = {"inserted": inserted_layers(self.model), "step": self.steps}
+                more: dict[str, Any] = {
+                    "inserted": inserted_layers(self.model),
+                    "step": self.steps,
+                    "looks_left": self._looks_left(policy),
+                }
                 more = taken_by(policy.decide, more)  # of a subclass, what it knows
                 decide = partial(policy.decide, able, now, self._means, self._blocked, **more)
                 wanted = decide()
                 if policy.drop and not (wanted.remove or wanted.merge or wanted.recycle):
                     wanted = decide(
-                        bypasses=bypasses(tracker, able, self._seen.inputs, price, policy.protect)
+                        bypasses=[
+                            b
+                            for b in bypasses(
+                                tracker, able, self._seen.inputs, price, policy.protect
+                            )
+                            if not self._is_new(b.name, policy)
+                        ]
                     )
         return wanted if ranks is None else Requests(**ranks.broadcast_value(asdict(wanted)))
+
+    def _looks_left(self, policy: Policy) -> int | None:
+        """That follow this one."""
+        if policy.until is None:
+            return None
+        start, _ = self.policy.at(self.steps - 1)
+        return max(policy.until - (self.steps - start), 0) // policy.every
 
     def _flops(self, inputs: Arguments) -> tuple[dict[str, float], float]:
         """FLOPs by weight, and in all; counted anew once it changed."""
@@ -330,54 +353,42 @@ class SelfModification:
             self._sizes.setdefault(group.name, group.size)
         return protection(tracker, policy.protect, self._sizes, strict=False)
 
+    @property
+    def born(self) -> dict[int, int]:
+        """The step after which each neuron came, by id, of those that came during this run."""
+        entries = list(self._session.journal)[self._begun :]
+        return {
+            i: entry.step for entry in entries if entry.step is not None for i in entry.added_ids
+        }
+
+    def ages(self) -> dict[str, dict[int, int]]:
+        """{layer name: {neuron id: steps since it came}}; of those that were there before, steps of the run."""
+        born, layers = self.born, self._session.entry.layers
+        return {
+            name: dict(
+                zip(named(ids.ids), [self.steps - born.get(i, 0) for i in ids.ids], strict=True)
+            )
+            for name, ids in layers.items()
+        }
+
+    def _young(self, policy: Policy) -> set[int]:
+        """Neurons that came so lately that they are left alone."""
+        last = self.steps - policy.newborn * policy.every
+        return {i for i, step in self.born.items() if step >= last} if policy.newborn else set()
+
+    def _spared(self, policy: Policy) -> Protection:
+        """What neither goes nor gets a new start now: what is protected, and what came lately."""
+        return self._protected(policy).sparing(self._tracker.structure(), self._young(policy))
+
+    def _is_new(self, module: str, policy: Policy) -> bool:
+        """Whether all neurons of a layer or block came lately."""
+        layers = self._tracker.current.layers.items()
+        ids = {i for n, layer in layers if f"{n}.".startswith(f"{module}.") for i in layer.ids}
+        return bool(ids) and ids <= self._young(policy)
+
     def _do(self, wanted: Requests, policy: Policy) -> Receipt:
-        surgeon, tracker = self._surgeon, self._tracker
-        protected = self._protected(policy)
-        known = {g.name for g in surgeon.structure.groups}
-        named = {*wanted.remove, *wanted.merge, *wanted.recycle, *wanted.expand}
-        if named - known:
-            raise SurgeryError(f"There is no group {sorted(named - known)[0]!r}.")
-        protected.refuse(surgeon.structure, wanted.recycle, wanted.expand)
-        if wanted.remove:
-            units, _ = protected.allowed(surgeon.structure, wanted.remove)
-            return surgeon.prune_units(units, compensate=True)
-        if wanted.insert:
-            return surgeon.insert_layer(wanted.insert[0])
-        if wanted.drop:
-            if protects(tracker, policy.protect, wanted.drop[0]):
-                raise SurgeryError(f"{wanted.drop[0]!r} is protected: it is not removed.")
-            return surgeon.remove_layer(wanted.drop[0], batches=self._seen.inputs)
-        groups = {g.name: g for g in surgeon.structure.groups}
-        if wanted.merge:
-            drops = {name: [d for _, d in folded] for name, folded in wanted.merge.items()}
-            able, _ = protected.allowed(surgeon.structure, drops)
-            pairs = [
-                ids
-                for name, folded in wanted.merge.items()
-                for keep, drop in folded
-                if drop in able.get(name, ())
-                for ids in zip(
-                    neurons_of(tracker, groups[name], keep),
-                    neurons_of(tracker, groups[name], drop),
-                    strict=True,
-                )
-            ]
-            return surgeon.merge_neurons(pairs)
-        if wanted.recycle:
-            ids = [
-                i
-                for g, units in wanted.recycle.items()
-                for u in units
-                for i in groups[g].neuron_ids(u)
-            ]
-            return surgeon.recycle_neurons(ids, seed=self.steps)
-        growth = {}
-        for name, number in wanted.expand.items():
-            layer, own = grown(tracker, groups[name])
-            growth[layer] = number * own
-        return surgeon.expand_layers(
-            growth, seed=self.steps, directions=self._seen.directions(growth)
-        )
+        limits = Limits(policy.protect, self._protected(policy), self._spared(policy))
+        return carry_out(wanted, self._surgeon, self._tracker, limits, self._seen, self.steps)
 
     def _judge(self) -> Receipt | None:
         """Whether the last change kept what it promised; if not, it is taken back with the steps since."""

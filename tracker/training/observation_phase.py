@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from tracker.inputs.calls import Arguments
 from tracker.observation.compiled import GraphHook, is_new_data
 from tracker.observation.consumer_inputs import ConsumerInput
-from tracker.surgery.calibration.consumers import Watcher, consumers
+from tracker.surgery.calibration.consumers import Consumer, Watcher, consumers
 from tracker.surgery.calibration.growth_directions import GradientWatcher
 from tracker.tracker import ActivationTracker
 from tracker.training.candidates import grown
 from tracker.training.policy import Policy
 from tracker.training.seen import CollectedSignals
 from tracker.training.sensitivity import LossWatcher, RecordedPass
+from tracker.utils.nested import tensors_in
 
 ROWS = (
     512  # of what a layer reads in one pass, or two for each of its columns: more tell little more
@@ -50,6 +51,17 @@ class ObservationPhase:
             self._handles += self._gradients.handles
         if type(policy).decide is not Policy.decide:
             self._handles += _norm_hooks(model, self.seen.norms)
+        if policy.recycle and policy.dormant:
+            for one in self.wanted:
+                weight = model.get_parameter(one.weight)
+                sums = torch.zeros(
+                    weight.shape[one.reads] + 1, dtype=torch.float64, device=weight.device
+                )
+                self.seen.sizes[one.weight] = sums
+                module = model.get_submodule(one.module)
+                self._handles.append(
+                    module.register_forward_pre_hook(_SizeHook(one, sums), with_kwargs=True)
+                )
         if policy.drop:
             hook = _InputHook(self.seen.inputs)
             self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
@@ -93,6 +105,24 @@ def _norm_hooks(model: nn.Module, norms: dict[str, Tensor]) -> list[Any]:
 
         handles.append(parameter.register_hook(arrived))
     return handles
+
+
+class _SizeHook(GraphHook):
+    """Adds up |x| of what a consumer reads. Inside a compiled graph it sees nothing."""
+
+    def __init__(self, one: Consumer, sums: Tensor) -> None:
+        super().__init__()
+        self._one, self._sums = one, sums
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the consumer."""
+        if torch.compiler.is_compiling() or not is_new_data():
+            return
+        with torch.no_grad():
+            x = tensors_in((args, kwargs))[0].detach().abs()
+            axis = self._one.axis % x.ndim
+            self._sums[:-1] += x.sum([d for d in range(x.ndim) if d != axis])
+            self._sums[-1] += x.numel() // x.shape[axis]
 
 
 class _InputHook(GraphHook):

@@ -11,6 +11,7 @@ from tracker.errors import SurgeryError
 from tracker.surgery.prices.protection import Protect, wanted
 from tracker.training.choices import Bypass, Candidate, Requests, Size
 from tracker.training.field_checks import MEANING, require_kinds, require_meaning, require_sensible
+from tracker.training.ramp import paced, step_of
 from tracker.training.schedule import schedule
 from tracker.training.spending import cheapest, fits, forced, less, traded
 from tracker.training.subclasses import name_of, subclass_named
@@ -39,6 +40,8 @@ class Policy:
         grow: Whether layers may be expanded, once the loss stands still: where it is predicted to fall most for what a
             unit costs. A network that may not become larger also gives up units where they cost less than that.
         recycle: Whether units that say nothing get a new start in their places, rather than go.
+        dormant: With `recycle`, also units that say little: whose mean |activation|, as each of their consumers reads
+            it in the look's passes, is at most this share of their group's mean (ReDo: Sokar et al., 2023).
         merge: Whether redundant units are folded into others, pair by pair, up to the tolerance, before any go.
         insert: Layers that may be inserted in all, one at a time, once the loss stands still and none can be expanded.
         drop: Relative error of the model's outputs up to which a layer or a residual block is removed, one at a time,
@@ -58,6 +61,10 @@ class Policy:
         protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids; or
             {name or pattern: share that stays} of the units that a group had at the first look.
         until: The last step at which something may change, so that the rest of a run is left in peace; None: no such.
+        ramp: How the way to the budgets above is spread over the looks up to `until`: at 1 in equal parts, at 3 large
+            ones first, (1 - t)³ of the way left after the share t of them (Zhu & Gupta, 2017). Growth that has a budget
+            does not wait for the loss then. None, or without `until`: at once.
+        newborn: At how many looks a unit that came is left alone: it neither goes nor gets a new start.
     """
 
     warm_up: int = 200
@@ -86,6 +93,9 @@ class Policy:
     patience: int = 3
     protect: Protect = ()
     until: int | None = None
+    ramp: float | None = None
+    newborn: int = 2
+    dormant: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -139,6 +149,7 @@ class Policy:
         *,
         bypasses: Sequence[Bypass] = (),
         inserted: int = 0,
+        looks_left: int | None = None,
     ) -> Requests:
         """What to do now.
 
@@ -149,19 +160,23 @@ class Policy:
             blocked: Groups and layers that are left alone for so many looks.
             bypasses: Layers and blocks that could be removed.
             inserted: Layers that were inserted so far.
+            looks_left: That follow this one up to `until`; None where nobody knows.
         """
+        share = step_of(looks_left, self.ramp)
         free = [c for c in candidates if not blocked.get(c.name)]
-        dead = {c.name: c.dead for c in free if c.dead and len(c.dead) < c.size}
+        silent = {c.name: tuple(sorted({*c.dead, *c.dormant})) for c in free}
+        dead = {c.name: silent[c.name] for c in free if 0 < len(silent[c.name]) < c.size}
         if self.recycle and dead:
             count = sum(map(len, dead.values()))
-            return Requests(f"{count} units say nothing", recycle=dead)
-        merge = self._merging(free, now) if self.merge else {}
+            little = " or little" if any(c.dormant for c in free) else ""
+            return Requests(f"{count} units say nothing{little}", recycle=dead)
+        merge = self._merging(free, now, share) if self.merge else {}
         if merge:
             count = sum(map(len, merge.values()))
             what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
             why = f"{count} units can be folded into others within {what} {self.tolerance:.2%}"
             return Requests(why, merge=merge)
-        remove, why = self._removal(free, now)
+        remove, why = self._removal(free, now, share)
         if remove:
             return Requests(why, remove=remove)
         drop = self._dropping([b for b in bypasses if not blocked.get(b.name)], now)
@@ -172,7 +187,7 @@ class Policy:
         if bypasses:
             least = min(bypasses, key=lambda b: b.error)
             why += f", and without {least.name} the outputs would err by {least.error:.2g}"
-        grown = self._growth(free, now, losses, why)
+        grown = self._growth(free, now, losses, why, share)
         return grown if grown.groups else self._insertion(free, now, losses, inserted, grown)
 
     @staticmethod
@@ -262,12 +277,18 @@ class Policy:
         )
 
     def _merging(
-        self, free: Sequence[Candidate], now: Size
+        self, free: Sequence[Candidate], now: Size, share: float | None
     ) -> dict[str, tuple[tuple[int, int], ...]]:
-        left = self._bounds(now, least=True)
+        left, _ = self._paced(now, share)
         errors = {c.name: c.merge_errors[: self._most(c)] for c in free}
         counts = cheapest(errors, free, self.tolerance, left, self._measure)
         return {c.name: c.pairs[: counts[c.name]] for c in free if counts.get(c.name)}
+
+    def _paced(self, now: Size, share: float | None) -> tuple[Size, Size]:
+        """What may go, and come, at a look that takes this share of the way to its budgets."""
+        lows = (self.min_parameters, self.min_flops, self.min_latency)
+        bounded = tuple(low is not None for low in lows)
+        return paced(self._bounds(now, least=True), self._bounds(now, least=False), bounded, share)
 
     def _most(self, one: Candidate) -> int:
         """Units of a group that may go at a time."""
@@ -322,23 +343,27 @@ class Policy:
         return not (len(losses) < 2 or losses[-1] < (1 - self.plateau) * losses[-2])
 
     def _removal(
-        self, free: Sequence[Candidate], now: Size
+        self, free: Sequence[Candidate], now: Size, share: float | None
     ) -> tuple[dict[str, tuple[int, ...]], str]:
         if not self.shrink:
             return {}, "nothing is to shrink"
-        left = self._bounds(now, least=True)
+        left, room = self._paced(now, share)
         most = {c.name: min(self._most(c), len(c.order)) for c in free}
         errors = {c.name: c.errors[: most[c.name]] for c in free}
         counts = cheapest(errors, free, self.tolerance, left, self._measure)
         what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
         why = f"{sum(counts.values())} units can go within {what} {self.tolerance:.2%}"
-        room = self._bounds(now, least=False)
+        whole = self._bounds(now, least=False)
         for one in free:
             room = less(room, one.cost, -counts.get(one.name, 0))
+            whole = less(whole, one.cost, -counts.get(one.name, 0))
         beyond = forced(free, most, counts, room)
         if beyond:
-            why = f"the network is larger than its budget: {beyond} units beyond {what} {self.tolerance:.2%} go"
-        elif given := self._given_up(free, most, counts, room):
+            why = (
+                f"the network is larger than its budget: {sum(counts.values())} units go, "
+                f"{beyond} of them beyond {what} {self.tolerance:.2%}"
+            )
+        elif given := self._given_up(free, most, counts, whole):
             why = f"{given} units that cost less than what as many elsewhere would gain make room"
         if not counts:
             why = f"no unit can go within {what} {self.tolerance:.2%}"
@@ -362,13 +387,19 @@ class Policy:
         return one.gains[0] / max(one.cost[self._measure], 1e-300)
 
     def _growth(
-        self, free: Sequence[Candidate], now: Size, losses: Sequence[float], otherwise: str
+        self,
+        free: Sequence[Candidate],
+        now: Size,
+        losses: Sequence[float],
+        otherwise: str,
+        share: float | None,
     ) -> Requests:
         if not self.grow:
             return Requests(otherwise)
-        if not self._still(losses):
+        _, room = self._paced(now, share)
+        scheduled = share is not None and min(room) < float("inf")
+        if not scheduled and not self._still(losses):
             return Requests("the loss still falls")
-        room = self._bounds(now, least=False)
 
         def worth(c: Candidate) -> float:
             """What a unit gains for its cost or, where that is not known of all, what the least of them matters."""
@@ -391,9 +422,11 @@ class Policy:
                 expand[one.name] = count
                 room = less(room, one.cost, count)
         if not expand:
-            return Requests("a larger network would exceed its budget")
+            what = "what its schedule has for this look" if scheduled else "its budget"
+            return Requests(f"a larger network would exceed {what}")
         names = ", ".join(c.layer for c in ranked if c.name in expand)
-        still = "the loss stands still" if self.plateau < 1 else "it is time to grow"
+        waits = self.plateau < 1 and not scheduled
+        still = "the loss stands still" if waits else "it is time to grow"
         return Requests(f"{still}, and full: {names}", expand=expand)
 
 

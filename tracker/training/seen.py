@@ -12,11 +12,12 @@ from torch import Tensor
 from tracker.inputs.calls import Arguments
 from tracker.inputs.serialized import gather_inputs, inputs_from
 from tracker.observation.consumer_inputs import ConsumerInput
+from tracker.structure import UnitGroup
 from tracker.surgery.calibration.growth_directions import directions_of, strengths_of
 
 # Keys of tensors in a checkpoint.
 PRODUCT, INPUT, NORM, INTO = "look.product/", "look.input/", "look.norm/", "look.into/"
-BENT, FACTS = "look.bent/", "look.facts"
+BENT, FACTS, SIZE = "look.bent/", "look.facts", "look.size/"
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class CollectedSignals:
     readers: By layer that may grow, the weights that read it, in the order of its product.
     norms: By parameter, (2,): Σ ‖gradient‖² over its backward passes, and their number.
     bent, facts: What gradients say of the loss's curvature: see `LossWatcher`.
+    sizes: By weight of a consumer, (columns + 1,): Σ |x| of what it read, and over how many rows.
     """
 
     products: dict[str, Tensor] = field(default_factory=dict)
@@ -37,6 +39,7 @@ class CollectedSignals:
     norms: dict[str, Tensor] = field(default_factory=dict)
     bent: dict[str, Tensor] = field(default_factory=dict)
     facts: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
+    sizes: dict[str, Tensor] = field(default_factory=dict)
 
     def gradients(self) -> dict[str, float]:
         """Mean square of the gradient by parameter, of those that got one."""
@@ -62,6 +65,22 @@ class CollectedSignals:
             product / passes, rows, [None if b is None else b.curvature for b in bent]
         )
         return tuple((found / loss).tolist())
+
+    def dormant(self, group: UnitGroup, threshold: float) -> list[int]:
+        """Units whose mean |activation| is, for each consumer, at most a share of its group's mean; none if unknown.
+
+        The score of ReDo (Sokar et al., 2023, arXiv:2302.12902); of several columns (a head) their mean.
+        """
+        places = [place for place, role in group.roles.items() if role == "reads"]
+        found = set(range(group.size)) if places else set[int]()
+        for place in places:
+            sums = self.sizes.get(place[0])
+            if sums is None or not float(sums[-1]):
+                return []
+            means = (sums[:-1] / sums[-1]).cpu()
+            own = torch.stack([means[list(unit[place])].mean() for unit in group.members])
+            found &= set((own <= threshold * own.mean()).nonzero().flatten().tolist())
+        return sorted(found)
 
     def directions(self, layers: Iterable[str]) -> dict[str, Tensor]:
         """Incoming weights for new units, best first, of those layers of which the gradients tell."""
@@ -98,7 +117,12 @@ class CollectedSignals:
         self.inputs[:] = [Arguments(*pair) for pair in passes[0]] if passes is not None else []  # type: ignore[misc]
 
     def _tables(self) -> tuple[tuple[str, dict[str, Tensor]], ...]:
-        return (NORM, self.norms), (INTO, self.into), (BENT, self.bent)
+        return (
+            (NORM, self.norms),
+            (INTO, self.into),
+            (BENT, self.bent),
+            (SIZE, self.sizes),
+        )
 
 
 NOTHING_SEEN = CollectedSignals()

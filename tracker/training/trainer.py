@@ -58,7 +58,7 @@ class Trainer:
         session = self._sessions.current
         carried = session.waiting
         chosen = _policy(policy, carried)
-        if steps is not None:
+        if steps is not None and (policy is not None or carried is None):
             chosen = chosen.fitted(steps)
         refuse_alone(session.ranks)
         run = SelfModification(self._tracker, session, self._surgeon, chosen)
@@ -94,6 +94,19 @@ class Trainer:
         for session in self._sessions:
             if session.run is not None:
                 session.run.stop()
+
+    def get_neuron_ages(self) -> dict[str, dict[int, int]]:
+        """{layer name: {neuron id: steps since it came}}; of those that were there before, steps of the run.
+
+        Raises:
+            SurgeryError: The current model does not modify itself.
+        """
+        run = self.run
+        if run is None:
+            raise SurgeryError(
+                "Neurons have no age in steps: nothing counts them. Call start_self_modification first."
+            )
+        return run.ages()
 
     @property
     def life(self) -> list[Decision]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor
@@ -42,6 +42,21 @@ class Protection:
     def covers(self, group: UnitGroup) -> bool:
         """Whether nothing of a group may go."""
         return self.floor(group) >= group.size
+
+    def sparing(self, structure: Structure, neurons: Collection[int]) -> Protection:
+        """The same, and units of nothing but these neurons stay as well; of a group of such units, all but the first.
+
+        Args:
+            structure: The current one.
+            neurons: Ids.
+        """
+        pinned, young = dict(self.pinned), set(neurons)
+        for group in structure.groups if young else ():
+            units = [u for u in range(group.size) if young.issuperset(group.neuron_ids(u))]
+            spared = frozenset(units if len(units) < group.size else units[1:])
+            if spared:
+                pinned[group.name] = self.pinned_of(group) | spared
+        return replace(self, pinned=pinned)
 
     def refuse(
         self, structure: Structure, recycle: Mapping[str, Sequence[int]], expand: Iterable[str]

@@ -1,0 +1,465 @@
+"""A network that changes itself, beside those that a referee asks for; mean and 95% interval over seeds.
+
+    python benchmarks/controls.py --tasks mlp-shrink,mlp-grow --seeds 3   # all tasks, 5 seeds: days on one core
+    python benchmarks/controls.py --resume                                # what is missing in outputs/controls.jsonl
+    python benchmarks/controls.py --report --write                        # docs/controls.md from what is there
+
+The network that changes itself takes a given number of steps; what they cost, in FLOPs and in CPU seconds (looks and
+changes included), is what the others may spend: *its final architecture* from the start, with the same FLOPs and once
+more with the same seconds; the *starting architecture*; where it shrinks, the wide one *compressed once* when half of
+the FLOPs are spent; and the *best of a sweep* of five fixed widths, for each of which three learning rates were tried
+with a seed of its own. What is chosen is chosen on data that are held back; the value is that on test data. The
+learning rate falls by a cosine over what each run may spend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "demos")]
+
+import torch
+from _common import OUTPUTS
+from _control_tasks import TASKS_BY_NAME, Task, data_of
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from tracker import NeuronEngine
+
+PAGE, PICTURES = ROOT / "docs" / "controls.md", ROOT / "docs" / "images"
+FILE = OUTPUTS / "controls.jsonl"
+POINTS = 12  # of each curve
+TUNING = 1000  # the seed by which learning rates are tuned
+SELF, FINAL, TIMED, START, ONCE, SWEEP = (
+    "self-modified",
+    "its final architecture, same FLOPs",
+    "its final architecture, same seconds",
+    "the starting architecture, same FLOPs",
+    "trained wide, compressed once, trained on",
+    "best of the sweep",
+)
+# Two-sided 95% quantiles of Student's t, by degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass
+class Result:
+    """What came of one training.
+
+    Attributes:
+        task, run, seed, steps_asked: Which one it is. steps_asked: of the network that changes itself.
+        rate: Peak of the learning rate.
+        value: On test data. chosen_by: On data that were held back.
+        flops, seconds: Spent on training, looks and changes; of CPU time.
+        curve: (FLOPs, seconds, value).
+        changes: "pruned", "expanded", ... by step.
+    """
+
+    task: str
+    run: str
+    seed: int
+    steps_asked: int
+    rate: float
+    value: float
+    chosen_by: float
+    parameters: int
+    flops: float
+    seconds: float
+    steps: int
+    curve: list[tuple[float, float, float]] = field(default_factory=list)
+    changes: list[tuple[int, str, int]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str, int, int, float]:
+        """What tells it from others."""
+        return self.task, self.run, self.seed, self.steps_asked, self.rate
+
+
+@dataclass
+class Limit:
+    """What a run may spend; one of them."""
+
+    steps: float = math.inf
+    flops: float = math.inf
+    seconds: float = math.inf
+
+    def share(self, steps: int, flops: float, seconds: float) -> float:
+        """Of it that is spent."""
+        return max(steps / self.steps, flops / self.flops, seconds / self.seconds)
+
+
+def step_flops(model: nn.Module, batch: Any) -> int:
+    """Of one training step: the backward pass costs twice the forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(batch[0])
+    return 3 * counter.get_total_flops()
+
+
+def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    out = model(batch[0])
+    return nn.functional.cross_entropy(out.flatten(0, -2), batch[1].flatten())
+
+
+def anew(model: nn.Module, seed: int) -> nn.Module:
+    """The same architecture with the weights that a training begins with.
+
+    Raises:
+        TypeError: A module has parameters and no way to begin anew.
+    """
+    torch.manual_seed(seed)
+    fresh = copy.deepcopy(model)
+    for module in fresh.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise TypeError(f"A {type(module).__name__} cannot begin anew.")
+        if type(model).__name__ == "GPT" and isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    return fresh
+
+
+def train(
+    task: Task,
+    run: str,
+    model: nn.Module,
+    limit: Limit,
+    seed: int,
+    rate: float,
+    asked: int,
+    modifies: bool = False,
+) -> tuple[nn.Module, Result]:
+    """Train until the limit is spent."""
+    data = data_of(task)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        rate,
+        betas=(0.9, 0.95 if task.decay else 0.999),
+        weight_decay=task.decay,
+    )
+    batches: Iterator[Any] = data.batches(seed, asked)
+    spent, seconds, steps, each = 0.0, 0.0, 0, 0
+    engine = NeuronEngine()
+    once = run == ONCE
+    if modifies or once:
+        first = next(data.batches(seed, asked))
+        engine.track_model(model, "m", example_inputs=first[0][:4])
+        engine.attach_optimizer(optimizer)
+    if modifies:
+        engine.start_self_modification(task.policy(asked))
+    curve: list[tuple[float, float, float]] = []
+    with tqdm(total=100, desc=f"{run}, seed {seed}", unit="%", leave=False, disable=None) as bar:
+        while (share := limit.share(steps, spent, seconds)) < 1:
+            model.train()
+            begun = time.process_time()
+            if once and share >= 0.5:
+                seen, once = [next(batches) for _ in range(16)], False
+                keep = task.keep / sum(p.numel() for p in model.parameters())
+                engine.calibrate(
+                    seen,
+                    lambda out, b: nn.functional.cross_entropy(out.flatten(0, -2), b[1].flatten()),
+                    inputs=lambda b: b[0],
+                )
+                engine.compress(keep=keep, of="parameters")
+                spent, each = spent + len(seen) * each, 0
+            batch = next(batches)
+            each = each or step_flops(model, batch)
+            for group in optimizer.param_groups:
+                warm = min(1.0, share / 0.1) if task.decay else 1.0
+                group["lr"] = (
+                    rate * warm * ((1 + math.cos(math.pi * share)) / 2 if task.anneals else 1.0)
+                )
+            loss = loss_of(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            if task.decay:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            spent, steps = spent + each, steps + 1
+            if modifies and engine.step(loss.detach()) is not None:
+                each = 0
+            seconds += time.process_time() - begun
+            now = limit.share(steps, spent, seconds)
+            if now >= (len(curve) + 1) / POINTS:
+                model.eval()
+                curve.append((spent, seconds, data.value(model, "test")))
+            bar.update(min(100, int(100 * now)) - bar.n)
+    model.eval()
+    return model, Result(
+        *(task_name(task), run, seed, asked, rate),
+        statistics.mean(v for *_, v in curve[-task.tail :]),
+        data.value(model, "validation"),
+        sum(p.numel() for p in model.parameters()),
+        spent,
+        seconds,
+        steps,
+        curve,
+        [(d.step, d.what, d.parameters) for d in engine.life if d.what != "kept"],
+    )
+
+
+def task_name(task: Task) -> str:
+    return next(name for name, other in TASKS_BY_NAME.items() if other is task)
+
+
+class Log:
+    """Results in a file, one a line."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.results = [Result(**json.loads(line)) for line in lines]
+
+    def find(self, *key: Any) -> Result | None:
+        return next((r for r in self.results if r.key == key), None)
+
+    def add(self, result: Result) -> Result:
+        self.results.append(result)
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+        tqdm.write(
+            f"{result.task}, {result.run}, seed {result.seed}: {result.value:.4f}, {result.flops:.3g} FLOPs, "
+            f"{result.seconds:.0f} s"
+        )
+        return result
+
+
+def measure(task: Task, seed: int, log: Log, asked: int, sweep: bool) -> None:
+    """All runs of one seed that are not there yet."""
+    name, rate = task_name(task), task.rates[0]
+    built: Path = log.path.with_name(f"{name}_{asked}_{seed}.pt")
+
+    def once(
+        run: str, make: Callable[[], nn.Module], limit: Limit, at: float = rate, number: int = seed
+    ) -> Result:
+        known = log.find(name, run, number, asked, at)
+        if known is None:
+            torch.manual_seed(number)
+            known = log.add(train(task, run, make(), limit, number, at, asked)[1])
+        return known
+
+    mine = log.find(name, SELF, seed, asked, rate)
+    if mine is None or not built.exists():
+        torch.manual_seed(seed)
+        model, mine = train(
+            task, SELF, task.start(), Limit(steps=asked), seed, rate, asked, modifies=True
+        )
+        torch.save(anew(model, seed), built)
+        log.results = [r for r in log.results if r.key != mine.key]
+        log.add(mine)
+    flops = Limit(flops=mine.flops)
+
+    def final() -> nn.Module:
+        found: nn.Module = torch.load(built, weights_only=False)  # written above
+        return anew(found, seed)
+
+    once(START, task.start, flops)
+    if mine.changes and any(what != "recycled" for _, what, _ in mine.changes):
+        once(FINAL, final, flops)
+        once(TIMED, final, Limit(seconds=mine.seconds))
+    if task.keep:
+        once(ONCE, task.start, flops)
+    if not sweep:
+        return
+    tuned: dict[str, float] = {}
+    price = log.find(
+        name,
+        SELF,
+        min(
+            r.seed
+            for r in log.results
+            if r.task == name and r.run == SELF and r.steps_asked == asked
+        ),
+        asked,
+        rate,
+    )
+    assert price is not None
+    for width, make in task.sweep.items():
+        tried = [
+            once(f"{width}, tuned", make, Limit(flops=price.flops), r, TUNING) for r in task.rates
+        ]
+        sign = 1 if data_of(task).greater_is_better else -1
+        tuned[width] = max(tried, key=lambda r: sign * r.chosen_by).rate
+    for width, make in task.sweep.items():
+        once(width, make, flops, tuned[width])
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of the mean, by Student's t."""
+    if len(values) < 2:
+        return math.nan
+    t = STUDENT[min(len(values) - 2, len(STUDENT) - 1)]
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _told(values: Sequence[float], percent: bool) -> str:
+    scale, digits = (100.0, 2) if percent else (1.0, 4)
+    mean, half = scale * statistics.mean(values), scale * interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
+
+
+def rows_of(task: Task, results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by row of the table; of the sweep the width that does best on data that were held back."""
+    found = {run: [r for r in results if r.run == run] for run in (SELF, FINAL, TIMED, START, ONCE)}
+    fixed = {w: [r for r in results if r.run == w] for w in task.sweep}
+    fixed = {w: mine for w, mine in fixed.items() if mine}
+    if fixed:
+        sign = 1 if data_of(task).greater_is_better else -1
+        best = max(fixed, key=lambda w: sign * statistics.mean(r.chosen_by for r in fixed[w]))
+        found[f"{SWEEP}: {best}, learning rate {fixed[best][0].rate:g}"] = fixed[best]
+    return {run: mine for run, mine in found.items() if mine}
+
+
+def table(task: Task, results: Sequence[Result]) -> str:
+    """As Markdown, and what follows from it."""
+    data, rows = data_of(task), rows_of(task, results)
+    percent = data.greater_is_better
+    unit = ", %" if percent else ""
+    lines = [
+        f"| run | seeds | {data.name}{unit} | self-modified, minus this | parameters | training FLOPs | CPU seconds "
+        "| steps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    own = {r.seed: r.value for r in rows[SELF]}
+    for run, mine in rows.items():
+        pairs = [own[r.seed] - r.value for r in mine if r.seed in own]
+        means = [
+            statistics.mean(getattr(r, n) for r in mine)
+            for n in ("parameters", "flops", "seconds", "steps")
+        ]
+        against = _told(pairs, percent) if run != SELF and pairs else ""
+        lines.append(
+            f"| {run} | {len(mine)} | {_told([r.value for r in mine], percent)} | {against} | {means[0]:,.0f} | "
+            f"{means[1]:.3g} | {means[2]:,.0f} | {means[3]:,.0f} |"
+        )
+    swept = [r.flops for r in results if r.run.removesuffix(", tuned") in task.sweep]
+    if swept:
+        tuning = sum(r.flops for r in results if r.run.endswith(", tuned"))
+        once = tuning + (sum(swept) - tuning) / len(rows[SELF])
+        share = statistics.mean(r.flops for r in rows[SELF]) / once
+        lines.append(
+            f"\nOne self-modified run spends {share:.1%} of the FLOPs of the sweep that finds that network "
+            f"({len(task.sweep)} widths, {len(task.rates)} learning rates each, and one run more of each width)."
+        )
+    return "\n".join(lines)
+
+
+def picture(task: Task, results: Sequence[Result], path: Path) -> None:
+    """Values over FLOPs and over CPU seconds: the mean of all seeds, and from the least to the greatest."""
+    import matplotlib.pyplot as plt
+
+    data, rows = data_of(task), rows_of(task, results)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    lows = []
+    for number, (run, mine) in enumerate(rows.items()):
+        for column, ax in enumerate(axes):
+            points = list(
+                zip(*(r.curve[: min(len(m.curve) for m in mine)] for r in mine), strict=True)
+            )
+            x = [statistics.mean(p[column] for p in point) for point in points]
+            y = [[p[2] for p in point] for point in points]
+            ax.plot(x, [statistics.mean(v) for v in y], color=f"C{number}", label=run, marker=".")
+            ax.fill_between(
+                x,
+                [min(v) for v in y],
+                [max(v) for v in y],
+                color=f"C{number}",
+                alpha=0.15,
+                linewidth=0,
+            )
+        lows += [statistics.mean(v) for v in y[1:]]
+    axes[0].set_ylabel(data.name)
+    axes[0].set_xlabel("training FLOPs")
+    axes[1].set_xlabel("CPU seconds of training, looks and changes included")
+    margin = 0.05 * (max(lows) - min(lows)) + 1e-3
+    axes[0].set_ylim(min(lows) - margin, max(lows) + margin)
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8, loc="lower right" if data.greater_is_better else "upper right")
+    fig.suptitle(task.title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def page(log: Log) -> str:
+    """All that was measured, task by task."""
+    parts = [
+        "# Controls",
+        "Is a network that changes itself better than one that knew its final architecture from the start? Written by "
+        f"`benchmarks/controls.py` on {datetime.date.today()}: torch {torch.__version__}, one thread; ± is half of the "
+        "95% interval of the mean (Student's t), differences are of the same seeds.",
+        (__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[2].strip(),
+    ]
+    told = set[str]()
+    for name, task in TASKS_BY_NAME.items():
+        for asked in sorted({r.steps_asked for r in log.results if r.task == name}):
+            results = [r for r in log.results if r.task == name and r.steps_asked == asked]
+            if not any(r.run == SELF for r in results):
+                continue
+            told.add(name)
+            short = (
+                "" if asked == task.steps else f", shortened to {asked:,} of {task.steps:,} steps"
+            )
+            image = PICTURES / f"controls_{name}_{asked}.png"
+            picture(task, results, image)
+            parts += [
+                f"## {task.title}{short}",
+                f"Data: {data_of(task).source}.",
+                table(task, results),
+                f"![Value over FLOPs and over seconds]({image.relative_to(PAGE.parent)})",
+            ]
+    missing = [n for n in TASKS_BY_NAME if n not in told]
+    if missing:
+        parts += ["## Not measured yet", ", ".join(f"`{n}`" for n in missing) + "."]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--tasks", default=",".join(TASKS_BY_NAME), help="names, separated by commas"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="at 6e13 FLOPs 2")
+    parser.add_argument("--steps", type=float, default=1.0, help="share of each task's steps")
+    parser.add_argument("--sweep", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--resume", action="store_true", help="keep what was measured before")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--write", action="store_true", help="write docs/controls.md")
+    options = parser.parse_args()
+    names = options.tasks.split(",")
+    unknown = [n for n in names if n not in TASKS_BY_NAME]
+    if unknown:
+        parser.error(f"there is no task {unknown[0]!r}: {', '.join(TASKS_BY_NAME)}")
+    torch.set_num_threads(1)
+    log = Log(FILE, options.resume or options.report)
+    for seed in range(0 if options.report else options.seeds):
+        for name in names:
+            task = TASKS_BY_NAME[name]
+            if name != "gpt-6e13" or seed < 2:
+                measure(task, seed, log, max(int(task.steps * options.steps), 60), options.sweep)
+    found = page(log)
+    print(found)
+    if options.write:
+        PAGE.write_text(found)
+
+
+if __name__ == "__main__":
+    main()
