@@ -67,10 +67,9 @@ class Permuted(Images):
         for _ in range(TASKS + 1):
             self.pixels = torch.randperm(784, generator=generator)
             some = torch.randperm(len(labels), generator=generator)[:6000]
-            for number in range(math.ceil(steps / TASKS)):
+            for _ in range(math.ceil(steps / TASKS)):
                 chosen = some[torch.randint(6000, (64,), generator=generator)]
                 yield images[chosen][:, self.pixels], labels[chosen]
-                del number
 
     @torch.no_grad()
     def value(self, model: nn.Module, part: str) -> float:
@@ -167,7 +166,9 @@ def _growth(parameters: int, **more: Any) -> Callable[[int], Policy]:
 
 
 def _shrinking(parameters: int, **more: Any) -> Callable[[int], Policy]:
-    return lambda steps: Policy.over(steps, max_parameters=parameters, floor=8, **more)
+    least = int(0.95 * parameters)
+    settings = {"max_parameters": parameters, "min_parameters": least, "floor": 8, **more}
+    return lambda steps: Policy.over(steps, **settings)
 
 
 GPT_RATES = (3e-3, 1.5e-3, 6e-3)
@@ -211,7 +212,11 @@ TASKS_BY_NAME: dict[str, Task] = {
 }  # fmt: skip
 
 
-@cache
 def data_of(task: Task) -> Any:
     """Loaded once."""
-    return task.data()
+    return _loaded(task.data)
+
+
+@cache
+def _loaded(kind: Callable[[], Any]) -> Any:
+    return kind()

@@ -108,9 +108,8 @@ def step_flops(model: nn.Module, batch: Any) -> int:
     return 3 * counter.get_total_flops()
 
 
-def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
-    out = model(batch[0])
-    return nn.functional.cross_entropy(out.flatten(0, -2), batch[1].flatten())
+def loss_by(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(output.flatten(0, -2), batch[1].flatten())
 
 
 def anew(model: nn.Module, seed: int) -> nn.Module:
@@ -168,11 +167,7 @@ def train(
             if once and share >= 0.5:
                 seen, once = [next(batches) for _ in range(16)], False
                 keep = task.keep / sum(p.numel() for p in model.parameters())
-                engine.calibrate(
-                    seen,
-                    lambda out, b: nn.functional.cross_entropy(out.flatten(0, -2), b[1].flatten()),
-                    inputs=lambda b: b[0],
-                )
+                engine.calibrate(seen, loss=loss_by, inputs=lambda b: b[0])
                 engine.compress(keep=keep, of="parameters")
                 spent, each = spent + len(seen) * each, 0
             batch = next(batches)
@@ -182,7 +177,7 @@ def train(
                 group["lr"] = (
                     rate * warm * ((1 + math.cos(math.pi * share)) / 2 if task.anneals else 1.0)
                 )
-            loss = loss_of(model, batch)
+            loss = loss_by(model(batch[0]), batch)
             optimizer.zero_grad()
             loss.backward()
             if task.decay:

@@ -1,7 +1,7 @@
 """How often a verdict on a change is wrong: changes that do nothing, and changes that raise the loss by a tenth.
 
     python benchmarks/verdicts.py               # 200 of each; a minute or two
-    python benchmarks/verdicts.py --write       # and its part of docs/self_modification.md
+    python benchmarks/verdicts.py --seed 7 --write       # and its part of docs/self_modification.md
 
 A 784-128-64-10 network on Fashion-MNIST, batches of 64, changed every 80 steps, judged after 50. *Nothing*: one more
 neuron that nobody reads, while it trains with AdamW. *A switch*: the same, and the pixels are permuted anew ten steps
@@ -42,10 +42,10 @@ def harm(candidates: Any, *args: Any) -> Requests:
     return Requests("to be replaced", remove={candidates[0].name: (0,)})
 
 
-def trial(kind: str, number: int) -> tuple[int, int]:
+def trial(kind: str, number: int, seed: int) -> tuple[int, int]:
     """Changes, and how many of them were undone."""
-    torch.manual_seed(0)
-    data, test = get_data_loaders(batch_size=BATCH, train_limit=12_000, test_limit=2_000)
+    torch.manual_seed(seed)
+    data, test = get_data_loaders(BATCH, train_limit=12_000, test_limit=2_000, seed=seed)
     model, criterion = FashionMLP([128, 64]), nn.CrossEntropyLoss()
     optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(4 if kind == "harm" else 0):
@@ -65,7 +65,7 @@ def trial(kind: str, number: int) -> tuple[int, int]:
         )
     )
     run: Any = engine.trainer.run
-    order = torch.Generator().manual_seed(1)
+    order = torch.Generator().manual_seed(seed + 1)
 
     def value(net: nn.Module) -> float:
         with torch.no_grad():
@@ -114,15 +114,17 @@ def trial(kind: str, number: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="put the table into docs/")
     options = parser.parse_args()
     lines = ["| change | trials | undone |", "|---|---|---|"]
     for kind in ("nothing", "a switch", "harm"):
-        changes, undone = trial(kind, options.trials)
+        changes, undone = trial(kind, options.trials, options.seed)
         lines.append(f"| {kind} | {changes} | {undone} ({undone / changes:.1%}) |")
         tqdm.write(lines[-1])
     if options.write:
-        told = f"{datetime.date.today()}, torch {torch.__version__}. `benchmarks/verdicts.py`."
+        made = f"{datetime.date.today()}, torch {torch.__version__}, seed {options.seed}"
+        told = f"{made}. `benchmarks/verdicts.py`."
         section(PAGE, "Verdicts", f"{told}\n\n" + "\n".join(lines))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
-from tracker import NeuronEngine
+from tracker import NeuronEngine, Policy
 from tracker.surgery.calibration.consumers import Consumer
 from tracker.training.sensitivity import FACTS, LossWatcher
 
@@ -52,3 +55,41 @@ def test_shares_of_a_batch_add_up_to_the_whole() -> None:
     halves = [watched(model, [(x[i : i + 32], y[i : i + 32])]) for i in (0, 32)]
     assert torch.allclose(halves[0][0] + halves[1][0], whole, rtol=1e-4)
     assert torch.allclose((halves[0][1] + halves[1][1])[-1], facts[-1])
+
+
+class Maps(nn.Module):
+    """Classes along dimension 1, as of a segmentation, or along the last one."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.last = nn.Conv1d(3, 12, 1), nn.Conv1d(12, 5, 1), last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.b(self.a(x).relu())
+        return y.transpose(1, 2) if self.last else y
+
+
+def test_the_dimension_of_classes_does_not_matter() -> None:
+    found: list[Any] = []
+    for last in (True, False):
+        model = Maps(last)
+        torch.manual_seed(1)
+        x, y = torch.randn(16, 3, 7), torch.randint(5, (16, 7))
+        engine = NeuronEngine()
+        engine.track_model(model, "m", example_inputs=x)
+        seen: list[Any] = []
+
+        def rule(candidates: Any, *args: Any, seen: list[Any] = seen) -> None:
+            seen.extend(candidates)
+
+        engine.start_self_modification(Policy.of(rule, warm_up=6, every=8, look=4, settle=2))
+        for _ in range(7):
+            out = model(x).transpose(1, 2) if last else model(x)
+            loss = nn.functional.cross_entropy(out, y)
+            loss.backward()
+            engine.step(loss)
+        found.append(seen[0])
+    assert found[0].in_loss
+    assert found[1].in_loss
+    assert found[0].errors == pytest.approx(found[1].errors, rel=1e-3)

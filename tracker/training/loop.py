@@ -267,7 +267,9 @@ class SelfModification:
         if not wanted.groups:
             self._note("kept", wanted.why, loss)
             return None
-        witnesses = () if ranks is not None else look.witnesses
+        # What comes, or gets a new start where nothing was said, changes no output.
+        may_hurt = wanted.remove or wanted.merge or wanted.drop or policy.dormant
+        witnesses = look.witnesses if ranks is None and may_hurt else ()
         measured = losses_of(witnesses, self.model)
         try:
             receipt = self._do(wanted, policy)

@@ -69,7 +69,7 @@ class ObservationPhase:
     @property
     def witnesses(self) -> tuple[RecordedPass, ...]:
         """The last passes of it that were sent back, where their loss can be measured again."""
-        return () if self._bent is None else tuple(self._bent.witnesses)
+        return () if self._bent is None else self._bent.witnesses
 
     def stop(self) -> dict[str, ConsumerInput]:
         """Take the hooks off; what consumers read, by their weights' names."""

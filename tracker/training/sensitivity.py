@@ -59,8 +59,8 @@ class RecordedPass:
         return cls(inputs, output.shape, targets, torch.where(sure, usual, weights))
 
     def losses(self, model: nn.Module) -> Tensor | None:
-        """Of each row, weighed: (rows,) float64. By a copy in eval mode; None where it puts out something else."""
-        outputs = tensors_in(forward_once(copy_without_hooks(model), self.inputs))
+        """Of each row, weighed: (rows,) float64. By a copy without hooks; None where it puts out something else."""
+        outputs = tensors_in(forward_once(model, self.inputs))
         found = next((t for t in outputs if t.shape == self.shape), None)
         if found is None:
             return None
@@ -71,7 +71,8 @@ class RecordedPass:
 def losses_of(witnesses: Sequence[RecordedPass], model: nn.Module) -> Tensor | None:
     """Of all rows of some passes, by a model as it is now; None where they cannot be told."""
     try:
-        found = [w.losses(model) for w in witnesses]
+        copy = copy_without_hooks(model) if witnesses else model
+        found = [w.losses(copy) for w in witnesses]
     except (TrackerError, RuntimeError, ValueError):
         return None
     known = [losses for losses in found if losses is not None]
@@ -114,10 +115,14 @@ class LossWatcher:
                     _ConsumerHook(self, one, sums[one.weight]), prepend=True
                 )
             )
-        self.witnesses = deque[RecordedPass](
-            maxlen=WITNESSES
-        )  # the last passes that were sent back
+        # Inputs, output and gradient of the last passes that were sent back.
+        self._last = deque[tuple[Arguments, Tensor, Tensor]](maxlen=WITNESSES)
         self.handles.append(model.register_forward_hook(_OutputHook(self), with_kwargs=True))
+
+    @property
+    def witnesses(self) -> tuple[RecordedPass, ...]:
+        """The last passes that were sent back, where their loss can be measured again."""
+        return tuple(RecordedPass.of(*one) for one in self._last)
 
     def at_output(self, inputs: Arguments, y: Tensor, gradient: Tensor) -> None:
         """The gradient at the model's output came: all others of this pass follow."""
@@ -127,13 +132,14 @@ class LossWatcher:
         for hook, rows in self._early:
             hook.add(rows)
         self._early = []
-        ratio = _cross_entropy(y.detach().float(), g)
+        y = y.detach().float()
+        known = _cross_entropy(y, g)
         facts = torch.zeros(FACTS, dtype=torch.float64)
         facts[PASSES], facts[NORM] = 1, norm
-        if ratio is not None:
-            facts[KNOWN], facts[RATIO] = 1, ratio
-            if _cross_entropy(y.detach().float(), g, last=True) is not None:
-                self.witnesses.append(RecordedPass.of(inputs, y.detach().float(), g))
+        if known is not None:
+            facts[KNOWN], facts[RATIO], dim = 1, *known
+            if dim == -1:
+                self._last.append((inputs, y.clone(), g.clone()))
         else:
             facts[SQUARES], facts[ELEMENTS] = norm, g.numel()
             facts[ROWS] = g.flatten(0, -2).any(1).sum() if g.ndim > 1 else 1
@@ -188,15 +194,15 @@ def loss_curvature(facts: Tensor, loss: float) -> float | None:
     return total / passes if 0 < total < float("inf") else None
 
 
-def _cross_entropy(y: Tensor, g: Tensor, *, last: bool = False) -> float | None:
-    """Trace of its Hessian over its value, of a loss whose gradient at `y` is that of a cross-entropy; else None.
+def _cross_entropy(output: Tensor, gradient: Tensor) -> tuple[float, int] | None:
+    """Trace of its Hessian over its value, and the dimension of its classes, of a loss with a cross-entropy's gradient.
 
     The gradient of a row is w·(p − t): its only negative entry is that of the target, and tells the weight.
     """
-    for dim in dict.fromkeys((-1, 1 if y.ndim > 2 and not last else -1)):
-        if y.ndim < 2 or y.shape[dim] < 2:
+    for dim in (-1, 1) if output.ndim > 2 else (-1,):
+        if output.ndim < 2 or output.shape[dim] < 2:
             continue
-        y, g = _some(y, dim), _some(g, dim)
+        y, g = _some(output, dim), _some(gradient, dim)
         norm = g.square().sum()
         if not bool(norm > 0):
             return None
@@ -211,7 +217,7 @@ def _cross_entropy(y: Tensor, g: Tensor, *, last: bool = False) -> float | None:
         value = -(weight * log_p.gather(dim, at)).sum()
         trace = (weight * (1 - p.square().sum(dim, keepdim=True))).sum()
         if bool(value > 0) and bool(trace.isfinite()):
-            return float(trace / value)
+            return float(trace / value), dim
     return None
 
 
