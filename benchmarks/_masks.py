@@ -80,8 +80,22 @@ def masked(original: nn.Module, lost: Lost) -> nn.Module:
     with torch.no_grad():
         for name, dims in lost.items():
             for dim, indices in dims.items():
-                tensors[name].index_fill_(dim, torch.tensor(sorted(indices), dtype=torch.long), 0)
+                target = length_of(tensors, name, dim)
+                target.index_fill_(dim, torch.tensor(sorted(indices), dtype=torch.long), 0)
     return model
+
+
+def length_of(tensors: Mapping[str, Tensor], name: str, dim: int) -> Tensor:
+    """A weight; of a weight norm's direction, along what it normalises, its length, since a direction cannot be zero."""
+    for direction, length in (("weight_v", "weight_g"), (".original1", ".original0")):
+        lengths = tensors.get(name.removesuffix(direction) + length)
+        fits = (
+            lengths is not None
+            and lengths.shape[dim : dim + 1] == tensors[name].shape[dim : dim + 1]
+        )
+        if lengths is not None and fits and name.endswith(direction):
+            return lengths
+    return tensors[name]
 
 
 class KeptNorm(nn.Module):
