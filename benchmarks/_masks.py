@@ -86,7 +86,7 @@ def masked(original: nn.Module, lost: Lost) -> nn.Module:
 
 
 def length_of(tensors: Mapping[str, Tensor], name: str, dim: int) -> Tensor:
-    """A weight; of a weight norm's direction, along what it normalises, its length, since a direction cannot be zero."""
+    """A weight; of a weight norm, along what it normalises, its length: a direction cannot be zero."""
     for direction, length in (("weight_v", "weight_g"), (".original1", ".original0")):
         lengths = tensors.get(name.removesuffix(direction) + length)
         fits = (
