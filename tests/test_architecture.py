@@ -72,3 +72,13 @@ def test_the_page_names_what_is_there() -> None:
     assert not missing
     rooms = {p.name + "/" for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
     assert rooms <= named
+
+
+def test_each_room_has_its_folder_of_tests() -> None:
+    """Tests of a room lie in the folder of its name; tests of the whole lie loose."""
+    rooms = {
+        p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in ("schemas", "__pycache__")
+    }
+    tests = Path(__file__).parent
+    folders = {p.name for p in tests.iterdir() if p.is_dir() and any(p.glob("test_*.py"))}
+    assert folders == rooms
