@@ -23,8 +23,8 @@ from tracker.statistics.native import build, loading
 
 LAYER = "<script>alert(1)</script>\x1b[2J\0$\\bad$\u202e\n0: 9 dead"
 MODEL = "../../etc/passwd\0\x1b]0;x\x07<script>alert(2)</script>$\\frac"
-ModuleInput = Callable[[NeuronEngine, Path], Any]
-WRITERS: dict[str, ModuleInput] = {
+FileCall = Callable[[NeuronEngine, Path], Any]
+WRITERS: dict[str, FileCall] = {
     "history.json": lambda e, p: e.save_training_history(p),
     "advice.json": lambda e, p: e.save_optimization_recommendations(p, pruning_threshold=0.4),
     "report.txt": lambda e, p: e.save_report_to_file(p),
@@ -37,7 +37,7 @@ WRITERS: dict[str, ModuleInput] = {
     "structure.png": lambda e, p: e.structure.plot(p),
     "checkpoint": lambda e, p: e.save_checkpoint(p),
 }
-READERS: dict[str, ModuleInput] = {
+READERS: dict[str, FileCall] = {
     "history.json": lambda e, p: e.load_training_history(p),
     "advice.json": lambda e, p: e.apply_recommendations(p),
     "checkpoint": lambda e, p: NeuronEngine.load_checkpoint(p, e.tracker.current.model()),

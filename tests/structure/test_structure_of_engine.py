@@ -112,7 +112,7 @@ def test_the_report_names_groups_and_what_is_frozen() -> None:
     assert "0, 1 -> 4" in text or "0 -> 4" in text
 
 
-class IntRecorder:
+class Listener:
     """A user's hook that is a method of what cannot be copied."""
 
     def __init__(self) -> None:
@@ -124,8 +124,8 @@ class IntRecorder:
 
 def test_hooks_that_cannot_be_copied_are_no_obstacle() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    active_observer = IntRecorder()
-    model.register_forward_hook(active_observer.hear)
+    listener = Listener()
+    model.register_forward_hook(listener.hear)
     engine = NeuronEngine()
     engine.track_model(model, "m", example_inputs=torch.randn(3, 4))
     assert engine.prune_units({"0": [1]}).promise == "masked"

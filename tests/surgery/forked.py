@@ -1,7 +1,7 @@
 """Random networks whose forward takes several paths, and an oracle that zeroes what consumers read.
 
 Each tensor of hidden units has a name, its space. Whatever consumes a space reads it through a module
-`ConsumerInput` of its own, so that zeros can be put where consumers look, while every parameter stays as it is:
+`Read` of its own, so that zeros can be put where consumers look, while every parameter stays as it is:
 a weight that is normalised in the forward does not move.
 """
 
@@ -21,7 +21,7 @@ Pick = Callable[[Sequence[Any]], Any]
 INPUTS, OUTPUTS = 5, 3
 
 
-class ConsumerInput(nn.Module):
+class Read(nn.Module):
     """Where a space is read."""
 
     def __init__(self, space: str) -> None:
@@ -66,7 +66,7 @@ class Block(nn.Module):
         self, source: str, inputs: int, space: str, width: int, kind: str, act: Any
     ) -> None:
         super().__init__()
-        self.read, self.inner = ConsumerInput(source), ConsumerInput(space)
+        self.read, self.inner = Read(source), Read(space)
         self.up, self.act = linear(inputs, width, kind), act()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,11 +100,9 @@ class Forked(nn.Module):
 
         def reader(outputs: int = OUTPUTS) -> nn.Sequential:
             space = pick(spaces)
-            return nn.Sequential(
-                ConsumerInput(space), linear(self.widths[space], outputs, pick(kinds))
-            )
+            return nn.Sequential(Read(space), linear(self.widths[space], outputs, pick(kinds)))
 
-        self.head = nn.Sequential(ConsumerInput(source), linear(width, OUTPUTS, pick(kinds)))
+        self.head = nn.Sequential(Read(source), linear(width, OUTPUTS, pick(kinds)))
         self.aux = reader() if pick([True, False]) else None  # of train mode only
         self.more = reader() if pick([True, False]) else None  # if asked for
         self.decoder = reader(INPUTS) if pick([True, False]) else None  # of another method
@@ -114,7 +112,7 @@ class Forked(nn.Module):
             space, units = source, self.widths[source]
             self.experts = nn.ModuleList(
                 nn.Sequential(
-                    ConsumerInput(space),
+                    Read(space),
                     linear(units, 4, "plain"),
                     nn.ReLU(),
                     linear(4, OUTPUTS, "plain"),
@@ -198,7 +196,7 @@ def zeroed(model: Forked, space: str, units: Iterable[int]) -> Iterator[None]:
     handles = [
         module.register_forward_hook(lambda _m, _i, out: out.index_fill(-1, gone, 0.0))
         for module in model.modules()
-        if isinstance(module, ConsumerInput) and module.space == space
+        if isinstance(module, Read) and module.space == space
     ]
     try:
         yield

@@ -235,12 +235,12 @@ def trace_structure(
 def _recorded(
     model: nn.Module, calls: Sequence[Call], axes: Mapping[str, int] | None
 ) -> tuple[Trace, Integers]:
-    """The trace of the passes in which the model's integers are heard, where the model bears it."""
-    heard: list[IntRecorder] = []
+    """The trace of the passes in which the model's integers are recorded, where the model bears it."""
+    recorders: list[IntRecorder] = []
 
     def listen(trace: Trace, path: list[CallKey]) -> IntRecorder:
-        heard.append(IntRecorder(trace, path))
-        return heard[-1]
+        recorders.append(IntRecorder(trace, path))
+        return recorders[-1]
 
     try:
         runs, values = instrumented_copy(model)
@@ -248,9 +248,7 @@ def _recorded(
     except Exception:  # a copy cannot be made, or the code wants plain integers
         trace = record(model, calls, apply_rule, axes=axes)
         return trace, Integers.of(trace, {}, [])
-    equations = [
-        equation for active_observer in heard for equation in active_observer.equations.values()
-    ]
+    equations = [equation for recorder in recorders for equation in recorder.equations.values()]
     couple(trace.labels, equations)
     return trace, Integers.of(trace, values, equations)
 

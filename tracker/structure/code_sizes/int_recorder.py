@@ -130,7 +130,7 @@ def _key(expr: Expr) -> object:
 class Call:
     """One call of a function of torch."""
 
-    active_observer: IntRecorder
+    recorder: IntRecorder
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
@@ -148,7 +148,7 @@ class Call:
 
     def axis(self, tensor: Tensor, dim: int) -> Axis:
         """The axis of one dimension."""
-        return self.active_observer.trace.axes(tensor)[dim]
+        return self.recorder.trace.axes(tensor)[dim]
 
     def sizes(self, start: int, *names: str) -> list[Any]:
         """Integers given one by one or as one tuple."""
@@ -165,8 +165,8 @@ class Call:
         """An integer is the number of indices of an axis."""
         if not isinstance(value, TracedInt) and (axis is None or value == -1):
             return
-        source = self.active_observer.source()
-        self.active_observer.add(Equation(expression(value), axis, size, source, or_more))
+        source = self.recorder.source()
+        self.recorder.add(Equation(expression(value), axis, size, source, or_more))
 
     def all_equal(self, sizes: list[Any], tensor: Tensor, start: int = 0) -> None:
         """Integers are the sizes of a tensor's dimensions."""
@@ -194,8 +194,8 @@ def _repeat(call: Call) -> None:
         size: Any = x.shape[d] if x.ndim >= -d else 1
         axis = call.axis(x, d) if size > 1 else None
         whole = BinaryOp("*", expression(count), size if axis is None else AxisSize(axis))
-        source = call.active_observer.source()
-        call.active_observer.add(Equation(whole, call.axis(out, d), out.shape[d], source))
+        source = call.recorder.source()
+        call.recorder.add(Equation(whole, call.axis(out, d), out.shape[d], source))
 
 
 def _new(start: int) -> Callable[[Call], None]:
@@ -254,7 +254,7 @@ def _index(call: Call) -> None:
                 if bound is not None:
                     _bound(call, bound, axis, n)
         elif isinstance(part, TracedInt):
-            call.active_observer.pin(part.expr, int(part), "it picks a position")
+            call.recorder.pin(part.expr, int(part), "it picks a position")
         d += _consumed(part)
 
 
@@ -288,7 +288,7 @@ def _groups(position: int, name: str) -> Callable[[Call], None]:
         n = int(groups)
         if n == 1 and not isinstance(groups, TracedInt):
             return
-        channels, labels = call.axis(call.x, 1), call.active_observer.trace.labels
+        channels, labels = call.axis(call.x, 1), call.recorder.trace.labels
         outer = labels.split(channels, [n, call.x.shape[1] // n], "groups")[0] if n > 1 else None
         call.equal(groups, outer, n)
 
@@ -298,7 +298,7 @@ def _groups(position: int, name: str) -> Callable[[Call], None]:
 def _attention(call: Call) -> None:
     if call.kwargs.get("scale") is None and (width := call.axis(call.x, -1)) is not None:
         note = "the default scale is made of it"
-        call.active_observer.pin(AxisSize(width), call.x.shape[-1], note)
+        call.recorder.pin(AxisSize(width), call.x.shape[-1], note)
 
 
 def _grouped_product(call: Call) -> None:
@@ -306,7 +306,7 @@ def _grouped_product(call: Call) -> None:
         width, dim = 16 // x.element_size(), x.stride().index(1)
         if (axis := call.axis(x, dim)) is not None and width > 1:
             note = "a grouped product wants rows of 16 bytes"
-            call.active_observer.pin(BinaryOp("%", AxisSize(axis), width), 0, note)
+            call.recorder.pin(BinaryOp("%", AxisSize(axis), width), 0, note)
 
 
 def plain(value: Any) -> Any:

@@ -111,8 +111,8 @@ def expression(value: int) -> Expr:
 
 
 def _heard(expr: Expr) -> None:
-    for active_observer in listeners:
-        active_observer(expr)
+    for listener in listeners:
+        listener(expr)
 
 
 def _arithmetic(name: str, sign: str) -> None:
