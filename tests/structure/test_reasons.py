@@ -16,7 +16,7 @@ from tracker.structure import rule, trace_structure
 from tracker.structure.rules import registry
 
 
-@torch.library.custom_op("test_said::twice", mutates_args=())
+@torch.library.custom_op("test_reasons::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     return x * 2
 
@@ -50,22 +50,22 @@ def unruled() -> Iterator[None]:
 def test_a_users_rule_that_raises_is_named_and_its_exception_kept(
     broken: Callable[..., None], kind: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
-    rule("test_said::twice")(broken)
+    rule("test_reasons::twice")(broken)
     with caplog.at_level(logging.WARNING, "tracker"):
         structure = trace_structure(Custom(), torch.randn(3, 4))
     (failure,) = structure.failures
     assert type(failure.error) is kind
-    assert failure.operation == "test_said::twice"
-    assert "test_said.py" in failure.why
+    assert failure.operation == "test_reasons::twice"
+    assert "test_reasons.py" in failure.why
     assert kind.__name__ in str(structure)
     assert kind.__name__ in caplog.text
     (reason,) = {f.reason for f in structure.frozen if (f.tensor, f.dim) == ("a.weight", 0)}
-    assert f"the rule of test_said::twice raised {kind.__name__}" in reason
+    assert f"the rule of test_reasons::twice raised {kind.__name__}" in reason
 
 
 @pytest.mark.usefixtures("unruled")
 def test_a_users_rule_that_is_right_lets_units_go() -> None:
-    @rule("test_said::twice")
+    @rule("test_reasons::twice")
     def _(op: registry.Op) -> None:
         op.give(op.out, op.axes(op.args[0]))
 
