@@ -27,7 +27,7 @@ class Custom(nn.Module):
         self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.ops.test_said.twice(self.a(x)))
+        return self.b(torch.ops.test_reasons.twice(self.a(x)))
 
 
 @pytest.fixture
