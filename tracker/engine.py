@@ -286,15 +286,19 @@ class NeuronEngine:
     save_checkpoint = call("recorder", Recorder.save_checkpoint)
 
     @classmethod
-    def load_checkpoint(cls, path: PathLike, fresh_model: nn.Module, optimizer: Any = None) -> Self:
+    def load_checkpoint(
+        cls, path: PathLike, fresh_model: nn.Module, optimizer: Any = None, policy: Any = None
+    ) -> Self:
         """An engine that goes on where `save_checkpoint` was called.
 
         Args:
             path: The directory.
             fresh_model: Built by the original code, at its original sizes; it is changed in place.
             optimizer: One (or a list) of the same class over the fresh model's parameters.
+            policy: That the run goes on with: a function or an object of your own, whose data no checkpoint holds, or
+                other settings. None: the saved one.
 
         Raises:
             CheckpointError: The checkpoint is damaged or does not fit; model and optimizer are as they were.
         """
-        return load_engine(cls, path, fresh_model, optimizer)
+        return load_engine(cls, path, fresh_model, optimizer, policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -36,6 +36,7 @@ from tracker.utils.slotmap import SlotMap
 log = logging.getLogger("tracker")
 OBSERVE = ("reads", "output")
 MODES = {"train": (True,), "eval": (False,), "all": (True, False)}
+Undo = Callable[[Callable[[], None]], None]  # is told how to take a step back
 
 
 @dataclass(slots=True, eq=False)
@@ -284,11 +285,13 @@ class ActivationTracker:
         layers: Mapping[str, SlotMap],
         tensors: Mapping[str, Mapping[int, SlotMap]],
         why: str,
-        undo: Callable[[Callable[[], None]], None] = lambda back: None,
+        undo: Undo = lambda back: None,
+        ids: Iterator[int] | None = None,
     ) -> list[int]:
         """Move ids and statistics of the current model's layers, and what its consumers were seen to read.
 
-        `undo` is told how to take it all back, before anything is written.
+        `undo` is told how to take it all back, before anything is written. `ids`: for new neurons that had
+        some at another time.
 
         Returns:
             The ids of new neurons.
@@ -299,14 +302,14 @@ class ActivationTracker:
         points = {point.name: point for point in entry.observer.points}
         moved = {name: points[name].remapped(slots) for name, slots in layers.items()}
         before = {name: (points[name].neurons, points[name].windows) for name in layers}
-        ids = {name: list(entry.layers[name].ids) for name in layers}
+        old_ids = {name: list(entry.layers[name].ids) for name in layers}
         old_reads, old_structure = entry.reads, entry.structure
 
         def back() -> None:
             entry.reads, entry.structure = old_reads, old_structure
             for name in layers:
                 points[name].neurons, points[name].windows = before[name]
-                self.registry.restore(entry.layers[name], ids[name])
+                self.registry.restore(entry.layers[name], old_ids[name])
             entry.observer.version += 1
 
         undo(back)
@@ -314,16 +317,20 @@ class ActivationTracker:
         added: list[int] = []
         for name, slots in layers.items():
             points[name].neurons, points[name].windows = slots.size, moved[name]
-            added += self.registry.remap(entry.layers[name], slots, why)
+            added += self.registry.remap(entry.layers[name], slots, why, ids)
         entry.observer.version += 1
         return sorted(added)
 
     def sync_layers(
-        self, why: str, undo: Callable[[Callable[[], None]], None] = lambda back: None
+        self,
+        why: str,
+        undo: Undo = lambda back: None,
+        ids_of: Callable[[str, int], Sequence[int] | None] = lambda layer, neurons: None,
     ) -> tuple[list[int], list[int]]:
         """Layers of the current model came and went: give ids to the new ones, retire those of the others.
 
-        `undo` is told how to take it all back, before anything is written.
+        `undo` is told how to take it all back, before anything is written. `ids_of`: ids for a layer of so many
+        neurons, which had some at another time.
 
         Returns:
             The new ids, and those that left.
@@ -345,12 +352,8 @@ class ActivationTracker:
             for name, ids in before.items():
                 self.registry.restore(old_layers[name], ids)
             observer.points[:] = old_sites
-            for point, read_point, shares_with, windows in observed:
-                point.read_point, point.shares_with, point.windows = (
-                    read_point,
-                    shares_with,
-                    windows,
-                )
+            for point, *was in observed:
+                point.read_point, point.shares_with, point.windows = was
             for layer in born:
                 entry.layers.pop(layer.name, None)
             entry.layers.update(old_layers)
@@ -365,10 +368,10 @@ class ActivationTracker:
         points = [*(s for s in old_sites if s.name not in gone), *map(ObservationPoint, born)]
         observer.points[:] = sorted(points, key=lambda point: order.index(point.name))
         added: list[int] = []
-        for layer in born:
-            if layer.neurons is not None:
-                self.register_layer(entry, next(s for s in observer.points if s.name == layer.name))
-                added += entry.layers[layer.name].ids
+        for point in (p for p in observer.points if p.name not in known):
+            if point.neurons is not None:
+                self.register_layer(entry, point, ids_of(point.name, point.neurons))
+                added += entry.layers[point.name].ids
         entry.structure, entry.traced = None, False
         if entry.hooked:
             attach_points(observer, model)
@@ -450,8 +453,10 @@ class ActivationTracker:
     def _known(self, model: nn.Module) -> TrackedModel | None:
         return next((m for m in self.models if m.observer.model() is model), None)
 
-    def register_layer(self, entry: TrackedModel, point: ObservationPoint) -> None:
-        """Give ids to the neurons of a layer whose width is known."""
+    def register_layer(
+        self, entry: TrackedModel, point: ObservationPoint, known: Sequence[int] | None = None
+    ) -> None:
+        """Give ids to the neurons of a layer whose width is known: new ones, or those of another time."""
         assert point.neurons is not None
-        ids = self.registry.register(entry.name, point.name, point.neurons)
+        ids = self.registry.register(entry.name, point.name, point.neurons, known)
         entry.layers[point.name] = ids

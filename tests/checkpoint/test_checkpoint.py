@@ -303,3 +303,18 @@ def test_a_fault_leaves_the_old_or_the_new(
         assert len(NeuronEngine.load_checkpoint(tmp_path / "run", other, opt).journal) in (0, 1)
         assert [p.name for p in tmp_path.iterdir() if "new" in p.name] == []
     assert faults
+
+
+def test_a_scheduler_may_stand_on_the_optimizer_that_is_loaded(tmp_path: Path) -> None:
+    model, opt, engine, x = begun("mlp")
+    engine.prune_neurons({"0": [0, 3]})
+    engine.save_checkpoint(tmp_path / "run")
+    other, other_opt, _ = fresh("mlp", "Adam")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(other_opt, lambda step: 1.0)
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
+    other_opt.zero_grad()
+    assert train(other, other_opt, x) == train(model, opt, x)
+    scheduler.step()
+    assert equal(dict(model.state_dict()), dict(other.state_dict()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import tracker
 from tests.checkpoint.runs import fresh
-from tests.surgery.subjects import train
+from tests.surgery.subjects import equal, snapshot, train
 from tracker import Candidate, NeuronEngine, Phases, Policy, Requests, Size
 from tracker.errors import CheckpointError, SurgeryError
 
@@ -159,8 +160,85 @@ def test_a_rule_that_is_not_here_is_refused(tmp_path: Path) -> None:
             Policy.from_dict({"rule": name})
     gc.collect()
     other, other_opt, _ = fresh("mlp", "Adam")
-    with pytest.raises(CheckpointError, match=r"Policy\.of"):
+    with pytest.raises(CheckpointError, match="policy="):
         NeuronEngine.load_checkpoint(tmp_path / "run", other, other_opt)
+
+
+class Built(Policy):
+    """With a constructor and data of its own."""
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__(**STEPS)  # type: ignore[arg-type]
+        object.__setattr__(self, "words", words)
+
+    def decide(self, *args: Any, **options: Any) -> Requests:
+        return Requests(self.words[0])  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Weighing(Mine):
+    weights: Any = None
+
+
+class Saying:
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def decide(self, *args: Any) -> Requests:
+        return Requests(self.word)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Built(["own"]),
+        lambda: Weighing(**STEPS, weights=torch.ones(3)),
+        lambda: Weighing(**STEPS, weights=(1, 2)),
+        lambda: Phases([(0, Policy.of(Saying("a"), **STEPS)), (9, Policy.of(Saying("b"), **STEPS))]),
+        lambda: Phases([(0, Policy.of(lambda *a: None, **STEPS)), (9, Policy.of(lambda *a: Requests("l"), **STEPS))]),
+    ],
+    ids=["constructor", "tensor", "tuple", "objects", "lambdas"],
+)  # fmt: skip
+def test_what_no_checkpoint_holds_is_passed(make: Any, tmp_path: Path) -> None:
+    policy = make()
+    model, opt, x, engine = started(policy)
+    for _ in range(4):
+        engine.step(train(model, opt, x))
+    path = engine.save_checkpoint(tmp_path / "run")
+    engine.carry_journal(run=True)
+    state = copy.deepcopy([model.state_dict(), opt.state_dict()])
+    other, other_opt, _ = fresh("mlp", "Adam")
+    before = snapshot(other, other_opt)
+    with pytest.raises(CheckpointError, match="policy="):
+        NeuronEngine.load_checkpoint(path, other, other_opt)
+    assert equal(snapshot(other, other_opt), before)
+    resumed = NeuronEngine.load_checkpoint(path, other, other_opt, policy=make())
+    third, third_opt, _ = fresh("mlp", "Adam")
+    carried = NeuronEngine()
+    carried.track_model(third, "mlp", example_inputs=x)
+    carried.carry_journal(run=True)
+    third.load_state_dict(state[0])
+    third_opt.load_state_dict(state[1])
+    carried.attach_optimizer(third_opt)
+    with pytest.raises(SurgeryError, match="policy="):
+        carried.start_self_modification()
+    carried.start_self_modification(make())
+    for _ in range(16):
+        engine.step(train(model, opt, x))
+        resumed.step(train(other, other_opt, x))
+        carried.step(train(third, third_opt, x))
+    told = [[(d.what, d.why) for d in e.life] for e in (engine, resumed, carried)]
+    assert told[0] == told[1] == told[2]
+    assert len(told[0]) > 2
+
+
+def test_a_policy_needs_a_run_to_go_on_with(tmp_path: Path) -> None:
+    model, _, x = fresh("mlp", "Adam")
+    engine = NeuronEngine()
+    engine.track_model(model, "mlp", example_inputs=x)
+    path = engine.save_checkpoint(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="start_self_modification"):
+        NeuronEngine.load_checkpoint(path, fresh("mlp", "Adam")[0], policy=Policy())
 
 
 def test_what_cannot_decide_is_refused() -> None:

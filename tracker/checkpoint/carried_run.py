@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tracker.checkpoint.run_state import laid_out, reads_tables, restore_seen
-from tracker.checkpoint.safetensors_tables import bytes_of, table_of
 from tracker.errors import CheckpointError
 from tracker.inputs.serialized import calls_from, gather_calls, gather_inputs, inputs_from
 from tracker.parts.session import Session
@@ -28,6 +27,7 @@ from tracker.surgery.optimizer_state.moments import unwrapped
 from tracker.surgery.undo import put_back
 from tracker.training.loop import SelfModification
 from tracker.training.verdict import Verdict
+from tracker.utils.safetensors_tables import bytes_of, table_of
 
 FACTS = "facts"  # key of the plain data among the tensors
 TENSOR, STATE = "before.tensor/", "before.state/"  # of a change that awaits its verdict

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from tracker.checkpoint import directories
 from tracker.checkpoint.directories import FILES, FORMAT, MANIFEST, TENSORS, TEXTS, VERSION
-from tracker.checkpoint.safetensors_tables import bytes_of, table_of
 from tracker.errors import CheckpointError
 from tracker.journal.entries import MOST
 from tracker.utils.files import OpenFile
+from tracker.utils.safetensors_tables import bytes_of, table_of
 
 LARGEST = {MANIFEST: directories.LARGEST, "journal.json": 2**28, "engine.json": 2**29}  # bytes
 AGAIN = 50  # times that a reader begins again when the checkpoint was replaced meanwhile

@@ -166,7 +166,7 @@ def _show_checkpoint(content: Checkpoint) -> Iterator[str]:
 
 def _show_journal(data: Any) -> Iterator[str]:
     journal = Journal.from_dict(data)
-    yield f"Journal of {len(journal)} changes"
+    yield f"Journal of {len(journal)} change{'s' * (len(journal) != 1)}"
     yield from (f"  {line}" for line in str(journal).splitlines())
 
 

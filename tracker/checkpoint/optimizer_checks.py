@@ -144,26 +144,29 @@ class StateCheck:
             tiny = nn.Parameter(torch.zeros(sizes, dtype=like.dtype, device=like.device))
             problem = ""
             for sparse in (False, True):
-                meta_model = copy.copy(self._optimizer)
-                vars(meta_model).update(vars(self._optimizer))
-                hooks: Any = meta_model
+                trial = copy.copy(self._optimizer)
+                vars(trial).update(vars(self._optimizer))
+                vars(trial).pop(
+                    "step", None
+                )  # as a scheduler wraps it: it would step the optimizer itself
+                hooks: Any = trial
                 hooks._optimizer_step_pre_hooks = OrderedDict()
                 hooks._optimizer_step_post_hooks = OrderedDict()
-                meta_model.state = defaultdict(dict)
+                trial.state = defaultdict(dict)
                 if state:
-                    meta_model.state[tiny] = {
+                    trial.state[tiny] = {
                         k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
                     }
-                meta_model.param_groups = [{**options, "params": [tiny]}]
+                trial.param_groups = [{**options, "params": [tiny]}]
                 tiny.grad = (
                     torch.full_like(tiny, 0.5).to_sparse() if sparse else torch.full_like(tiny, 0.5)
                 )
                 try:
-                    meta_model.step()
+                    trial.step()
                 except Exception as error:
                     problem = problem or f"{type(error).__name__}: {error}"
                 else:
-                    return dict(meta_model.state[tiny]), ""
+                    return dict(trial.state[tiny]), ""
             return None, problem
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,26 +13,38 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from tracker.analysis.epoch_history import TrainingHistory
 from tracker.analyzer import Analyzer
 from tracker.checkpoint import run_state
-from tracker.checkpoint.carried_run import MOST_IDS, pack_run, unpack_run
+from tracker.checkpoint.carried_journal import CarriedSession, restore_layers
+from tracker.checkpoint.carried_run import MOST_IDS, unpack_run
 from tracker.checkpoint.checkpoint_files import read_checkpoint, write_checkpoint
 from tracker.checkpoint.optimizer_states import check_ownership, load_optimizers
 from tracker.checkpoint.random_states import rng_restorer, rng_snapshot
 from tracker.errors import CheckpointError, StatisticsError
-from tracker.journal import Entry, load_architecture, meta_model_after
-from tracker.journal.state_dict_hooks import carry
+from tracker.journal import (
+    Entry,
+    Journal,
+    Origin,
+    load_architecture,
+    meta_model_after,
+    moved_buffers,
+    places,
+)
+from tracker.journal.state_dict_hooks import Found, carry
 from tracker.modules.layers import find_layers, unwrap
 from tracker.parts.attachments import Attachments
-from tracker.parts.session import Transaction
+from tracker.parts.session import Session, Transaction, sessions_of
 from tracker.parts.sessions import Sessions
+from tracker.structure.code_sizes.attributes import tensors
 from tracker.surgery import UndoLog
 from tracker.surgery.optimizer_state.moments import unwrapped
 from tracker.surgery.optimizer_state.slot_age import watch
+from tracker.surgery.undo import rewrite
 from tracker.tracker import ActivationTracker
-from tracker.training import Policy, SelfModification
+from tracker.training import Policy, SelfModification, as_policy
 from tracker.training.trainer import Trainer
 
 PathLike = str | os.PathLike[str]
@@ -110,7 +122,8 @@ class Recorder:
         """Have the current model's `state_dict` carry its journal, and `load_state_dict` replay one.
 
         Call it after `track_model`, before the load. Then checkpoints of other frameworks load into freshly built
-        models: architecture, weights and ids. Optimizer state is loaded by the framework, after the model's.
+        models, and earlier ones into a model that changed since: architecture, weights and ids. Optimizer state is
+        loaded by the framework, after the model's.
 
         Args:
             run: Carry the run of `start_self_modification` too. After a load, the next call of
@@ -118,58 +131,44 @@ class Recorder:
                 its verdict.
         """
         session = self._sessions.current
-        model = session.entry.model()
         session.carries_run = session.carries_run or run
         if not session.carried:
             session.carried = True
-            journal, this, held = session.journal, weakref.ref(self), weakref.ref(model)
+            carry(session.entry.model(), CarriedSession(self, session))
 
-            of = weakref.ref(session)
-
-            def replay(entries: Sequence[Entry], packed: torch.Tensor | None) -> None:
-                recorder, own = this(), held()
-                assert own is not None
-                if recorder is None:  # nobody asks for ids any more
-                    journal.replay(own, entries)
-                    journal.entries += entries
-                else:
-                    recorder.replay(own, entries, packed)
-
-            def packed() -> torch.Tensor | None:
-                current = of()
-                if current is None or not current.carries_run or current.run is None:
-                    return None
-                return pack_run(current)
-
-            carry(model, lambda: journal, packed, replay)
-
-    def replay(
-        self, model: nn.Module, entries: Sequence[Entry], packed: torch.Tensor | None = None
-    ) -> None:
+    def replay(self, model: nn.Module, found: Found) -> None:
         """Do changes of a journal again, on the model and in what the tracker knows of it; all or nothing.
 
         Args:
             model: A tracked one.
-            entries: Those that follow what its journal has.
-            packed: The run that came with them, which waits for `start_self_modification`.
+            found: The changes, and what came with them. A run waits for `start_self_modification`.
 
         Raises:
             CheckpointError: They do not fit what is tracked.
         """
-        tracker = self._tracker
+        tracker, entries = self._tracker, found.entries
         session = self._sessions.of(tracker.tracked(model))
-        plain = unwrapped(session.optimizers)
-        carried = None if packed is None else unpack_run(packed)
-        here = len(session.journal) + len(entries)
+        _require_no_followers(session, found)
+        plain = unwrapped(session.attached()[0])
+        carried = None if found.run is None else unpack_run(found.run)
+        known = [] if found.back else session.journal.entries
+        here = len(known) + len(entries)
         first = here if carried is None or carried.entries is None else carried.entries
-        first = max(min(first, here) - len(session.journal), 0)
+        first = max(min(first, here) - len(known), 0)
         change = Transaction()  # which awaits its verdict
         with tracker.speaking_of(session.entry):
             with _all_or_nothing("of the state dict") as log:
+                log.add(tracker.registry.snapshot())
+                if found.back:
+                    self._restore_origin(session, log, plain)
+                session.origin.note_all(model, entries, tracker.current.layers, plain)
                 self._redo(model, entries[:first], log, plain)
                 session.know(log)
                 log.add(change.log.undo)
                 self._redo(model, entries[first:], change.log, plain)
+                for name, tensor in tensors(model).items():
+                    if name in found.buffers:
+                        rewrite(tensor, found.buffers[name].to(tensor.device), None, log)
                 session.know(change.log)
                 widths = {n: len(layer.ids) for n, layer in tracker.current.layers.items()}
                 for layer in find_layers(model):
@@ -178,12 +177,10 @@ class Recorder:
                             f"The journal gives {layer.name} {layer.neurons} neurons and "
                             f"{widths.get(layer.name, 'no')} ids."
                         )
-            for optimizer in plain:  # moments of another shape would be read beyond their end
-                for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
-                    del optimizer.state[parameter]
-                watch(optimizer)  # the ages of young slots come with its state
+            others = _changed_since(session.journal.entries, found) if found.back else ()
+            _forget_states(model, plain, others)
             journal = session.journal
-            journal.entries += entries
+            journal.entries[:] = [*known, *entries]
             session.last = None
             if carried is not None and entries[first:]:
                 for entry in reversed(entries[first:]):
@@ -193,13 +190,27 @@ class Recorder:
                 session.waiting = carried
         session.changed()
 
+    def _restore_origin(
+        self, session: Session, log: UndoLog, optimizers: Sequence[Optimizer]
+    ) -> None:
+        """Have the model be what it was before its journal began; what had other shapes has no values."""
+        model = session.entry.model()
+        meta_model = session.origin.meta_model(model, session.journal.entries[0].before)
+        session.origin.restore(model, meta_model, log, optimizers)
+        log.add_last(self._tracker.rehook())
+        restore_layers(
+            self._tracker, session.origin.ids, "the model went back to another state", log.add
+        )
+
     def _redo(
         self, model: nn.Module, entries: Sequence[Entry], log: UndoLog, optimizers: Any
     ) -> None:
         for part in _parts(entries):
             # What the journal claims was held against the state dict before.
             meta_model = meta_model_after(model, part, math.inf)
-            load_architecture(model, meta_model, {}, part, log, optimizers)
+            load_architecture(
+                model, meta_model, moved_buffers(model, part), *places(part), log, optimizers
+            )
             for entry in part:
                 self._move_ids(entry, log)
 
@@ -215,11 +226,17 @@ class Recorder:
         # Ids of changes that were undone in between are not given again.
         tracker.registry.skip_to(min([*entry.added_ids, MOST_IDS]) if entry.added_ids else 0)
         layers = {name: runs.slots() for name, runs in entry.layers.items()}
-        tracker.remap(layers, {}, entry.reason, log.add)
+        born = tracker.registry.free([i for i in entry.added_ids if i < MOST_IDS])
+        tracker.remap(layers, {}, entry.reason, log.add, born)
         reads, tracker.current.reads = tracker.current.reads, {}
         log.add(lambda: setattr(tracker.current, "reads", reads))
         if entry.modules:
-            tracker.sync_layers(entry.reason, log.add)
+
+            def ids_of(layer: str, neurons: int) -> list[int] | None:
+                ids = [] if born is None else [*itertools.islice(born, neurons)]
+                return ids if len(ids) == neurons else None
+
+            tracker.sync_layers(entry.reason, log.add, ids_of)
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> Path:
         """Save the run into a directory: weights, optimizer, statistics, history, ids, journal, random states.
@@ -269,7 +286,11 @@ E = TypeVar("E", bound=Parts)
 
 
 def load_engine(
-    make: Callable[..., E], path: PathLike, fresh_model: nn.Module, optimizer: Any = None
+    make: Callable[..., E],
+    path: PathLike,
+    fresh_model: nn.Module,
+    optimizer: Any = None,
+    policy: Any = None,
 ) -> E:
     """An engine of `make` that goes on where a checkpoint was saved; see `NeuronEngine.load_checkpoint`.
 
@@ -285,27 +306,81 @@ def load_engine(
         noise = rng_restorer(content.tensors["random"], facts["random"])
         plain = unwrapped(optimizers)
         check_ownership(model, plain)
+        known = [session for session in sessions_of(model) if not session.replaced]
+        for session in [s for s in known if len(s.journal)][:1]:
+            # It is no fresh model: it becomes what it was at first.
+            first = session.origin.meta_model(model, session.journal.entries[0].before)
+            held = {id(o): o for o in [*plain, *unwrapped(session.attached()[0])]}
+            session.origin.restore(model, first, log, list(held.values()))
+        origin, widths = Origin(), {layer.name: layer.neurons for layer in find_layers(model)}
+        origin.note_all(model, Journal.from_dict(content.texts["journal"]), {}, plain)
         journal = run_state.load_model(model, content, log)
         load_optimizers(model, plain, content.tensors["optimizer"], facts["optimizers"], log)
         engine = make(**facts["settings"])
         log.add(engine.tracker.release)
         run_state.require_ids(journal, facts["registry"])
         history, seen = run_state.load_tracker(engine.tracker, model, content)
+        if facts["run"] is None and policy is not None:
+            raise CheckpointError(
+                "The checkpoint has no run that a policy could go on with: load it without one, and call "
+                "start_self_modification(policy)."
+            )
         if facts["run"] is not None:
-            engine.trainer.start_self_modification(Policy.from_dict(facts["run"]["policy"]))
+            saved = facts["run"]["policy"]
+            # Several processes may meet only once the engine is there.
+            engine.trainer.begin(Policy.from_dict(saved) if policy is None else as_policy(policy))
             run = engine.trainer.run
             assert run is not None
             log.add(engine.trainer.stop_self_modification)
             tables = content.tensors["statistics"]
             look = {name: t for name, t in tables.items() if name.startswith("look.")}
             run.restore_state(facts["run"], seen, look)
+    for session in [s for s in known if len(s.journal) or len(journal)]:
+        session.replace()
     engine.attachments.attach_optimizer(*optimizers)
     session = engine.sessions.current
-    session.journal = journal
+    session.journal, session.origin = journal, origin
+    for name, layer in session.entry.layers.items():
+        first_ids = engine.tracker.registry.first_ids(layer, widths.get(name) or 0)
+        origin.ids.update({name: first_ids} if first_ids else {})
     if history is not None:
         session.history = history
     noise()
     return engine
+
+
+def _require_no_followers(session: Session, found: Found) -> None:
+    """Refuse to change a model and not its copies: their weights are in another file.
+
+    Raises:
+        CheckpointError: Copies follow it.
+    """
+    if (found.back or found.entries) and session.attached()[1]:
+        raise CheckpointError(
+            f"This state dict changes the shapes of {session.entry.name!r}, and a copy follows it, whose weights it "
+            "does not hold. Call detach_follower(copy) first; after the load make the copy anew and attach it."
+        )
+
+
+def _changed_since(known: Sequence[Entry], found: Found) -> set[str]:
+    """Tensors of which the slots are others once the changes of a state dict are made."""
+    pairs = enumerate(itertools.zip_longest(known, found.entries))
+    same = next((number for number, (mine, theirs) in pairs if mine != theirs), len(known))
+    return {name for entry in [*known[same:], *found.entries[same:]] for name in entry.slots}
+
+
+def _forget_states(
+    model: nn.Module, optimizers: Sequence[Optimizer], changed: Collection[str]
+) -> None:
+    """Let optimizers forget what they know of other slots: it would be read as that of the new ones."""
+    named = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in [p for p in optimizer.state if named.get(id(p)) in changed]:
+            del optimizer.state[parameter]
+        for parameter in [p for p in optimizer.state if p.shape != _shape(optimizer, p)]:
+            # Moments of another shape would be read beyond their end.
+            del optimizer.state[parameter]
+        watch(optimizer)  # the ages of young slots come with its state
 
 
 def _shape(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Size:

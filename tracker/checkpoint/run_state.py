@@ -104,7 +104,7 @@ def load_model(model: nn.Module, content: Checkpoint, log: UndoLog) -> Journal:
         model, journal, sum(t.numel() for t in content.tensors["model"].values())
     )
     values = _values(meta_model, content)
-    load_architecture(model, meta_model, values, journal, log)
+    load_architecture(model, meta_model, values, *journal.places, log)
     modules = dict(model.named_modules())
     parameters = list(model.named_parameters())
     flags = {name: module.training for name, module in modules.items()}

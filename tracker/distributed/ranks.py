@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -247,7 +248,6 @@ def renew(wrapper: DistributedDataParallel) -> DistributedDataParallel:
         "device_ids": wrapper.device_ids,
         "output_device": wrapper.output_device,
         "dim": wrapper.dim,
-        "broadcast_buffers": wrapper.broadcast_buffers,
         "process_group": wrapper.process_group,
         "bucket_cap_mb": wrapper.bucket_bytes_cap / 2**20,
         "find_unused_parameters": wrapper.find_unused_parameters,
@@ -264,7 +264,11 @@ def renew(wrapper: DistributedDataParallel) -> DistributedDataParallel:
     for parameter in module.parameters():
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()  # it may lie in a bucket of the old one
-    fresh = DistributedDataParallel(module, **options)
+    if not wrapper.broadcast_buffers:
+        options["broadcast_buffers"] = False
+    with warnings.catch_warnings():  # its other name, since torch 2.14, would still copy them once
+        warnings.simplefilter("ignore", FutureWarning)
+        fresh = DistributedDataParallel(module, **options)
     if watched:
         watch_wrapper(fresh)
     return fresh

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tracker.errors import CheckpointError
-from tracker.journal.replay import load_architecture, meta_model_after, module_spec
+from tracker.journal.replay import (
+    load_architecture,
+    meta_model_after,
+    module_spec,
+    moved_buffers,
+    places,
+)
 from tracker.journal.run_length import Runs
 from tracker.structure.code_sizes.traced_int import Attribute
 from tracker.surgery.plan import Plan
@@ -200,6 +206,11 @@ class Entry:
         )
 
     @property
+    def touched(self) -> Iterable[str]:
+        """Names of the tensors whose slots moved."""
+        return self.slots.keys()
+
+    @property
     def reason(self) -> str:
         """Why neurons left with it."""
         return f"removed by {self.operation}" + (
@@ -262,11 +273,18 @@ class Journal:
         entries = self.entries if entries is None else entries
         meta_model, log = meta_model_after(model, entries), UndoLog()
         try:
-            load_architecture(model, meta_model, {}, entries, log)
+            load_architecture(
+                model, meta_model, moved_buffers(model, entries), *places(entries), log
+            )
         except BaseException:
             log.undo()
             raise
         return log
+
+    @property
+    def places(self) -> tuple[list[str], list[Attribute]]:
+        """Names of the modules that the changes put in place, and the integers of the model's code that they set."""
+        return places(self.entries)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: tracker/schemas/journal.schema.json describes it."""

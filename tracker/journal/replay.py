@@ -1,4 +1,4 @@
-"""Do the changes of a journal once more: on a twin without values first, and on the model only if all of it fits."""
+"""Do the changes of a journal once more: on a copy without values first, and on the model only if all of it fits."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from tracker.surgery.inserted_modules import (
     ReluIdentity,
     ResidualBlock,
     is_layer,
+    put_module,
     replace_module,
 )
 from tracker.surgery.operations.block_copies import copied, is_block
+from tracker.surgery.optimizer_state.moments import moved
 from tracker.surgery.undo import UndoLog, rewrite, writable
 
 if TYPE_CHECKING:
@@ -86,8 +88,7 @@ def meta_model_after(model: nn.Module, entries: Iterable[Entry], saved: float = 
     """
     held = {id(t): t for t in tensors(model).values()}
     try:
-        valueless = {key: _valueless(t) for key, t in held.items()}
-        meta_model = copy.deepcopy(model, computed_tensors(model) | valueless)
+        meta_model = without_values(model)
     except Exception as error:
         raise CheckpointError(f"This {type(model).__name__} cannot be copied: {error}") from error
     most = max(LEAST, GROWTH * (sum(t.numel() for t in held.values()) + saved))
@@ -118,28 +119,38 @@ def load_architecture(
     model: nn.Module,
     meta_model: nn.Module,
     values: Mapping[str, Tensor],
-    entries: Iterable[Entry],
+    modules: Iterable[str],
+    integers: Iterable[Attribute],
     log: UndoLog,
     optimizers: Sequence[Optimizer] = (),
 ) -> None:
-    """Give the model the architecture of its twin, and these values; zeros where there are none and shapes changed.
+    """Give the model the architecture of `meta_model`, and these values; zeros where there are none and shapes changed.
 
-    `values` were compared with the twin. The `Parameter` objects stay; the log takes everything back.
+    `values` were compared with it. The `Parameter` objects stay; the log takes everything back.
+
+    Args:
+        model: It is changed in place.
+        meta_model: A copy of the model, changed, without values.
+        values: Of tensors.
+        modules: Names under which it has other modules than the model, or none.
+        integers: Of the model's code, that may differ.
+        log: How to take it back.
+        optimizers: Which the parameters of new modules join.
     """
-    entries = list(entries)
     device = next((t.device for t in tensors(model).values()), torch.device("cpu"))
     with writable():
-        for name in dict.fromkeys(name for entry in entries for name in entry.modules):
+        for name in modules:
             path, _, child = name.rpartition(".")
             parent, theirs = _module(model, path), _module(meta_model, name)
-            if (
-                parent is not None
-                and theirs is not None
-                and parent._modules.get(child) is not theirs
-            ):
+            if parent is None:
+                continue
+            if theirs is None and child in parent._modules:
+                put_module(model, name, None, log)
+            elif theirs is not None and parent._modules.get(child) is not theirs:
                 near = next(parent.parameters(), None)
                 known = dict(parent.named_buffers())
                 own = theirs.to_empty(device=device if near is None else near.device)
+                own.train(parent.training)
                 for key, buffer in own.named_buffers():  # of copies, what no checkpoint holds
                     if key in known and known[key].shape == buffer.shape:
                         buffer.copy_(known[key])
@@ -154,11 +165,34 @@ def load_architecture(
             mine = model.get_submodule(name)
             if is_adapted(module) and type(mine) is not type(module):
                 _adapt_module(mine, log)
-        named = dict.fromkeys(a for entry in entries for a in entry.attributes)
-        integers = {
-            a: _value(meta_model, a) for a in named if not missing_attributes(meta_model, {a: 0})
-        }
-        sync_attributes(model, integers, log.add)
+        named = dict.fromkeys(integers)
+        sync_attributes(
+            model,
+            {
+                a: value_of(meta_model, a)
+                for a in named
+                if not missing_attributes(meta_model, {a: 0})
+            },
+            log.add,
+        )
+
+
+def places(entries: Iterable[Entry]) -> tuple[list[str], list[Attribute]]:
+    """Names of the modules that changes put in place, and the integers of the model's code that they set."""
+    entries = list(entries)
+    modules = dict.fromkeys(name for entry in entries for name in entry.modules)
+    return list(modules), list(dict.fromkeys(a for entry in entries for a in entry.attributes))
+
+
+def moved_buffers(model: nn.Module, entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """Contents of buffers that are in no state dict, after these changes; zero in slots that came with them."""
+    kept, contents = persistent_tensors(model), dict[str, Tensor]()
+    held = {name: t for name, t in tensors(model).items() if name not in kept}
+    for entry in entries:
+        for name in held.keys() & entry.slots.keys():
+            slots = {dim: runs.slots() for dim, runs in entry.slots[name].items()}
+            contents[name] = moved(contents.get(name, held[name]), slots)
+    return contents
 
 
 def module_spec(module: nn.Module) -> dict[str, Any]:
@@ -178,16 +212,16 @@ def module_spec(module: nn.Module) -> dict[str, Any]:
 
 
 def _change(meta_model: nn.Module, entry: Entry, known: set[Attribute]) -> None:
-    """known: Integers of the twin's code, as far as they were asked for."""
+    """known: Integers of the copy's code, as far as they were asked for."""
     if not (entry.slots or entry.modules or entry.attributes):
         return
-    held, moved = tensors(meta_model), list[tuple[int, int]]()
+    held, sizes = tensors(meta_model), list[tuple[int, int]]()
     for name, dims in entry.slots.items():
         shape = list(held[name].shape) if name in held else []
         for dim, runs in dims.items():
             if not 0 <= dim < len(shape) or runs.reach > shape[dim] or not runs.size:
                 raise ValueError(f"{name} has no such slots of dimension {dim}")
-            moved.append((shape[dim], runs.size))
+            sizes.append((shape[dim], runs.size))
             shape[dim] = runs.size
         held[name].data = torch.empty(shape, dtype=held[name].dtype, device="meta")
     if entry.attributes:
@@ -204,7 +238,7 @@ def _change(meta_model: nn.Module, entry: Entry, known: set[Attribute]) -> None:
             for a, v in entry.attributes.items()
             if not _counts_blocks(meta_model, a, v - copies)
         }
-        _require_sizes(meta_model, rest, moved)
+        _require_sizes(meta_model, rest, sizes)
     sync_attributes(meta_model, entry.attributes, lambda back: None)
     for name, spec in entry.modules.items():
         replace_module(meta_model, name, _built(meta_model, name, spec), [], UndoLog())
@@ -216,7 +250,7 @@ def _require_sizes(
 ) -> None:
     """Integers that a change solves for move as an axis does that it `moved` (size before, after)."""
     for attribute, value in attributes.items():
-        was, module = _value(meta_model, attribute), meta_model.get_submodule(attribute.module)
+        was, module = value_of(meta_model, attribute), meta_model.get_submodule(attribute.module)
         ours = type(module).__module__.startswith("torch.nn.") and not attribute.owner
         if ours and attribute.name in NO_SIZES and value != was:
             raise ValueError(f"{attribute.name} of {attribute.module} is no size of a tensor")
@@ -270,6 +304,12 @@ def _built(meta_model: nn.Module, name: str, spec: Mapping[str, Any]) -> nn.Modu
     return (ReluIdentity, ResidualBlock)[BLOCKS.index(kind)](*layers)
 
 
+def without_values(module: nn.Module) -> nn.Module:
+    """A copy of a module that has the shapes of its tensors and no values."""
+    held = {id(t): _valueless(t) for t in tensors(module).values()}
+    return copy.deepcopy(module, computed_tensors(module) | held)
+
+
 def _valueless(tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
         raise CheckpointError(f"A {type(tensor).__name__} cannot be restored in place.")
@@ -286,8 +326,13 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _value(meta_model: nn.Module, attribute: Attribute) -> int:
-    holder: Any = meta_model.get_submodule(attribute.module)
+def value_of(model: nn.Module, attribute: Attribute) -> int:
+    """What an integer of the model's code is now.
+
+    Raises:
+        KeyError: It has none.
+    """
+    holder: Any = model.get_submodule(attribute.module)
     for name in attribute.owner:
         holder = vars(holder)[name]
     value = vars(holder)[attribute.name]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,23 +60,72 @@ class NeuronRegistry:
         self._next = 0
         self._gone: dict[int, str] = {}  # id → when and why it left
 
-    def register(self, model: str, layer: str, neurons: int) -> LayerIds:
-        """Ids for a new layer."""
+    def register(
+        self, model: str, layer: str, neurons: int, known: Sequence[int] | None = None
+    ) -> LayerIds:
+        """Ids for a new layer; `known`: those that its neurons had at another time."""
         entry = LayerIds(model, layer, [])
-        self._extend(entry, neurons)
+        if known is None:
+            self._extend(entry, neurons)
+        else:
+            self.adopt(entry, known, "")
         return entry
 
-    def remap(self, entry: LayerIds, slots: SlotMap, why: str) -> list[int]:
-        """Move the ids of a layer as its slots moved; return the new ones. `why` is told of those that leave."""
+    def remap(
+        self, entry: LayerIds, slots: SlotMap, why: str, known: Iterator[int] | None = None
+    ) -> list[int]:
+        """Move the ids of a layer as its slots moved; return the new ones.
+
+        Args:
+            entry: Of the layer.
+            slots: How they moved.
+            why: What is told of those that leave.
+            known: Ids for the new ones, as `free` gave them; None: the next ones.
+        """
         old = list(entry.ids)
         kept = set(slots.known)
         self._gone.update({n: why for i, n in enumerate(old) if i not in kept})
-        fresh = LayerIds(entry.model, entry.layer, [])
-        self._extend(fresh, slots.size - len(slots.known), owner=entry)
-        births = iter(fresh.ids)
-        entry.ids[:] = [next(births) if s is None else old[s] for s in slots.source]
+        fresh, births = LayerIds(entry.model, entry.layer, []), slots.size - len(slots.known)
+        if known is None:
+            self._extend(fresh, births, owner=entry)
+        else:
+            fresh.ids += itertools.islice(known, births)
+            self._own(entry, fresh.ids)
+        new = iter(fresh.ids)
+        entry.ids[:] = [next(new) if s is None else old[s] for s in slots.source]
         entry.index = {}
         return fresh.ids
+
+    def free(self, ids: Sequence[int]) -> Iterator[int] | None:
+        """These ids, for the neurons that had them at another time; None where others have them now."""
+        blocks = [bisect_right(self._starts, i) - 1 for i in ids]
+        living = (
+            b >= 0 and self._blocks[b].local_index(i) is not None
+            for b, i in zip(blocks, ids, strict=True)
+        )
+        return None if any(living) or len({*ids}) < len(ids) else iter(ids)
+
+    def adopt(self, entry: LayerIds, ids: Sequence[int], why: str) -> None:
+        """Give a layer the ids that it had at another time; `why` is told of those that leave it."""
+        self._gone.update(dict.fromkeys(set(entry.ids) - {*ids}, why))
+        self._own(entry, ids)
+        entry.ids[:] = ids
+        entry.index = {}
+
+    def snapshot(self) -> Callable[[], None]:
+        """How to have whose ids are whose as it is now; none is given out twice."""
+        starts, blocks, gone = list(self._starts), list(self._blocks), dict(self._gone)
+
+        def back() -> None:
+            self._starts, self._blocks, self._gone = starts, blocks, gone
+
+        return back
+
+    def first_ids(self, entry: LayerIds, count: int) -> tuple[int, ...]:
+        """The ids that a layer of so many neurons got when it was registered; none where that is not known."""
+        starts = (s for s, b in zip(self._starts, self._blocks, strict=True) if b is entry)
+        start = next(starts, None)
+        return () if start is None else tuple(range(start, start + count))
 
     @property
     def next_id(self) -> int:
@@ -165,6 +215,28 @@ class NeuronRegistry:
         self._starts, self._next, self._gone = starts, top, gone
         self._blocks = [layers.get(name, other) for _, name in blocks]
         return layers
+
+    def _own(self, entry: LayerIds, ids: Iterable[int]) -> None:
+        """Have the blocks say that these ids are a layer's."""
+        runs: list[list[int]] = []
+        for neuron in sorted(ids):
+            self._gone.pop(neuron, None)
+            if runs and runs[-1][1] == neuron:
+                runs[-1][1] += 1
+            else:
+                runs.append([neuron, neuron + 1])
+        for first, end in runs:
+            at, behind = bisect_left(self._starts, first), bisect_right(self._starts, end) - 1
+            after = self._blocks[behind] if behind >= 0 else entry
+            upto = bisect_left(self._starts, end)
+            new = (
+                [first]
+                if end >= self._next or self._starts[upto : upto + 1] == [end]
+                else [first, end]
+            )
+            self._starts[at:upto] = new
+            self._blocks[at:upto] = [entry, after][: len(new)]
+            self._next = max(self._next, end)
 
     def _extend(self, entry: LayerIds, count: int, owner: LayerIds | None = None) -> None:
         if count:

@@ -22,6 +22,7 @@ from tracker.parts.sessions import Sessions
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.optimizer_state.attachments import torch_optimizer
+from tracker.surgery.optimizer_state.moments import unwrapped
 from tracker.surgery.optimizer_state.stale_steps import unattached
 from tracker.surgery.plan import Plan
 from tracker.surgery.prices.latency import PASSES, latency
@@ -149,6 +150,8 @@ class Changer:
             optimizers, followers = session.attached()
             if not (dry_run or session.tried):
                 notes = [*notes, *_not_attached(drawn, model, optimizers)]
+                for known in [session, *session.others()]:
+                    known.origin.note(model, drawn, known.entry.layers, unwrapped(optimizers))
             with self.together("A change"):
                 change.receipt, _ = execute(
                     self._tracker,

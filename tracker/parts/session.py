@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from tracker.analysis.epoch_history import TrainingHistory
 from tracker.distributed.ranks import Ranks
-from tracker.journal import Entry, Journal, When
+from tracker.journal import Entry, Journal, Origin, When
 from tracker.structure.trials.temporary_copies import temporary_copy
 from tracker.surgery import Receipt, UndoLog
 from tracker.surgery.calibration.loss import Calibration
@@ -59,6 +59,7 @@ class Session:
     entry: TrackedModel
     history: TrainingHistory
     journal: Journal = field(default_factory=Journal)
+    origin: Origin = field(default_factory=Origin)  # what the model was before its journal
     optimizers: list[Any] = field(default_factory=list)
     followers: list[nn.Module] = field(default_factory=list)
     ranks: Ranks | None = None
@@ -70,6 +71,7 @@ class Session:
     carries_run: bool = False  # and the run
     waiting: Any = None  # a run that came with a state dict, and goes on when one is started
     tried: bool = False  # of a copy, on which a change is only tried
+    replaced: bool = False  # the model became that of a checkpoint, which another engine knows
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the parameters, as last known
     _open: Transaction | None = None
 
@@ -111,11 +113,7 @@ class Session:
     def others(self) -> list[Session]:
         """What other engines keep of the same model."""
         model = self.entry.observer.model()
-        return [
-            s
-            for s in list(_sessions)
-            if s is not self and model is not None and s.entry.observer.model() is model
-        ]
+        return [] if model is None else [s for s in sessions_of(model) if s is not self]
 
     def attached(self) -> tuple[list[Any], list[nn.Module]]:
         """Optimizers and followers that were attached to the model, by whichever engine."""
@@ -128,6 +126,8 @@ class Session:
 
     def changed_by_others(self) -> str:
         """How the model is not what this engine knows, or ""."""
+        if self.replaced:
+            return "a checkpoint was loaded into it, by another engine"
         found = self._found()
         for name, shape in self.shapes.items():
             if found.get(name, shape) != shape:
@@ -135,6 +135,14 @@ class Session:
         modules = dict(self.entry.model().named_modules())
         gone = [name for name in self.entry.layers if name not in modules]
         return f"the layer {gone[0]!r} is gone" if gone else ""
+
+    def replace(self) -> None:
+        """Know the model no more: another engine made it that of a checkpoint."""
+        self.replaced = True
+        self.entry.detach()
+        self.optimizers, self.followers = [], []
+        if self.run is not None:
+            self.run.stop()
 
     def know(self, log: UndoLog) -> None:
         """Know the model's shapes as they are now, and those of before once `log` is undone."""
@@ -210,6 +218,15 @@ class Session:
             if outer is None:
                 self.last = last
             raise
+
+
+def sessions_of(model: nn.Module) -> list[Session]:
+    """What all engines keep of a model.
+
+    Args:
+        model: Not wrapped.
+    """
+    return [s for s in list(_sessions) if s.entry.observer.model() is model]
 
 
 @contextmanager

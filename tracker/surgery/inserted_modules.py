@@ -182,6 +182,43 @@ class _Readers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def put_module(model: nn.Module, name: str, module: nn.Module | None, log: UndoLog) -> None:
+    """Put `module` in the place `name`, or leave it empty.
+
+    Under the name `….inserted` it becomes what stands behind its parent.
+    """
+    where, _, child = name.rpartition(".")
+    parent = model.get_submodule(where)
+    order = list(parent._modules.items())
+    hooks: tuple[dict[int, Any], ...] = (parent._forward_hooks, parent._forward_hooks_with_kwargs)
+    before = [dict(table) for table in hooks]
+
+    def back() -> None:
+        parent._modules.clear()
+        parent._modules.update(order)
+
+    def rehook() -> None:
+        for table, content in zip(hooks, before, strict=True):
+            table.clear()
+            table.update(content)
+
+    log.add(back)
+    log.before.modules.setdefault((id(model), name), (model, name, parent._modules.get(child)))
+    if module is None:
+        del parent._modules[child]
+    else:
+        parent._modules[child] = module
+    if child != INSERTED:
+        return
+    known = set(parent._forward_hooks)
+    log.add(lambda: _unhook(parent, known))
+    if module is None:
+        log.add(rehook)
+        _unhook(parent, ())
+    elif run_inserted not in parent._forward_hooks.values():
+        parent.register_forward_hook(run_inserted, with_kwargs=True)
+
+
 def replace_module(
     model: nn.Module,
     name: str,
@@ -196,19 +233,7 @@ def replace_module(
     where, _, child = name.rpartition(".")
     parent = model.get_submodule(where)
     old = parent._modules.get(child)
-    order = list(parent._modules.items())
-
-    def back() -> None:
-        parent._modules.clear()
-        parent._modules.update(order)
-
-    log.add(back)
-    log.before.modules.setdefault((id(model), name), (model, name, old))
-    parent._modules[child] = module
-    if child == INSERTED:
-        known = set(parent._forward_hooks)
-        log.add(lambda: _unhook(parent, known))
-        parent.register_forward_hook(run_inserted, with_kwargs=True)
+    put_module(model, name, module, log)
     like = {n: id(p) for n, p in parent.named_parameters()} if child == INSERTED else {}
     mates = {id(p) for p in parent.parameters(recurse=False)}
     still = {id(p) for p in model.parameters()}

@@ -111,9 +111,7 @@ def _parts(receipt: Receipt) -> list[str]:
     if receipt.dry_run and not receipt.units:  # new ones have no ids yet
         new = new or sum(max(after - before, 0) for before, after in receipt.widths.values())
     if counts:
-        parts += [
-            f"{n:,} {_WORDS.get(k, k) if n > 1 else k.replace('_', ' ')}" for k, n in counts.items()
-        ]
+        parts += [f"{n:,} {_WORDS.get(k, (k, k))[n != 1]}" for k, n in counts.items()]
         parts[-1] += " back" if back else " gone"
         plain, neurons = {"neuron", "channel", "unit"}, new if back else gone
         if neurons and (neurons != sum(counts.values()) or not counts.keys() <= plain):
@@ -128,15 +126,15 @@ def _parts(receipt: Receipt) -> list[str]:
 
 
 _WORDS = {
-    "neuron": "neurons",
-    "channel": "channels",
-    "head": "heads",
-    "head_dim": "dimensions of heads",
-    "group": "groups of channels",
-    "hidden": "hidden units",
-    "residual": "dimensions of the residual stream",
-    "embedding": "dimensions of embeddings",
-    "unit": "units",
+    "neuron": ("neuron", "neurons"),
+    "channel": ("channel", "channels"),
+    "head": ("head", "heads"),
+    "head_dim": ("dimension of heads", "dimensions of heads"),
+    "group": ("group of channels", "groups of channels"),
+    "hidden": ("hidden unit", "hidden units"),
+    "residual": ("dimension of the residual stream", "dimensions of the residual stream"),
+    "embedding": ("dimension of embeddings", "dimensions of embeddings"),
+    "unit": ("unit", "units"),
 }
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 from tracker.errors import SurgeryError
 from tracker.inputs.signature import Signature
 from tracker.training.choices import Bypass, Candidate, Requests, Size
 from tracker.training.policy import Phases, Policy
-from tracker.training.subclasses import name_of
+from tracker.training.subclasses import PASS_IT, name_of
 
 # By name, those that are alive: nothing is imported or called because a file names it.
-_known: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_known: dict[str, list[weakref.ref[Any]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,11 @@ class OwnPolicy(Policy):
                 f"A rule is a function or an object with `decide`, not {self.rule!r}."
             )
         try:
-            _known[_name(self.rule)] = self.rule
+            made = weakref.ref(self.rule)
         except TypeError:  # of what bears no weak reference a checkpoint cannot go on by itself
             return
+        known = [ref for ref in _known.get(_name(self.rule), ()) if ref() not in (None, self.rule)]
+        _known[_name(self.rule)] = [*known, made]
 
     def decide(
         self,
@@ -102,14 +104,17 @@ def rule_named(name: object) -> Any:
     """The function or object that a checkpoint names.
 
     Raises:
-        SurgeryError: None of this name was made a policy in this process.
+        SurgeryError: None of this name was made a policy in this process, or several were.
     """
-    rule = _known.get(str(name))
-    if rule is None:
+    found = [rule for ref in _known.get(str(name), ()) if (rule := ref()) is not None]
+    if not found:
+        raise SurgeryError(f"The policy is {name}, which was not made a policy here. {PASS_IT}")
+    # Of a function that was defined again, the last one; of others who knows.
+    if len(found) > 1 and (not hasattr(found[-1], "__qualname__") or "<lambda>" in str(name)):
         raise SurgeryError(
-            f"The policy is {name}, which was not made a policy here: call Policy.of(...) with it before loading."
+            f"The policy is {name}, and there are {len(found)} of this name. {PASS_IT}"
         )
-    return rule
+    return found[-1]
 
 
 def taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,14 @@ BOUNDS = (
     ("min_flops", "max_flops"),
     ("min_latency", "max_latency"),
 )
+
+
+def is_plain(value: object) -> bool:
+    """Whether JSON gives a value back as it is."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def require_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:

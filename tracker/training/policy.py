@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,16 +11,23 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from tracker.errors import SurgeryError
 from tracker.surgery.prices.protection import Protect, wanted
 from tracker.training.choices import Bypass, Candidate, Requests, Size
-from tracker.training.field_checks import MEANING, require_kinds, require_meaning, require_sensible
+from tracker.training.field_checks import (
+    MEANING,
+    is_plain,
+    require_kinds,
+    require_meaning,
+    require_sensible,
+)
 from tracker.training.ramp import paced, step_of
 from tracker.training.schedule import schedule
 from tracker.training.spending import cheapest, fits, forced, less, traded
-from tracker.training.subclasses import name_of, subclass_named
+from tracker.training.subclasses import PASS_IT, name_of, subclass_named
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 CLASS = "class"  # key of a subclass's name in plain data
+LACKS = "lacks"  # of the names of what a subclass has beside plain data
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +249,20 @@ class Policy:
         return replace(self, **fitted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON; of a subclass with the name of its class, which `from_dict` looks for."""
-        kind = {} if type(self) is Policy else {CLASS: name_of(type(self))}
-        return asdict(self) | MEANING | kind
+        """Plain data, for JSON; of a subclass with the name of its class, which `from_dict` looks for.
+
+        What a subclass has beside plain data is only named.
+        """
+        if type(self) is Policy:
+            return asdict(self) | MEANING
+        settings = Policy(**{f.name: getattr(self, f.name) for f in fields(Policy)}).to_dict()
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in settings}
+        own |= {n: v for n, v in getattr(self, "__dict__", {}).items() if n not in settings}
+        plain = {name: value for name, value in own.items() if is_plain(value)}
+        known = {f.name for f in fields(self) if f.init}
+        lacking = sorted(name for name in own if name not in plain or name not in known)
+        told: dict[str, Any] = {LACKS: lacking} if lacking else {}
+        return settings | copy.deepcopy(plain) | {CLASS: name_of(type(self))} | told
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Policy | Phases:
@@ -352,7 +371,8 @@ class Policy:
         errors = {c.name: c.errors[: most[c.name]] for c in free}
         counts = cheapest(errors, free, self.tolerance, left, self._measure)
         what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
-        why = f"{sum(counts.values())} units can go within {what} {self.tolerance:.2%}"
+        going = sum(counts.values())
+        why = f"{going} unit{'s' * (going != 1)} can go within {what} {self.tolerance:.2%}"
         whole = self._bounds(now, least=False)
         for one in free:
             room = less(room, one.cost, -counts.get(one.name, 0))
@@ -493,12 +513,21 @@ def _policy(data: Mapping[str, Any]) -> Policy:
         rule = rule_named(data.pop("rule"))
         settings = _policy(data | MEANING)
         return Policy.of(rule, **{f.name: getattr(settings, f.name) for f in fields(Policy)})
-    kind = subclass_named(data.pop(CLASS), Policy) if CLASS in data else Policy
+    name = data.pop(CLASS, "")
+    kind = subclass_named(name, Policy) if name else Policy
+    if lacking := data.pop(LACKS, None):
+        raise SurgeryError(
+            f"The policy is a {name}, of which no checkpoint could hold {', '.join(map(str, lacking))}: no plain data. "
+            f"{PASS_IT}"
+        )
     unknown = set(data) - {f.name for f in fields(kind) if f.init}
     if unknown:
         raise SurgeryError(f"A policy has no {sorted(unknown)[0]!r}.")
     require_kinds(data, _kinds())  # of a subclass, its own `__post_init__` checks the rest
-    return kind(**data)
+    try:
+        return kind(**data)
+    except TypeError as error:  # a constructor of its own
+        raise SurgeryError(f"The policy is a {name}, and {error}. {PASS_IT}") from error
 
 
 @functools.cache

@@ -8,6 +8,10 @@ from typing import TypeVar
 from tracker.errors import SurgeryError
 
 T = TypeVar("T")
+PASS_IT = (
+    "Make it as you did, and pass it: load_checkpoint(path, model, optimizer, policy=...), or after load_state_dict "
+    "start_self_modification(policy)."
+)
 
 
 def name_of(kind: type) -> str:
@@ -27,7 +31,7 @@ def subclass_named(name: object, base: type[T]) -> type[T]:
     same = [k for k in found if "__main__" in (module, k.__module__) or k.__module__ == module]
     if not same:
         raise SurgeryError(
-            f"The policy is a {name}, a class that does not exist here: import or define it before loading."
+            f"The policy is a {name}, a class that does not exist here: import or define it before loading. {PASS_IT}"
         )
     return same[-1]  # of a class that was defined again, the last one
 

@@ -61,7 +61,21 @@ class Trainer:
         if steps is not None and (policy is not None or carried is None):
             chosen = chosen.fitted(steps)
         refuse_alone(session.ranks)
-        run = SelfModification(self._tracker, session, self._surgeon, chosen)
+        self.begin(chosen)
+
+    def begin(self, policy: Policy | Phases) -> None:
+        """Begin the run of a policy, or go on with the one that was loaded; the first step looks for other processes.
+
+        Args:
+            policy: That decides.
+
+        Raises:
+            SurgeryError: It protects what is not there.
+            CheckpointError: The run that was loaded is not one of this model.
+        """
+        session = self._sessions.current
+        carried = session.waiting
+        run = SelfModification(self._tracker, session, self._surgeon, policy)
         if carried is not None:
             carried.resume(session, run)
         if session.run is not None:
@@ -85,6 +99,8 @@ class Trainer:
         session = self._that_runs(model)
         if session is None:
             return None
+        if not session.run.stopped:
+            refuse_alone(session.ranks)
         with self._tracker.speaking_of(session.entry):
             receipt: Receipt | None = session.run.step(loss)
             return receipt

@@ -135,8 +135,7 @@ def plan_compression(
     asked = asked or KeepRequest(keep)
     if not groups:
         raise SurgeryError(
-            "There is nothing to compress: no group may be pruned whose consumers were seen to read. "
-            + refusal(tracker, limits, of, asked, [])
+            f"There is nothing to compress. {refusal(tracker, limits, of, asked, [])}"
         )
     market = _market(tracker, groups, problems, limits, of, criterion, progress=progress)
     wanted = _candidates(market, keep * market.whole)

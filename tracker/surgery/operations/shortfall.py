@@ -62,6 +62,11 @@ def refusal(
         return f"{text}In the way: {'. '.join(told)}."
     fixed = [f"{g.name} ({g.reason})" for g in tracker.structure().groups if not g.prunable]
     rest = "; ".join([*fixed[:3], *left_out[:3]])
+    if not tracker.structure().groups:
+        return (
+            f"{text}No layer has two neurons or more of which one may go; print(engine.structure) says what is frozen, "
+            "and why."
+        )
     return text + (f"The rest cannot go: {rest}." if rest else "Each group keeps one unit.")
 
 
