@@ -52,6 +52,11 @@ class Analyzer:
 
         Raises:
             UnknownNeuronError: The current model has no such neuron.
+
+        Examples:
+            >>> stats = engine.get_neuron_stats(0)
+            >>> stats["layer_name"], stats["observations"], stats["status"]
+            ('0', 64, 'active')
         """
         entry, slot = self._tracker.registry.find(neuron_id)
         observation, findings = self.findings()
@@ -64,7 +69,13 @@ class Analyzer:
         return of_layers.neuron_statistics(findings[entry.layer], slot, observation.samples)
 
     def get_dataset_statistics(self) -> dict[int, dict[str, Any]]:
-        """{neuron id: statistics} of all neurons that were observed."""
+        """{neuron id: statistics} of all neurons that were observed.
+
+        Examples:
+            >>> stats = engine.get_dataset_statistics()
+            >>> len(stats), 0 <= stats[16]["firing_frequency"] <= 1
+            (17, True)
+        """
         observation, findings = self.findings()
         return {
             NeuronId(neuron): of_layers.neuron_statistics(found, slot, observation.samples)
@@ -74,7 +85,12 @@ class Analyzer:
         }
 
     def get_layer_summary(self) -> dict[str, dict[str, Any]]:
-        """{layer name: numbers of the layer}; a layer that was not observed says so under "problem"."""
+        """{layer name: numbers of the layer}; a layer that was not observed says so under "problem".
+
+        Examples:
+            >>> engine.get_layer_summary()["0"]["dead_percentage"]
+            0.0
+        """
         _, findings = self.findings()
         return {name: of_layers.layer_statistics(found) for name, found in findings.items()}
 
@@ -84,6 +100,14 @@ class Analyzer:
         """{layer name: ids of its neurons that never fired}, for all layers that were observed.
 
         `prune_neurons` and `recycle_neurons` take it as it is.
+
+        Examples:
+            >>> with torch.no_grad():
+            ...     _ = model[0].weight[3].zero_(), model[0].bias[3].fill_(-1)
+            >>> engine.start_tracking()
+            >>> _ = model(x)
+            >>> engine.get_dead_neurons()["0"]
+            [3]
         """
         _, findings = self.findings()
         return {
@@ -102,6 +126,11 @@ class Analyzer:
 
         Raises:
             StatisticsError: The window did not observe correlation.
+
+        Examples:
+            >>> pairs = engine.find_redundant_neurons(correlation_threshold=0.5)  # layer -> (id, id, correlation)
+            >>> all(abs(correlation) >= 0.5 for _, _, correlation in pairs["0"])
+            True
         """
         threshold = self.threshold(correlation_threshold)
         return {
@@ -119,6 +148,10 @@ class Analyzer:
 
         Args:
             correlation_threshold: |correlation| from which on two neurons are redundant; None: the engine's.
+
+        Examples:
+            >>> engine.get_redundancy_summary(0.99)["0"]["redundant_pairs"]
+            0
         """
         threshold = self.threshold(correlation_threshold)
         return {
@@ -131,6 +164,11 @@ class Analyzer:
 
         The squared multiple correlation: 1.0 for a neuron that the others determine, even where no single one repeats
         it. NaN for constant neurons. Needs a window with correlation.
+
+        Examples:
+            >>> shares = engine.get_explained_shares()["0"]  # id -> how much of it the others of its layer explain
+            >>> sorted(shares) == list(range(8)) and max(shares.values()) <= 1
+            True
         """
         shares = {}
         for name, found in self.correlated().items():

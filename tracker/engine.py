@@ -96,16 +96,23 @@ class NeuronEngine:
         StatisticsError: One of them is out of its range.
 
     Examples:
+        Those of the calls go on from here.
+
         >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> optimizer = torch.optim.Adam(model.parameters())
         >>> engine = NeuronEngine()
-        >>> engine.track_model(model, "tiny")
-        {'0': [0, 1, 2], '2': [3, 4]}
-        >>> engine.start_tracking()
-        >>> _ = model(torch.ones(8, 4))
+        >>> engine.track_model(model, "small", example_inputs=x[:8])["2"]
+        [8, 9, 10, 11, 12, 13]
+        >>> engine.attach_optimizer(optimizer)
+        >>> engine.start_tracking(enable_correlation_analysis=True)
+        >>> _ = model(x)
         >>> engine.stop_tracking()
-        >>> engine.get_neuron_stats(0)["observations"]
-        8
+        >>> engine
+        NeuronEngine: 'small', a Sequential of 115 parameters; 17 neurons in 3 layers; 64 samples observed; 0 changes
     """
 
     def __init__(
@@ -156,12 +163,21 @@ class NeuronEngine:
 
     @property
     def activation_threshold(self) -> float:
-        """A neuron fires where |activation| is larger. What was counted cannot be counted anew: fixed for life."""
+        """A neuron fires where |activation| is larger. What was counted cannot be counted anew: fixed for life.
+
+        Examples:
+            >>> engine.activation_threshold
+            0.01
+        """
         return self.tracker.threshold
 
     @property
     def correlation_threshold(self) -> float:
-        """|Pearson correlation| from which on two neurons are redundant, in (0, 1]."""
+        """|Pearson correlation| from which on two neurons are redundant, in (0, 1].
+
+        Examples:
+            >>> engine.correlation_threshold = 0.95
+        """
         return self.analyzer.correlation_threshold
 
     @correlation_threshold.setter
@@ -230,6 +246,10 @@ class NeuronEngine:
 
         Raises:
             StructureError: The model has not run yet and no example inputs were given, or it cannot be traced.
+
+        Examples:
+            >>> engine.structure.coverage, engine.structure["0"].size
+            (0.97..., 8)
         """
         return self.changer.structure
 
@@ -257,6 +277,11 @@ class NeuronEngine:
         """What was decided so far, and why: changes, refusals, and looks at which nothing was to be done.
 
         Of the current model, or of the one model that modified itself.
+
+        Examples:
+            >>> engine.start_self_modification()
+            >>> [decision.what for decision in engine.life]
+            ['kept']
         """
         return self.trainer.life
 
@@ -269,12 +294,23 @@ class NeuronEngine:
 
     @property
     def history(self) -> TrainingHistory:
-        """The logged epochs of the current model so far (or what was loaded, without one)."""
+        """The logged epochs of the current model so far (or what was loaded, without one).
+
+        Examples:
+            >>> len(engine.history.epochs)
+            0
+        """
         return self.sessions.history.copy()
 
     @property
     def journal(self) -> Journal:
-        """Every change of the current model so far, in order."""
+        """Every change of the current model so far, in order.
+
+        Examples:
+            >>> receipt = engine.prune_neurons({"0": [1]})
+            >>> [entry.operation for entry in engine.journal]
+            ['prune_units']
+        """
         session = self.sessions.present
         return Journal() if session is None else copy.deepcopy(session.journal)
 
@@ -300,5 +336,13 @@ class NeuronEngine:
 
         Raises:
             CheckpointError: The checkpoint is damaged or does not fit; model and optimizer are as they were.
+
+        Examples:
+            >>> receipt = engine.prune_neurons({"0": [1]})
+            >>> path = engine.save_checkpoint("run")
+            >>> fresh = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+            >>> resumed = NeuronEngine.load_checkpoint(path, fresh, torch.optim.Adam(fresh.parameters()))
+            >>> torch.equal(fresh(x), model(x))
+            True
         """
         return load_engine(cls, path, fresh_model, optimizer, policy)

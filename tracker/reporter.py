@@ -68,6 +68,11 @@ class Reporter:
             redundancy_threshold: |correlation| from which on a pair is recommended to be merged.
             saturation_threshold: Share of its neurons that its consumers need from which on a layer is recommended to
                 be expanded; where correlation was not observed, average firing frequency.
+
+        Examples:
+            >>> advice = engine.generate_optimization_recommendations(pruning_threshold=0.05)
+            >>> sorted(advice)
+            ['expand', 'merge', 'metadata', 'prune', 'schema_version', 'statistics']
         """
         redundancy = self._analyzer.threshold(redundancy_threshold)
         observation, findings = self._analyzer.findings()
@@ -84,6 +89,10 @@ class Reporter:
         Args:
             path: Where to write; what is there is replaced once the new file is whole.
             thresholds: Arguments of `generate_optimization_recommendations`.
+
+        Examples:
+            >>> engine.save_optimization_recommendations("advice.json", pruning_threshold=0.05).name
+            'advice.json'
         """
         return write_json(path, self._current_recommendations(thresholds))
 
@@ -92,6 +101,11 @@ class Reporter:
 
         Args:
             thresholds: Arguments of `generate_optimization_recommendations`.
+
+        Examples:
+            >>> engine.print_optimization_recommendations()  # doctest: +ELLIPSIS
+            OPTIMIZATION RECOMMENDATIONS
+            ...
         """
         print(text_reports.optimization_report(self._current_recommendations(thresholds)))
 
@@ -100,6 +114,13 @@ class Reporter:
 
         Args:
             top_n: How many.
+
+        Examples:
+            >>> worst = engine.generate_pruning_recommendations(top_n=3)  # doctest: +ELLIPSIS
+            TOP 3 PRUNING CANDIDATES:
+            ...
+            >>> len(worst)
+            3
         """
         text_reports.require_count("top_n", top_n)
         _, findings = self._analyzer.findings()
@@ -116,12 +137,23 @@ class Reporter:
 
         Args:
             limit: Neurons of each layer; None: all.
+
+        Examples:
+            >>> engine.print_activation_summary(limit=2)  # doctest: +ELLIPSIS
+            Activation Statistics Summary:
+            ...
         """
         text_reports.require_count("limit", limit)
         print(text_reports.activation_summary(*self._analyzer.findings(), limit))
 
     def print_dataset_summary(self) -> None:
-        """Print dead neurons and firing, layer by layer."""
+        """Print dead neurons and firing, layer by layer.
+
+        Examples:
+            >>> engine.print_dataset_summary()  # doctest: +ELLIPSIS
+            DATASET-LEVEL NEURON ANALYSIS REPORT
+            ...
+        """
         print(text_reports.dataset_summary(*self._analyzer.findings()))
 
     def print_correlation_analysis(self, correlation_threshold: float | None = None) -> None:
@@ -129,6 +161,11 @@ class Reporter:
 
         Args:
             correlation_threshold: |correlation| from which on two neurons are redundant; None: the engine's.
+
+        Examples:
+            >>> engine.print_correlation_analysis(0.8)  # doctest: +ELLIPSIS
+            NEURON CORRELATION ANALYSIS REPORT
+            ...
         """
         threshold = self._analyzer.threshold(correlation_threshold)
         observation, _ = self._analyzer.findings()
@@ -151,6 +188,11 @@ class Reporter:
             show_heatmap: Whether the picture is shown, where there is a window or a notebook.
             save_heatmap: File for the picture; None: it is not saved.
             top_n: Candidates for pruning that are listed.
+
+        Examples:
+            >>> text = engine.generate_neuron_report(show_heatmap=False, top_n=3)  # doctest: +ELLIPSIS
+            COMPREHENSIVE NEURON ACTIVITY REPORT
+            ...
         """
         text_reports.require_count("top_n", top_n)
         report = self._activity_report(top_n)
@@ -170,6 +212,10 @@ class Reporter:
 
         Raises:
             WriteError: One of them cannot be written; neither was.
+
+        Examples:
+            >>> engine.save_report_to_file("report.txt", include_heatmap=False).name
+            'report.txt'
         """
         target = Path(path)
         observation, findings = self._analyzer.findings()
@@ -201,6 +247,9 @@ class Reporter:
 
         Args:
             path: File for the picture; None: it is only returned.
+
+        Examples:
+            >>> figure = engine.plot_activity_heatmap("heatmap.png")
         """
         return figures.save(figures.activity_heatmap(*self._analyzer.findings()), path)
 
@@ -210,6 +259,9 @@ class Reporter:
         Args:
             layer_name: Of a layer that was observed with correlation.
             path: File for the picture; None: it is only returned.
+
+        Examples:
+            >>> figure = engine.plot_correlation_matrix("0", "correlation.png")
         """
         _, findings = self._analyzer.findings()
         found = findings[layer_named(list(findings), layer_name)]
@@ -222,6 +274,10 @@ class Reporter:
 
         Args:
             path: File for the picture; None: it is only returned.
+
+        Examples:
+            >>> engine.log_epoch_statistics(0, train_loss=1.1, train_acc=0.4)
+            >>> figure = engine.plot_evolution("evolution.png")
         """
         return figures.save(figures.evolution(self._sessions.history), path)
 
@@ -233,6 +289,11 @@ class Reporter:
 
         Raises:
             StatisticsError: There was no run, or no step of it.
+
+        Examples:
+            >>> engine.start_self_modification()
+            >>> _ = engine.step(nn.functional.cross_entropy(model(x), y))
+            >>> figure = engine.plot_life("life.png")
         """
         session = self._sessions.present
         run = None if session is None else session.run
@@ -247,6 +308,10 @@ class Reporter:
 
         Args:
             path: Where to write; what is there is replaced once the new file is whole.
+
+        Examples:
+            >>> engine.save_html_report("report.html").name
+            'report.html'
         """
         observation, findings = self._analyzer.findings()
         session = self._sessions.current

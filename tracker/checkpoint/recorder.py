@@ -77,6 +77,11 @@ class Recorder:
 
         Raises:
             StatisticsError: Nothing was observed since `start_tracking`.
+
+        Examples:
+            >>> engine.log_epoch_statistics(0, train_loss=1.1, train_acc=0.4)
+            >>> engine.history.epochs[0].epoch
+            0
         """
         observation, findings = self._analyzer.findings()
         if not any(found.observed.any() for found in findings.values()):
@@ -94,6 +99,11 @@ class Recorder:
 
         Args:
             path: Where to write; what is there is replaced once the new file is whole.
+
+        Examples:
+            >>> engine.log_epoch_statistics(0, train_loss=1.1)
+            >>> engine.save_training_history("history.json").name
+            'history.json'
         """
         return self._sessions.history.save(path)
 
@@ -105,6 +115,12 @@ class Recorder:
 
         Raises:
             StatisticsError: The file is missing, broken, or foreign.
+
+        Examples:
+            >>> engine.log_epoch_statistics(0, train_loss=1.1)
+            >>> history = engine.load_training_history(engine.save_training_history("history.json"))
+            >>> len(history.epochs)
+            1
         """
         loaded = TrainingHistory.load(path)
         self._sessions.history = loaded
@@ -115,6 +131,11 @@ class Recorder:
 
         Args:
             neuron_id: Of a neuron that was logged.
+
+        Examples:
+            >>> engine.log_epoch_statistics(0, train_loss=1.1)
+            >>> engine.get_neuron_evolution(3)["loss"]
+            [1.1]
         """
         return self._sessions.history.evolution(neuron_id)
 
@@ -129,6 +150,16 @@ class Recorder:
             run: Carry the run of `start_self_modification` too. After a load, the next call of
                 `start_self_modification` goes on with it: step, timeline, what a look saw, and the change that awaits
                 its verdict.
+
+        Examples:
+            >>> engine.carry_journal()
+            >>> receipt = engine.prune_neurons({"0": [1]})
+            >>> state = model.state_dict()  # holds the journal: a freshly built, tracked model loads it
+            >>> receipt = engine.prune_neurons({"0": [2, 3]})
+            >>> model.load_state_dict(state)  # and so does this one, back to what it was
+            <All keys matched successfully>
+            >>> model[0].out_features
+            7
         """
         session = self._sessions.current
         session.carries_run = session.carries_run or run
@@ -248,6 +279,10 @@ class Recorder:
 
         Raises:
             CheckpointError: Something cannot be saved, or `path` is something else.
+
+        Examples:
+            >>> engine.save_checkpoint("run").name  # a directory
+            'run'
         """
         settings = {
             "activation_threshold": self._tracker.threshold,
@@ -412,6 +447,14 @@ def apply_journal(fresh_model: nn.Module, path: PathLike) -> nn.Module:
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit; the model is as it was.
+
+    Examples:
+        >>> from tracker import apply_journal
+        >>> receipt = engine.prune_neurons({"0": [1]})
+        >>> path = engine.save_checkpoint("run")
+        >>> fresh = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        >>> torch.equal(apply_journal(fresh, path)(x), model(x))
+        True
     """
     content = read_checkpoint(path)
     with _all_or_nothing(path) as log:

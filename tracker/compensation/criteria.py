@@ -46,6 +46,14 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
 
     Args:
         name: By which `compress(criterion=...)` finds it.
+
+    Examples:
+        >>> from tracker import criterion
+        >>> @criterion("largest weight")
+        ... def largest_weight(evidence):
+        ...     return evidence.per_unit(evidence.weight.abs().amax(0))
+        >>> engine.compress(0.8, criterion="largest weight", progress=False, dry_run=True).operation
+        'compress'
     """
 
     def register(function: Criterion) -> Criterion:

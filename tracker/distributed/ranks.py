@@ -241,6 +241,13 @@ def renew(wrapper: DistributedDataParallel) -> DistributedDataParallel:
 
     Raises:
         SurgeryError: It is no DistributedDataParallel.
+
+    Examples:
+        >>> from tracker import renew
+        >>> from torch.nn.parallel import DistributedDataParallel
+        >>> wrapper = DistributedDataParallel(model)  # doctest: +SKIP
+        >>> if engine.step(0.5) is not None:  # a change
+        ...     wrapper = renew(wrapper)
     """
     if not isinstance(wrapper, DistributedDataParallel):
         raise SurgeryError(f"renew takes a DistributedDataParallel, not {type(wrapper).__name__}.")

@@ -28,6 +28,13 @@ def gather_sharded(
 
     Raises:
         SurgeryError: The two models are not of one architecture, or the optimizers not of one kind.
+
+    Examples:
+        >>> from tracker import gather_sharded, shard_anew
+        >>> shard = torch.distributed.fsdp.fully_shard
+        >>> sharded, own = shard_anew(model, optimizer, shard, torch.optim.Adam)  # doctest: +SKIP
+        >>> gather_sharded(sharded, own, model, optimizer)  # doctest: +SKIP
+        >>> receipt = engine.prune_neurons({"0": [1]})  # on all ranks; then shard_anew
     """
     _require_same_names(sharded, whole)
     _carry(sharded, optimizer, whole, whole_optimizer)
@@ -50,6 +57,11 @@ def shard_anew(
 
     Raises:
         SurgeryError: The two optimizers are not of one kind, or have not as many parameter groups.
+
+    Examples:
+        >>> from tracker import shard_anew
+        >>> shard = torch.distributed.fsdp.fully_shard
+        >>> sharded, own = shard_anew(model, optimizer, shard, torch.optim.Adam)  # doctest: +SKIP
     """
     sharded = copy.deepcopy(whole)
     shard(sharded)

@@ -54,6 +54,10 @@ def to_gguf(
         ExportError: The package `gguf` is missing, or the format cannot express the model, which the message explains.
         VerificationError: Logits differ by more than rounding to `dtype` explains; nothing was written.
         SurgeryError, StructureError: As `to_plain`.
+
+    Examples:
+        >>> from tracker.export import to_gguf
+        >>> to_gguf(engine, "lm.gguf", dtype="f16")  # doctest: +SKIP
     """
     needed("gguf", "gguf")
     if dtype not in CLOSE:

@@ -44,6 +44,10 @@ def to_hugging_face(
         ExportError: It is no model of transformers, or has parts or values that its class would not make from the
             configuration; the message names the first.
         SurgeryError, VerificationError, StructureError: As `to_plain`. Nothing was written.
+
+    Examples:
+        >>> from tracker.export import to_hugging_face
+        >>> to_hugging_face(engine, "folder")  # doctest: +SKIP
     """
     needed("transformers", "hf")
     model: Any = current_model(engine)

@@ -52,6 +52,10 @@ def to_onnx(
         ExportError: A package is missing (`pip install 'self-modifying-slm[onnx]'`), or torch cannot export the model.
         VerificationError: Outputs differ; nothing was written.
         StructureError: There are no example inputs.
+
+    Examples:
+        >>> from tracker.export import to_onnx
+        >>> to_onnx(engine, "small.onnx", dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))  # doctest: +SKIP
     """
     for package in ("onnx", "onnxscript", *(["onnxruntime"] if verify else [])):
         needed(package, "onnx")

@@ -53,6 +53,13 @@ def to_plain(engine: NeuronEngine, *, verify: bool = True) -> nn.Module:
         SurgeryError: A part of the model cannot be written with ordinary modules; the message names it.
         VerificationError: The outputs differ.
         StructureError: The model cannot be copied, or there are no example calls and `verify` is set.
+
+    Examples:
+        >>> from tracker.export import to_plain
+        >>> receipt = engine.prune_neurons({"0": [1]})
+        >>> plain = to_plain(engine)
+        >>> torch.equal(plain(x), model(x))
+        True
     """
     model = current_model(engine)
     calls = example_calls(engine) if verify else engine.tracker.current.observer.calls

@@ -30,6 +30,12 @@ class Exported:
             `checked_with`, and the model in memory; None if it was not checked.
         checked_with: What ran it, "" if nothing did.
         notes: What is to be known beside.
+
+    Examples:
+        >>> from tracker.export import to_onnx
+        >>> report = to_onnx(engine, "small.onnx")  # doctest: +SKIP
+        >>> report.checked_with, report.output_difference < 1e-5  # doctest: +SKIP
+        ('onnxruntime', True)
     """
 
     path: Path

@@ -52,6 +52,13 @@ def register_exporter(
 
     Returns:
         A decorator; the function stays as it is.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tracker.export import register_exporter
+        >>> @register_exporter("widths", ending=".txt")
+        ... def widths(engine, path):
+        ...     return Path(path).write_text(str(engine.get_summary()["layers"]))
     """
 
     def register(write: Callable[..., Any]) -> Callable[..., Any]:

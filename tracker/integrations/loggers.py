@@ -13,6 +13,11 @@ def numbers(engine: NeuronEngine) -> dict[str, float]:
 
     Args:
         engine: Of the model that is logged.
+
+    Examples:
+        >>> from tracker.integrations import numbers
+        >>> numbers(engine)["tracker/parameters"]
+        115.0
     """
     found = {
         "tracker/parameters": float(engine.count_parameters()),
@@ -39,6 +44,14 @@ def log_to(logger: Any, engine: NeuronEngine, step: int) -> None:
 
     Raises:
         StatisticsError: The logger has none of these.
+
+    Examples:
+        >>> from tracker.integrations import log_to
+        >>> class Printer:
+        ...     def log(self, values):
+        ...         print(int(values["tracker/parameters"]))
+        >>> log_to(Printer(), engine, step=7)
+        115
     """
     values = numbers(engine)
     if hasattr(logger, "add_scalar"):

@@ -58,6 +58,12 @@ class Entry:
         layers: The same of tracked layers' neurons.
         attributes: Integers of the model's code.
         modules: What took the place of others.
+
+    Examples:
+        >>> receipt = engine.prune_neurons({"0": [1]})
+        >>> entry = engine.journal[-1]
+        >>> entry.operation, entry.removed_ids
+        ('prune_units', (1,))
     """
 
     number: int
@@ -235,6 +241,12 @@ class Journal:
 
     Attributes:
         entries: The changes.
+
+    Examples:
+        >>> from tracker import Journal
+        >>> receipt = engine.prune_neurons({"0": [1]})
+        >>> Journal.from_dict(engine.journal.to_dict()) == engine.journal
+        True
     """
 
     entries: list[Entry] = field(default_factory=list)

@@ -41,6 +41,10 @@ class LayerKind:
         grows: Whether neurons can be added.
         opaque: Its inner modules are never called: functional code reads their parameters.
         flattened: Trailing dimensions that together are the neurons' axis.
+
+    Examples:
+        >>> from tracker import LayerKind
+        >>> kind = LayerKind(width=lambda module: (module.features, -1))  # neurons, and their axis in the output
     """
 
     width: Callable[[Any], Width] | None = None

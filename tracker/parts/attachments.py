@@ -36,6 +36,10 @@ class Attachments:
 
         Raises:
             SurgeryError: One is no optimizer, or holds no parameter of a tracked model; none was attached.
+
+        Examples:
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            >>> engine.attach_optimizer(sgd)  # from here on its state changes with the model
         """
         sessions = self._sessions.living
         owners = []
@@ -66,6 +70,9 @@ class Attachments:
 
         Raises:
             SurgeryError: One is not attached; none was detached.
+
+        Examples:
+            >>> engine.detach_optimizer(optimizer)
         """
         sessions = list(self._sessions)
         for optimizer in optimizers:
@@ -89,6 +96,10 @@ class Attachments:
         Raises:
             SurgeryError: torch.distributed is not initialised.
             VerificationError: The replicas, or the states of their attached optimizers, are not the same.
+
+        Examples:
+            >>> torch.distributed.init_process_group("gloo")  # doctest: +SKIP
+            >>> engine.attach_process_group()  # doctest: +SKIP
         """
         ranks, session = Ranks(group), self._sessions.current
         ranks.require_same_model(session.entry.model(), session.optimizers)
@@ -102,6 +113,10 @@ class Attachments:
 
         Raises:
             SurgeryError: `attach_process_group` was not called.
+
+        Examples:
+            >>> engine.attach_process_group()  # doctest: +SKIP
+            >>> engine.merge_statistics()  # doctest: +SKIP
         """
         session = self._sessions.current
         if session.ranks is None:
@@ -120,6 +135,14 @@ class Attachments:
 
         Raises:
             SurgeryError: One is no copy of the current model; none was attached.
+
+        Examples:
+            >>> from torch.optim.swa_utils import AveragedModel
+            >>> average = AveragedModel(model)
+            >>> engine.attach_follower(average)
+            >>> receipt = engine.prune_neurons({"0": [1]})
+            >>> average.module[0].out_features
+            7
         """
         session = self._sessions.current
         for follower in models:
@@ -134,6 +157,12 @@ class Attachments:
 
         Raises:
             SurgeryError: One does not follow it; none was detached.
+
+        Examples:
+            >>> from copy import deepcopy
+            >>> teacher = deepcopy(model)
+            >>> engine.attach_follower(teacher)
+            >>> engine.detach_follower(teacher)
         """
         session = self._sessions.current
         for model in models:

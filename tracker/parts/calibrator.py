@@ -70,6 +70,13 @@ class Calibrator:
         Raises:
             SurgeryError: There is no batch, or nothing tells which part of one the model takes.
             StructureError: The model cannot be called with a batch.
+
+        Examples:
+            >>> cross_entropy = lambda output, batch: nn.functional.cross_entropy(output, batch[1])
+            >>> engine.calibrate([(x, y)], loss=cross_entropy) > 0
+            True
+            >>> engine.prune_neurons({"0": [1]}, dry_run=True).predicted_loss_change is None
+            False
         """
         reader = self.reader(inputs, loss=loss)
         some = Batches(batches, reader, limit=limit, hold_back=False, progress=progress)
@@ -98,6 +105,13 @@ class Calibrator:
 
         Raises:
             SurgeryError: No norm keeps running statistics, or no batch reached one.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+            >>> _ = engine.track_model(net, "normed", example_inputs=x)
+            >>> receipt = engine.prune_neurons({"0": [1]}, compensate=False)
+            >>> engine.reestimate_norms(x.split(16))
+            ['1']
         """
         entry, reader = self._tracker.current, self.reader(inputs)
         some = map(reader.read, each(reader, batches, "Norms", progress, limit))

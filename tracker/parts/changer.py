@@ -58,7 +58,12 @@ class Changer:
         return self._tracker.structure()
 
     def count_parameters(self) -> int:
-        """Numbers in the current model's parameters, each counted once."""
+        """Numbers in the current model's parameters, each counted once.
+
+        Examples:
+            >>> engine.count_parameters()
+            115
+        """
         return count(self._tracker.current.model())
 
     def measure_latency(self, passes: int = PASSES) -> float:
@@ -72,6 +77,10 @@ class Changer:
         Raises:
             SurgeryError: `passes` is no whole number above 0.
             StructureError: The model has not run yet and no example inputs were given, or they do not fit it.
+
+        Examples:
+            >>> engine.measure_latency() > 0  # milliseconds
+            True
         """
         if not fits(passes, int) or not 1 <= passes <= MOST_PASSES:
             raise SurgeryError(
@@ -91,6 +100,12 @@ class Changer:
 
         Raises:
             SurgeryError: There is no change of it to take back.
+
+        Examples:
+            >>> receipt = engine.prune_neurons({"0": [1, 2]})
+            >>> receipt = engine.undo()
+            >>> engine.count_parameters(), receipt.added_ids
+            (115, [1, 2])
         """
         session = self._sessions.current
         change = session.last

@@ -99,6 +99,11 @@ class Compressor:
 
         Raises:
             SurgeryError: It cannot be met, nothing was touched; the message says why.
+
+        Examples:
+            >>> receipt = engine.compress(keep=0.6, batches=x.split(16), progress=False, dry_run=True)
+            >>> receipt.parameters_before, round(receipt.parameters_after / receipt.parameters_before, 1)
+            (115, 0.6)
         """
 
         def limits() -> Limits:

@@ -102,6 +102,12 @@ class Surgeon:
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
             VerificationError: The result would not have been (or was not) as promised; everything is as before.
+
+        Examples:
+            >>> [group.name for group in engine.structure.groups]
+            ['0', '2']
+            >>> engine.prune_units({"0": [1, 2]}).promise  # as if the consumers read zero in their place
+            'masked'
         """
         with self._calibrator.calibrating(dry_run=dry_run):
             if batches is not None:
@@ -159,6 +165,13 @@ class Surgeon:
         Raises:
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+
+        Examples:
+            >>> engine.calibrate(x.split(16)) > 0
+            True
+            >>> receipt = engine.prune_neurons([1, 2, 9])  # ids, or {"0": [1, 2], "2": [1]}; the others take over
+            >>> model[0].out_features, model[2].out_features
+            (6, 5)
         """
 
         def units() -> Mapping[str, Sequence[int]]:
@@ -202,6 +215,11 @@ class Surgeon:
         Raises:
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+
+        Examples:
+            >>> receipt = engine.merge_neurons([(0, 1)])  # the neuron that stays, and the one that it takes in
+            >>> receipt.removed_ids
+            [1]
         """
         require_tolerance(tolerance)
 
@@ -259,6 +277,12 @@ class Surgeon:
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+
+        Examples:
+            >>> before = model(x)
+            >>> receipt = engine.expand_layer("0", 4)
+            >>> receipt.added_ids, torch.allclose(model(x), before, atol=1e-6)
+            ([17, 18, 19, 20], True)
         """
 
         def plan() -> tuple[Plan, list[str]]:
@@ -295,6 +319,11 @@ class Surgeon:
 
         Raises:
             SurgeryError: None of them can grow. Of several, those that can do; the receipt's `skipped` has the others.
+
+        Examples:
+            >>> receipt = engine.expand_layers({"0": 4, "2": 2})
+            >>> engine.get_summary()["layers"]
+            {'0': 12, '2': 8, '4': 3}
         """
         best, names = dict(directions or {}), list(counts)
         if other := sorted(best.keys() - counts.keys()):
@@ -330,6 +359,10 @@ class Surgeon:
 
         Raises:
             SurgeryError: One of them cannot change, nothing was touched; the message says which, and why.
+
+        Examples:
+            >>> engine.uniform_widths() is None  # no two layers are of a kind
+            True
         """
         with self._changer.together("uniform_widths"):
             refuse_inside_a_pass(self._tracker)
@@ -386,6 +419,11 @@ class Surgeon:
         Raises:
             UnknownNeuronError: No neuron has such an id.
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+
+        Examples:
+            >>> receipt = engine.recycle_neurons({"0": [5]})  # a new start in the same place, under a new id
+            >>> receipt.removed_ids, receipt.added_ids
+            ([5], [17])
         """
 
         def plan() -> tuple[Plan, list[str]]:
@@ -410,6 +448,13 @@ class Surgeon:
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+
+        Examples:
+            >>> receipt = engine.insert_layer(after="0")
+            >>> model[0].inserted
+            ReluIdentity(
+              (linear): Linear(in_features=8, out_features=8, bias=True)
+            )
         """
         return self._changer.change(
             lambda: (plan_insertion(self._tracker, after), []), dry_run=dry_run, verify=verify
@@ -444,6 +489,11 @@ class Surgeon:
 
         Raises:
             SurgeryError: Refused, nothing was touched; the message says what stands in the way.
+
+        Examples:
+            >>> receipt = engine.remove_layer("2", force=True)
+            >>> model[2]
+            Bypass()
         """
         observer = self._tracker.current.observer
 
@@ -481,6 +531,12 @@ class Surgeon:
         Raises:
             SurgeryError: They are no recommendations or for another model, or nothing of them can be done; nothing was
                 touched.
+
+        Examples:
+            >>> advice = engine.generate_optimization_recommendations(pruning_threshold=0.3)
+            >>> receipt = engine.apply_recommendations(advice, dry_run=True)
+            >>> len(receipt.removed_ids) > 0
+            True
         """
         with self._changer.together("apply_recommendations"):
             refuse_inside_a_pass(self._tracker)

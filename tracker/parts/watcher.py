@@ -60,6 +60,11 @@ class Watcher:
         Raises:
             NotTrackedError: There is no layer with neurons, or the module runs no hooks.
             StructureError: The forward pass with the example inputs failed.
+
+        Examples:
+            >>> other = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+            >>> engine.track_model(other, "other", example_inputs=x)  # ids go on behind those of the first model
+            {'0': [17, 18], '2': [19]}
         """
         entry = self._tracker.track(model, name, example_inputs, axes, batch_dim, assume_unread)
         self._sessions.meet(model)
@@ -73,12 +78,21 @@ class Watcher:
 
         Raises:
             UnknownNeuronError: No such neuron; of one that was removed it says when and why.
+
+        Examples:
+            >>> engine.get_neuron_info(9)  # layer, and place in it
+            ('2', 1)
         """
         entry, index = self._tracker.registry.find(neuron_id)
         return entry.layer, index
 
     def get_summary(self) -> dict[str, Any]:
-        """The current model in numbers: neurons, layers, their sizes and types."""
+        """The current model in numbers: neurons, layers, their sizes and types.
+
+        Examples:
+            >>> engine.get_summary()["layers"]
+            {'0': 8, '2': 6, '4': 3}
+        """
         entry = self._tracker.current
         kinds = {point.name: point.kind for point in entry.observer.points}
         sizes = {name: len(ids.ids) for name, ids in entry.layers.items()}
@@ -102,11 +116,20 @@ class Watcher:
 
         Args:
             model: A tracked one; None: the current one.
+
+        Examples:
+            >>> engine.register_activation_hooks(model)  # start_tracking does so too
         """
         self._tracker.hook(model)
 
     def clear_hooks(self) -> None:
-        """Take the hooks off the current model; its statistics stay readable."""
+        """Take the hooks off the current model; its statistics stay readable.
+
+        Examples:
+            >>> engine.clear_hooks()
+            >>> engine.get_neuron_stats(0)["total_samples"]  # what was seen stays
+            64
+        """
         self._tracker.current.detach()
 
     def start_tracking(
@@ -131,11 +154,26 @@ class Watcher:
         Raises:
             StatisticsError: `mode`, `every` or `correlation_every` makes no sense.
             NotTrackedError: The model has no layer of that name.
+
+        Examples:
+            >>> engine.start_tracking(mode="eval", every=2)  # every second pass
+            >>> for batch in x.split(16):
+            ...     _ = model.eval()(batch)
+            >>> engine.get_neuron_stats(0)["total_samples"]
+            32
         """
         self._tracker.start(enable_correlation_analysis, mode, every, layers, correlation_every)
 
     def stop_tracking(self) -> None:
-        """Record no more. The window stays readable until the next one begins."""
+        """Record no more. The window stays readable until the next one begins.
+
+        Examples:
+            >>> engine.start_tracking()
+            >>> engine.stop_tracking()
+            >>> _ = model(x)  # not observed
+            >>> engine.get_neuron_stats(0)["total_samples"]
+            0
+        """
         self._tracker.stop()
 
     def padding_mask(self, mask: Tensor) -> AbstractContextManager[None]:
@@ -143,5 +181,13 @@ class Watcher:
 
         Args:
             mask: (batch, positions), true where a token is real.
+
+        Examples:
+            >>> tokens, mask = torch.randn(2, 5, 4), torch.tensor([[True] * 5, [True, True, False, False, False]])
+            >>> engine.start_tracking()
+            >>> with engine.padding_mask(mask):
+            ...     _ = model(tokens)
+            >>> engine.get_neuron_stats(0)["observations"]  # positions that are no padding
+            7
         """
         return self._tracker.masking(mask)

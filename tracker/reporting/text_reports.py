@@ -31,6 +31,12 @@ def register_section(title: str) -> Callable[[Section], Section]:
 
     Returns:
         A decorator for a function of (observation, findings by layer) that returns text, "" for none.
+
+    Examples:
+        >>> from tracker import register_section
+        >>> @register_section("LARGEST MEANS")
+        ... def largest_means(observation, findings):
+        ...     return ", ".join(f"{name} {f.layer.activity.mean.max():.3f}" for name, f in findings.items())
     """
 
     def register(section: Section) -> Section:

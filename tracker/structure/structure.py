@@ -53,6 +53,13 @@ class Structure:
         assumed: Those of them that the user says nothing runs.
         precision: In which dtypes removals are tried.
         failures: Rules of the user's that raised.
+
+    Examples:
+        >>> structure = engine.structure
+        >>> [(group.name, group.size, group.prunable) for group in structure.groups]
+        [('0', 8, True), ('2', 6, True)]
+        >>> structure.unseen
+        ()
     """
 
     groups: list[UnitGroup]

@@ -31,6 +31,13 @@ class Slice:
         indices: Along the dimension.
         role: "produces" (rows that make the units), "carries" (values on their way, one each), or "reads" (columns that
             consume them).
+
+    Examples:
+        >>> for part in engine.structure["0"].slices([3]):
+        ...     print(part.tensor, part.dim, part.indices, part.role)
+        0.weight 0 (3,) produces
+        0.bias 0 (3,) produces
+        2.weight 1 (3,) reads
     """
 
     tensor: str
@@ -47,6 +54,11 @@ class Frozen:
         tensor: A key of the model's `state_dict`.
         dim: Of the tensor.
         reason: The operation, and where in the model it is called.
+
+    Examples:
+        >>> place = engine.structure.frozen[-1]
+        >>> place.tensor, place.dim, place.reason
+        ('4.bias', 0, "it is part of the model's output")
     """
 
     tensor: str
@@ -72,6 +84,11 @@ class UnitGroup:
         multiple_of: Units that must go at a time.
         ids: (layer, index) → neuron id.
         unsaved: Tensors of the members that are in no state dict.
+
+    Examples:
+        >>> group = engine.structure["0"]
+        >>> group.size, group.exact, group.neuron_ids(3)
+        (8, True, (3,))
     """
 
     name: str

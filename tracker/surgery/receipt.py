@@ -41,6 +41,14 @@ class Receipt:
         widths: Of layers that became wider or narrower, neurons [before, after]; norms are left out.
         modules: Names of layers and blocks that were inserted, or in whose place something else stands now.
         samples: In the example inputs, of whose forward pass the FLOPs are; None where unknown.
+
+    Examples:
+        >>> receipt = engine.prune_neurons({"0": [1]}, dry_run=True)
+        >>> print(receipt)  # doctest: +ELLIPSIS
+        prune_units (would be): 1 neuron gone
+        ...
+        >>> receipt.parameters_before - receipt.parameters_after, receipt.removed_ids
+        (11, [1])
     """
 
     operation: str

@@ -14,6 +14,11 @@ class Size(NamedTuple):
         parameters: Numbers in its parameters.
         flops: Of one forward pass of the example inputs.
         latency: Of such a pass, in milliseconds; 0 where no budget asks for it. A unit's is its share of the FLOPs.
+
+    Examples:
+        >>> from tracker import Size
+        >>> Size(parameters=115, flops=200).latency
+        0.0
     """
 
     parameters: float
@@ -45,6 +50,12 @@ class Candidate:
         gains: Predicted relative fall of the loss by the first, second, … unit that comes; none where nothing tells.
         in_loss: Whether gradients told how the loss depends on the consumers. Else errors are shares of what they
             compute.
+
+    Examples:
+        >>> from tracker import Candidate, Size
+        >>> small = Candidate("0", "0", size=3, order=(2, 0, 1), errors=(0.0, 0.01), cost=Size(11, 20))
+        >>> small.order[:1]  # the unit that matters least
+        (2,)
     """
 
     name: str
@@ -75,6 +86,11 @@ class Bypass:
         error: Relative error of the model's outputs without it, what is left refitted; of inputs that the fit did not
             see.
         cost: What would be saved.
+
+    Examples:
+        >>> from tracker import Bypass, Size
+        >>> Bypass("2", error=0.004, cost=Size(parameters=54, flops=96)).error
+        0.004
     """
 
     name: str
@@ -96,6 +112,11 @@ class Requests:
         merge: Group name → (keep, drop) units.
         insert: Layers behind which one is inserted.
         drop: Layers and blocks that are removed.
+
+    Examples:
+        >>> from tracker import Requests
+        >>> Requests("the gradient is large", expand={"0": 8}).groups
+        ('0',)
     """
 
     why: str

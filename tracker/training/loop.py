@@ -61,6 +61,12 @@ class Decision:
         loss: Mean since the last look.
         parameters: Of the model afterwards.
         widths: Neurons by layer, afterwards.
+
+    Examples:
+        >>> engine.start_self_modification()
+        >>> decision = engine.life[0]
+        >>> decision.step, decision.what, decision.parameters
+        (0, 'kept', 115)
     """
 
     step: int

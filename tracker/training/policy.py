@@ -73,6 +73,13 @@ class Policy:
             ones first, (1 - t)³ of the way left after the share t of them (Zhu & Gupta, 2017). Growth that has a budget
             does not wait for the loss then. None, or without `until`: at once.
         newborn: At how many looks a unit that came is left alone: it neither goes nor gets a new start.
+
+    Examples:
+        >>> from tracker import Policy
+        >>> policy = Policy(warm_up=500, every=200, max_parameters=100, protect=["4"])
+        >>> Policy.from_dict(policy.to_dict()) == policy
+        True
+        >>> engine.start_self_modification(policy)
     """
 
     warm_up: int = 200
@@ -456,6 +463,13 @@ class Phases:
 
     Attributes:
         parts: (the step at which it begins, policy, or what `Policy.of` takes), in order; the first begins at 0.
+
+    Examples:
+        >>> from tracker import Phases, Policy
+        >>> grow = Policy(warm_up=0, every=100, shrink=False, grow=True, plateau=1.0)
+        >>> phases = Phases([(0, grow), (1_000, Policy())])
+        >>> phases.at(1_200)[1].grow
+        False
     """
 
     parts: tuple[tuple[int, Policy], ...]

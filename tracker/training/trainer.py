@@ -54,6 +54,12 @@ class Trainer:
         Raises:
             SurgeryError: `policy` is none of these, or protects what is not there; the run is too short to change in.
             CheckpointError: The run that was loaded is not one of this model.
+
+        Examples:
+            >>> from tracker import Policy
+            >>> engine.start_self_modification(Policy(max_parameters=80, recycle=True), steps=2_000)
+            >>> engine.life[0].why
+            'the beginning'
         """
         session = self._sessions.current
         carried = session.waiting
@@ -95,6 +101,14 @@ class Trainer:
         Raises:
             SurgeryError: Several models modify themselves and none of them is the current one, or the loss is not one
                 number.
+
+        Examples:
+            >>> engine.start_self_modification()
+            >>> loss = nn.functional.cross_entropy(model(x), y)
+            >>> loss.backward()
+            >>> optimizer.step()
+            >>> engine.step(loss) is None  # no change at this step
+            True
         """
         session = self._that_runs(model)
         if session is None:
@@ -106,7 +120,14 @@ class Trainer:
             return receipt
 
     def stop_self_modification(self) -> None:
-        """Have no model change itself any more; `life` stays."""
+        """Have no model change itself any more; `life` stays.
+
+        Examples:
+            >>> engine.start_self_modification()
+            >>> engine.stop_self_modification()
+            >>> engine.step(0.5) is None
+            True
+        """
         for session in self._sessions:
             if session.run is not None:
                 session.run.stop()

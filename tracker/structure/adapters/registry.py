@@ -23,6 +23,16 @@ class ModuleAdapter:
         adapt: `adapt(module)` sets the attributes that the forward of `adapted` needs, on a module whose forward still
             fits, or did before its parameters changed; False where there is no way for this module. Its class is set
             afterwards.
+
+    Examples:
+        >>> from tracker import ModuleAdapter
+        >>> class Fixed(nn.Module):  # its code ties a size
+        ...     def forward(self, x):
+        ...         return self.down(self.up(x).view(-1, 8))
+        >>> class Free(Fixed):  # the same for any size
+        ...     def forward(self, x):
+        ...         return self.down(self.up(x))
+        >>> adapter = ModuleAdapter(Fixed, Free, fits=lambda module: len(module.up.weight) == 8)
     """
 
     kind: type[nn.Module]
@@ -47,6 +57,13 @@ def register_adapter(adapter: ModuleAdapter) -> ModuleAdapter:
 
     Raises:
         StructureError: The class that takes the place is no subclass of the kind.
+
+    Examples:
+        >>> from tracker import ModuleAdapter, register_adapter
+        >>> class Fixed(nn.Module): ...
+        >>> class Free(Fixed): ...
+        >>> register_adapter(ModuleAdapter(Fixed, Free, fits=lambda module: True))  # doctest: +ELLIPSIS
+        ModuleAdapter(...)
     """
     kind, adapted = adapter.kind, adapter.adapted
     if not (isinstance(adapted, type) and isinstance(kind, type) and issubclass(adapted, kind)):
