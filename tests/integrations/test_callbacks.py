@@ -68,7 +68,7 @@ def test_tensorboard_takes_it(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    _, _, engine, _ = prepared("mlp")
+    _model, _, engine, _ = prepared("mlp")
     with SummaryWriter(str(tmp_path)) as writer:
         log_to(writer, engine, 1)
     assert list(tmp_path.glob("events*"))
