@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import matplotlib
 import pytest
 
+from tracker import NeuronEngine
 from tracker.reporting import text_reports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +52,9 @@ def test_links_lead_somewhere() -> None:
     ]
     assert len(links) > 10
     assert [link for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_usage_names_every_call() -> None:
+    usage = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
+    calls = [name for name, _ in inspect.getmembers(NeuronEngine) if not name.startswith("_")]
+    assert [name for name in calls if not re.search(rf"\b{name}\b", usage)] == []

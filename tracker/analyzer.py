@@ -190,6 +190,10 @@ class Analyzer:
 
         Raises:
             StatisticsError: The threshold is below 0, or no number.
+
+        Examples:
+            >>> engine.get_plasticity_summary(dormant_threshold=0.0)["0"]["dormant_share"]
+            0.0
         """
         _, findings = self.findings()
         return {name: plasticity(found, dormant_threshold) for name, found in findings.items()}

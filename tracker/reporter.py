@@ -176,6 +176,10 @@ class Reporter:
 
         Args:
             dormant_threshold: Score up to which a neuron is dormant.
+
+        Examples:
+            >>> engine.print_plasticity_report()  # doctest: +ELLIPSIS
+            PLASTICITY...
         """
         print(self._plasticity_report(dormant_threshold))
 

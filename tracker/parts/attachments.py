@@ -186,6 +186,15 @@ class Attachments:
 
         Raises:
             SurgeryError: It does not follow the current model; nothing was touched.
+
+        Examples:
+            >>> from copy import deepcopy
+            >>> early = deepcopy(model)
+            >>> engine.attach_follower(early)
+            >>> receipt = engine.prune_neurons({"0": [1]})  # in the copy, too
+            >>> engine.rewind(early)
+            >>> torch.equal(model(x), early(x))
+            True
         """
         session = self._sessions.current
         if not any(follower is f for f in session.followers):

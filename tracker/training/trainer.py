@@ -137,6 +137,12 @@ class Trainer:
 
         Raises:
             SurgeryError: The current model does not modify itself.
+
+        Examples:
+            >>> engine.start_self_modification()
+            >>> _ = engine.step(0.5)
+            >>> engine.get_neuron_ages()["2"][8]
+            1
         """
         run = self.run
         if run is None:
