@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 
 def plain_weight_norm(layer: nn.Module) -> nn.Module:
@@ -34,3 +36,31 @@ def computed(layer: nn.Module, how: nn.Module) -> nn.Module:
     """The layer, its weight computed by a parametrization."""
     parametrize.register_parametrization(layer, "weight", how)
     return layer
+
+
+class Scaled(nn.Module):
+    """Equalised learning rate: by a constant that was made of the layer's first width."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w * self.scale
+
+
+def thinned(layer: nn.Module) -> nn.Module:
+    """A third of its weights are masked."""
+    return prune.random_unstructured(layer, "weight", 0.3)
+
+
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": weight_norm,
+    "first weight norm": plain_weight_norm,
+    "spectral norm": spectral_norm,
+    "first spectral norm": nn.utils.spectral_norm,
+    "squashed": lambda layer: computed(layer, Squashed()),
+    "unit rows": lambda layer: computed(layer, UnitRows()),
+    "pruning mask": thinned,
+    "equalised": lambda layer: computed(layer, Scaled((2 / layer.weight[0].numel()) ** 0.5)),
+}
