@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from tracker.errors import StructureError
 from tracker.inputs.calls import Arguments, Call, ExampleInputs, arguments
-from tracker.inputs.repeatable import certain, writes_put_back
+from tracker.inputs.repeatable import certain, random_states_kept, writes_put_back
 
 
 def forward_once(
@@ -34,7 +34,7 @@ def forward_once(
 
     It is made in eval mode, unless it is a `Call` in train mode; there nothing is drawn at random.
 
-    Training flags, buffers, attributes and the random states of the devices are as before afterwards; so are weights
+    Training flags, buffers, attributes and random states are as before afterwards; so are weights
     that the model's code writes into (an embedding's `max_norm`), if the pass is in train mode, `within` a context, or
     asked to `watch_writes`. No engine observes this pass, unless it is to be `heard`. `given`: what it is called with,
     for messages.
@@ -272,7 +272,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     counted = tuple(b for b, _ in buffers if not b.is_inference())
     # What was written is as before: a backward pass that is still to come need not know.
     kept = torch.autograd._unsafe_preserve_version_counter(counted)  # type: ignore[attr-defined]
-    with kept, torch.random.fork_rng(devices=devices):
+    with kept, torch.random.fork_rng(devices=devices), random_states_kept():
         try:
             yield
         finally:

@@ -22,11 +22,10 @@ def certain(model: nn.Module) -> Iterator[None]:
     """Inside, the model's passes draw no random numbers: each draw gives the same constant everywhere.
 
     What is drawn depends on the sizes of tensors, so a model without some of its units would draw other masks for its
-    dropout. Parameters that the model's code writes into have their values back afterwards, as have Python's and
-    NumPy's random states. A batch norm that sees one value for each channel, which has no variance, runs as in eval
-    mode.
+    dropout. Parameters that the model's code writes into have their values back afterwards. A batch norm that sees one
+    value for each channel, which has no variance, runs as in eval mode.
     """
-    states, mode = _random_states(), _Constant(model)
+    mode = _Constant(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     handles = [norm.register_forward_pre_hook(_without_variance) for norm in norms]
     try:
@@ -36,8 +35,6 @@ def certain(model: nn.Module) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         mode.put_back()
-        for put_back in states:
-            put_back()
 
 
 def _without_variance(norm: nn.Module, args: tuple[Any, ...]) -> None:
@@ -46,14 +43,17 @@ def _without_variance(norm: nn.Module, args: tuple[Any, ...]) -> None:
         norm.training = False
 
 
-def _random_states() -> list[Callable[[], None]]:
-    python = random.getstate()
-    found: list[Callable[[], None]] = [lambda: random.setstate(python)]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        state = numpy.random.get_state()
-        found.append(lambda: numpy.random.set_state(state))
-    return found
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Python's and NumPy's random states are as before afterwards; of torch's the devices take care."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    state = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None and state is not None:
+            numpy.random.set_state(state)
 
 
 @contextmanager
