@@ -114,6 +114,15 @@ def test_lightning(accumulate: int, tmp_path: Path) -> None:
     assert len(callback.engine.journal) > 0
     assert callback.engine.life[-1].parameters == sum(p.numel() for p in module.parameters())
     holds_exactly_the_live(module, trainer.optimizers[0])
+    # Without a policy, the default one is fitted to the steps that the trainer takes.
+    callback = SelfModificationCallback()
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback],
+        enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=accumulate,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(data, 8))
+    assert callback.engine.trainer.run.policy == Policy.over(trainer.global_step)
 
 
 @pytest.mark.slow
@@ -147,6 +156,11 @@ def test_transformers(tmp_path: Path) -> None:
     assert len(callback.engine.journal) > 0
     assert sum(p.numel() for p in model.parameters()) != before
     assert not math.isnan(callback.engine.life[-1].loss)
+    fitted = SelfModificationCallback()
+    trainer.remove_callback(callback)
+    trainer.add_callback(fitted)
+    trainer.train()
+    assert fitted.engine.trainer.run.policy == Policy.over(24)
     assert (
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape[1] == 7
     )
