@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, tuple[list[str], str]] = {
     ),
     "language": (["demos/slm_demo.py", "--seeds", "3", "--write"], "docs/self_modification.md"),
     "looks": (["benchmarks/look_cost.py", "--write"], "docs/self_modification.md"),
+    "controls": (["benchmarks/controls.py", "--resume", "--write"], "docs/controls.md"),
     "verdicts": (["benchmarks/verdicts.py", "--write"], "docs/self_modification.md"),
     "coverage": (["benchmarks/coverage.py", "--resume", "--write"], "docs/coverage.md"),
     "large": (["benchmarks/large_models.py", "--write"], "docs/large_models.md"),
