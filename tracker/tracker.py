@@ -352,8 +352,12 @@ class ActivationTracker:
             for name, ids in before.items():
                 self.registry.restore(old_layers[name], ids)
             observer.points[:] = old_sites
-            for point, *was in observed:
-                point.read_point, point.shares_with, point.windows = was
+            for point, read_point, shares_with, windows in observed:
+                point.read_point, point.shares_with, point.windows = (
+                    read_point,
+                    shares_with,
+                    windows,
+                )
             for layer in born:
                 entry.layers.pop(layer.name, None)
             entry.layers.update(old_layers)
