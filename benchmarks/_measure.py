@@ -93,6 +93,7 @@ class Subject:
 
     def run(self, model: nn.Module) -> Any:
         torch.manual_seed(self.seed)  # some draw at random in every pass
+        random.seed(self.seed)
         return model(*(self.taught if model.training else self.args), **self.kwargs)
 
     def outputs(self, model: nn.Module) -> list[Tensor]:

@@ -171,6 +171,27 @@ for _name in ("GCN", "GraphSAGE", "GIN", "GAT"):
     OTHERS[f"torch_geometric.{_name}"] = made(
         f"torch_geometric.nn.{_name}", lambda: (torch.randn(6, 8), EDGES), 8, 16, 3, 4, dropout=0.1
     )
+for _name, _options in (
+    ("GAT", {"v2": True, "heads": 2}),
+    ("EdgeCNN", {}),
+    ("PMLP", {}),
+):
+    OTHERS[f"torch_geometric.{_name}{'v2' if 'v2' in _options else ''}"] = made(
+        f"torch_geometric.nn.{_name}",
+        lambda: {"x": torch.randn(6, 8), "edge_index": EDGES},
+        8,
+        16,
+        3,
+        2,
+        **_options,
+    )
+OTHERS["torch_geometric.GraphUNet"] = made(
+    "torch_geometric.nn.GraphUNet", lambda: (torch.randn(6, 8), EDGES), 8, 16, 4, 2
+)
+OTHERS["egnn_pytorch.EGNN"] = made(
+    "egnn_pytorch.EGNN_Network", lambda: (ids(9, 2, 6), torch.randn(2, 6, 3)), num_tokens=9, dim=16, depth=2,
+    num_nearest_neighbors=3,
+)  # fmt: skip
 
 
 def recommender(name: str) -> Callable[[], Built]:
@@ -215,6 +236,32 @@ for _name, _options in (
         group_attention_matrix=torch.eye(10),
         **_options,
     )
+
+
+FIELDS = {"embed_dim": 8, "mlp_dims": (16, 8)}
+for _name, _options in (
+    ("afi.AutomaticFeatureInteractionModel", {"atten_embed_dim": 8, "num_heads": 2, "num_layers": 2}
+     | {"dropouts": (0.1,) * 3}),
+    ("fnfm.FieldAwareNeuralFactorizationMachineModel", {"dropouts": (0.1, 0.1)}),
+    ("dcn.DeepCrossNetworkModel", {"num_layers": 2, "dropout": 0.1}),
+    ("xdfm.ExtremeDeepFactorizationMachineModel", {"dropout": 0.1, "cross_layer_sizes": (8, 8)}),
+):  # fmt: skip
+    OTHERS[f"torchfm.{_name.partition('.')[0]}"] = made(
+        f"torchfm.model.{_name}", lambda: (ids(5, 4, 3),), [5, 6, 7], **FIELDS, **_options
+    )
+OTHERS["rtdl_revisiting_models.ResNet"] = made(
+    "rtdl_revisiting_models.ResNet", values(4, 6), d_in=6, d_out=2, n_blocks=2, d_block=16, d_hidden=24,
+    d_hidden_multiplier=None, dropout1=0.1, dropout2=0.1,
+)  # fmt: skip
+OTHERS["g_mlp_pytorch.gMLP"] = made(
+    "g_mlp_pytorch.gMLP",
+    lambda: (ids(32, 2, 8),),
+    num_tokens=32,
+    dim=16,
+    depth=2,
+    seq_len=8,
+    causal=True,
+)
 
 
 class Flow(nn.Module):
