@@ -436,8 +436,7 @@ class ActivationTracker:
                 call, axes = observer.calls[0].modes()[0], observer.axes
                 read_points = trace_structure(quiet, call, trial=False, axes=axes).read_points
         except Exception as error:  # a model that cannot be copied or traced can still be observed
-            first = str(error).splitlines()[0] if str(error) else ""
-            observer.fallback = f"{type(error).__name__}: {first}"
+            observer.fallback = f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
             log.warning(
                 "Layers of %r are observed at their own outputs, before their nonlinearities: where they are read "
                 "cannot be told (%s)", entry.name, observer.fallback, exc_info=error,
@@ -447,11 +446,8 @@ class ActivationTracker:
         for point in observer.points:
             read_point = read_points.get(point.name)
             if point.name not in entry.by_hand and read_point != point.read_point:
-                point.read_point, point.shares_with, point.windows = (
-                    read_point,
-                    None,
-                    {},
-                )  # no window mixes two places
+                point.read_point, point.shares_with = read_point, None
+                point.windows = {}  # no window mixes two places
         attach_points(observer, model)
 
     def _known(self, model: nn.Module) -> TrackedModel | None:
