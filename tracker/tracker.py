@@ -352,12 +352,8 @@ class ActivationTracker:
             for name, ids in before.items():
                 self.registry.restore(old_layers[name], ids)
             observer.points[:] = old_sites
-            for point, read_point, shares_with, windows in observed:
-                point.read_point, point.shares_with, point.windows = (
-                    read_point,
-                    shares_with,
-                    windows,
-                )
+            for point, place, same, seen in observed:
+                point.read_point, point.shares_with, point.windows = place, same, seen
             for layer in born:
                 entry.layers.pop(layer.name, None)
             entry.layers.update(old_layers)
