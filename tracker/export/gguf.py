@@ -13,12 +13,13 @@ from torch import Tensor
 from tracker.engine import NeuronEngine
 from tracker.errors import ExportError
 from tracker.export.compare import apart, current_model, example_calls, require_small
+from tracker.export.destination import whole_or_nothing
 from tracker.export.gguf_reference import GgufModel
 from tracker.export.gguf_tokenizer import add_tokenizer
 from tracker.export.llama_cpp import llama_cpp_logits
 from tracker.export.llama_like import LlamaLike, llama_sizes, tensors
 from tracker.export.plain import to_plain
-from tracker.export.record import Exported, needed, size_of, whole_or_nothing
+from tracker.export.record import Exported, needed, size_of
 from tracker.inputs.calls import Call
 from tracker.inputs.forward_pass import forward_once
 

@@ -14,8 +14,9 @@ from torch import nn
 from tracker.engine import NeuronEngine
 from tracker.errors import ExportError, VerificationError
 from tracker.export.compare import current_model, example_calls, require_equal
+from tracker.export.destination import whole_or_nothing
 from tracker.export.plain import to_plain
-from tracker.export.record import Exported, needed, size_of, whole_or_nothing
+from tracker.export.record import Exported, needed, size_of
 from tracker.export.uneven import MODULE, Uneven, compared_with_configuration, modelling_file
 from tracker.inputs.calls import Call
 from tracker.integrations.pretrained import fields_of, set_fields

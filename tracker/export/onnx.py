@@ -21,7 +21,8 @@ from tracker.export.compare import (
     limit,
     require_small,
 )
-from tracker.export.record import Exported, needed, size_of, whole_or_nothing
+from tracker.export.destination import whole_or_nothing
+from tracker.export.record import Exported, needed, size_of
 from tracker.inputs.calls import Arguments, Call
 from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.utils.nested import tensors_in
