@@ -76,12 +76,21 @@ def _require_free(goal: Path, kind: str) -> None:
         raise ExportError(
             f"A directory is to be written to {goal}, where a file is. Choose another path."
         )
-    files = _files(goal)
-    if files and files != _marked(goal):
+    files, marked = _listed(goal)
+    if files and files != marked:
         raise ExportError(
             f"The directory {goal} is no earlier export: it has no {MARK} that lists exactly the files in it "
             f"({files[0]!r} for one). Choose another path, or empty it."
         )
+
+
+def _listed(goal: Path) -> tuple[list[str], list[str] | None]:
+    """The files in a directory, and those that its mark lists, both of the same directory."""
+    while True:  # another export may take its place meanwhile
+        before = goal.stat().st_ino
+        files, marked = _files(goal), _marked(goal)
+        if files == marked or goal.stat().st_ino == before:
+            return files, marked
 
 
 def _files(folder: Path) -> list[str]:

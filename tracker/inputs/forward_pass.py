@@ -228,11 +228,17 @@ def _internal_pass() -> Iterator[None]:
         _probes.reset(token)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` (FSDP2) spread it: its parameters come and go in each pass."""
+    return any(k.__name__ == "FSDPModule" for m in model.modules() for k in type(m).__mro__)
+
+
 @contextmanager
 def _left_alone(model: nn.Module, training: bool, watched: object) -> Iterator[None]:
-    """A pass inside leaves nothing in the model, unless it makes what a lazy one lacks."""
+    """A pass inside leaves nothing in the model, unless it makes what a lazy one lacks, or a sharded one gathers."""
     parameters = (p for m in model.modules() for p in dict.values(m._parameters))
-    if any(p is not None and is_lazy(p) for p in parameters):
+    lazy = any(p is not None and is_lazy(p) for p in parameters)
+    if lazy or is_sharded(model):
         yield
         return
     writes = writes_put_back(model) if watched else nullcontext()
