@@ -1,6 +1,6 @@
 """Laws over random networks and random chains of removals, training steps and undos.
 
-180 chains by default; with TRACKER_LONG=1 (`make long`) 10,000 removals.
+300 chains by default; with TRACKER_LONG=1 (`make long`) 10,000 removals.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def holds(
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(deadline=None, max_examples=180, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 def test_random_chains(data: st.DataObject) -> None:
     chain(lambda options: data.draw(st.sampled_from(options)))
 

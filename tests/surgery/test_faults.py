@@ -5,6 +5,7 @@ Of lines each hundredth or so by default, all of them with TRACKER_LONG=1 (`make
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -144,6 +145,7 @@ def test_a_fault_at_any_line_leaves_everything_as_it_was(name: str) -> None:
 
     CHANGES[name](engine)  # what is cached at the first time has lines of its own
     engine.undo()
+    gc.collect()  # what other tests left is not ended, line by line, while lines are counted
     with traced(Lines(0)) as all_lines:
         CHANGES[name](engine)
     engine.undo()
@@ -161,7 +163,7 @@ def test_a_fault_at_any_line_leaves_everything_as_it_was(name: str) -> None:
         points += lines.seen >= k
         assert equal(state(), held), f"torn at line {k}, {lines.at}"
     print(f"{name}: {points} injection points of {all_lines.seen} lines, nothing torn")
-    assert points >= 0.97 * (all_lines.seen // stride) > 6  # some lines more or less, by caches
+    assert points >= all_lines.seen // stride > 6
 
 
 @pytest.mark.slow
