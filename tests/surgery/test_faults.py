@@ -151,19 +151,22 @@ def test_a_fault_at_any_line_leaves_everything_as_it_was(name: str) -> None:
     engine.undo()
     held, points = state(), 0
     stride = stride_of(name)
-    for k in range(1, all_lines.seen + 1, stride):
+    for k in itertools.count(1, stride):
         _ = engine.structure
         lines = Lines(k)
         try:
             with traced(lines):
                 CHANGES[name](engine)
-            engine.undo()  # it came where a failure does no harm
+            engine.undo()  # it came where a failure does no harm, or not at all
         except (FaultError, TrackerError):
             pass
-        points += lines.seen >= k
         assert equal(state(), held), f"torn at line {k}, {lines.at}"
+        if lines.seen < k:  # how many lines there are is known only where the last has run
+            break
+        points += 1
     print(f"{name}: {points} injection points of {all_lines.seen} lines, nothing torn")
-    assert points >= all_lines.seen // stride > 6
+    assert points > 6
+    assert points * stride > 0.95 * all_lines.seen
 
 
 @pytest.mark.slow
