@@ -6,6 +6,7 @@ import copy
 import gc
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -102,6 +103,10 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     memo = {} if memo is None else memo  # the caller's: it is filled
     for key, tensor in computed_tensors(model).items():
         memo.setdefault(key, tensor)
+    for module in model.modules():  # most of its tables are empty: quicker made than copied
+        for table in vars(module).values():
+            if type(table) in _TABLES and not table:
+                memo.setdefault(id(table), type(table)())
     known = dict(memo)
     try:
         try:
@@ -201,6 +206,7 @@ def _put_back_entries(table: Table, before: list[Any]) -> None:
 
 
 Table = dict[Any, Any] | list[Any]
+_TABLES = (dict, OrderedDict, list, set)
 _OF_EACH_MODULE = frozenset(vars(nn.Module()))
 
 

@@ -36,6 +36,7 @@ class _Module(NamedTuple):
     """What was found in a module, and of how many names in it."""
 
     module: ModuleType
+    table: dict[str, Any]
     names: int
     places: list[_Place]
 
@@ -84,22 +85,24 @@ def _is_traced(value: object, depth: int) -> bool:
 def _places() -> list[_Place]:
     """Of all modules. A module is read anew once names came to it or left it: there are thousands of them."""
     modules: dict[str, Any] = dict(sys.modules)  # anything may stand in it
-    for gone in _read.keys() - modules.keys():
-        del _read[gone]
-    found = list[_Place]()
-    for name, module in modules.items():
-        known = _read.get(name)
-        if known is None or known.module is not module or known.names != len(vars(module)):
-            if not isinstance(module, ModuleType):
-                continue
-            known = _read[name] = _Module(module, len(vars(module)), _places_in(module))
-        found += known.places
-    return found
+    changed = [
+        name
+        for name, known in _read.items()
+        if modules.get(name) is not known.module or len(known.table) != known.names
+    ]
+    for name in changed:
+        del _read[name]
+    for name in modules.keys() - _read.keys() - _ignored:
+        module = modules[name]
+        if name.partition(".")[0] in _OTHERS:
+            _ignored.add(name)
+        elif isinstance(module, ModuleType):
+            table = vars(module)
+            _read[name] = _Module(module, table, len(table), _places_in(module))
+    return [place for known in _read.values() for place in known.places]
 
 
 def _places_in(module: ModuleType) -> list[_Place]:
-    if module.__name__.partition(".")[0] in _OTHERS:
-        return []
     found = []
     for name, value in list(vars(module).items()):
         if isinstance(value, _Cached):
@@ -112,3 +115,4 @@ def _places_in(module: ModuleType) -> list[_Place]:
 
 
 _read: dict[str, _Module] = {}
+_ignored: set[str] = set()  # names of modules
