@@ -354,7 +354,7 @@ HF: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "blenderbot": ("BlenderbotConfig", "BlenderbotForConditionalGeneration", SEQ2SEQ, "pair"),
     "switch": ("SwitchTransformersConfig", "SwitchTransformersForConditionalGeneration", {
         "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_sparse_encoder_layers": 1,
-        "num_sparse_decoder_layers": 1, "num_experts": 4, "num_heads": 4, "vocab_size": 64}, "pair"),
+        "num_sparse_decoder_layers": 1, "num_experts": 4, "num_heads": 4, "vocab_size": 64}, "pairs"),
     "swinv2": ("Swinv2Config", "Swinv2ForImageClassification", {
         "image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4],
         "window_size": 4}, "image"),
@@ -405,6 +405,11 @@ def of_transformers(name: str) -> Built:
         "pictures": {
             "input_ids": torch.cat([torch.full((2, 16), 63), ids], 1),
             "pixel_values": image(32),
+        },
+        # So many that each expert is chosen.
+        "pairs": {
+            "input_ids": torch.randint(3, 60, (16, 12)),
+            "decoder_input_ids": torch.randint(3, 60, (16, 7)),
         },
     }
     return Built(built, (), inputs[fed])
