@@ -299,7 +299,9 @@ def _require_answer(url: str) -> None:
         error = answers.get(timeout=ANSWER_SECONDS)
     except queue.Empty:
         raise TimeoutError(f"no answer from {url} within {ANSWER_SECONDS:g} s") from None
-    if isinstance(getattr(error, "reason", error), TimeoutError):  # the socket's own clock was first
+    if isinstance(
+        getattr(error, "reason", error), TimeoutError
+    ):  # the socket's own clock was first
         raise TimeoutError(f"no answer from {url} within {ANSWER_SECONDS:g} s") from error
     if error is not None:
         raise error

@@ -87,6 +87,12 @@ def index_copy(h: Tensor) -> Tensor:
     return h.index_copy(1, torch.tensor([4, 1, 0]), h[:, :3] * 2)
 
 
+def filled(h: Tensor, mask: Tensor, at: tuple[Any, ...] = ()) -> Tensor:
+    out = h * 1
+    out[(*at, mask)] = 2.0
+    return out
+
+
 def restrided(h: Tensor) -> Tensor:
     pooled = F.adaptive_avg_pool2d(h.contiguous(memory_format=torch.channels_last), 1)
     return pooled.flatten(1)[:, :, None, None]
@@ -191,6 +197,18 @@ PASSES: dict[str, tuple[Callable[..., Any], ...]] = {
     "glu": (rows, F.glu, HIDDEN // 2),
     "where": (rows, lambda h: torch.where(h > 0, h, h * 0.1)),
     "masked_fill": (rows, lambda h: h.masked_fill(h < 0, -1.0)),
+    "masked_fill_": (rows, lambda h: h.clone().masked_fill_(h < 0, -1.0)),
+    "mish_": (rows, lambda h: F.mish(h * 1, inplace=True)),
+    "threshold_": (rows, lambda h: F.threshold(h * 1, 0.1, 20.0, inplace=True)),
+    "copysign_": (rows, lambda h: (h * 1).copysign_(h.roll(1, 1))),
+    "index_put by a mask of all": (rows, lambda h: filled(h, h < 0)),
+    "index_put by a mask of rows": (rows, lambda h: filled(h, h.sum(-1) < 0)),
+    "index_put of one mask for all": (rows, lambda h: filled(h, h[0] < 0, at=(...,))),
+    "cdist of rows": (
+        rows,
+        lambda h: h * torch.cdist(h.mT, torch.ones(4, 3, 5).to(h)).sum(-1)[:, None],
+    ),
+    "tril_": (rows, lambda h: (h.permute(2, 0, 1) * 1).tril_().permute(1, 2, 0)),
     "matrix times vector": (flat, lambda h: h * (h.t() @ torch.ones(4).to(h))),
     "addmv": (flat, lambda h: h * torch.addmv(h[0], h.t(), torch.ones(4).to(h))),
     "dot over units": (flat, lambda h: h / torch.dot(h[0], h[1]).abs()),
@@ -281,6 +299,12 @@ FREEZES: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor], int, st
     "index by a mask": (rows, lambda h: h[..., by_position(HIDDEN) % 2 == 0], HIDDEN // 2, "index"),
     "index_select": (rows, lambda h: h.index_select(-1, by_position(4)), 4, "index_select"),
     "index_put": (rows, lambda h: put(h), HIDDEN, "index_put_"),
+    "index_put by a mask of columns": (
+        rows,
+        lambda h: filled(h, by_position(HIDDEN) % 2 == 0, at=(...,)),
+        HIDDEN,
+        "index_put_",
+    ),
     "index_add": (rows, lambda h: h.index_add(2, by_position(2), h[..., :2]), HIDDEN, "index_add"),
     "scatter": (rows, lambda h: h.scatter(2, CHOSEN, h), HIDDEN, "scatter"),
     "scatter a number": (rows, lambda h: h.scatter(2, CHOSEN, 1.0), HIDDEN, "scatter"),
@@ -348,6 +372,11 @@ INEXACT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "var_mean": (lambda h: h - torch.var_mean(h, -1, keepdim=True)[1], "var_mean"),
     "logsumexp": (lambda h: h - h.logsumexp(-1, keepdim=True), "logsumexp"),
     "aminmax": (lambda h: h - h.aminmax(dim=-1, keepdim=True).min, "aminmax"),
+    "cdist": (lambda h: h * torch.cdist(h, h.roll(1, 1)).sum(-1, keepdim=True), "_cdist_forward"),
+    "cdist to a table": (
+        lambda h: h * torch.cdist(h, torch.zeros_like(h[0, :1]) + 0.5).sum(-1, keepdim=True),
+        "_cdist_forward",
+    ),
     "negative norm": (lambda h: h * h.norm(p=-1, dim=-1, keepdim=True), "linalg_vector_norm"),
 }
 

@@ -230,6 +230,8 @@ def index(op: Op) -> None:
 def index_put(op: Op) -> None:
     """Written at picked places; the other dimensions die alike with what is written."""
     x, indices, values = op.args[0], op.args[1], op.args[2]
+    if _is_fill(x, indices, values):
+        return pointwise(op)
     layout, chosen = _selection(x, indices)
     freeze_all(op, "it picks", indices)
     axes, _ = kept(op, x, chosen, "written where data says")
@@ -242,6 +244,17 @@ def index_put(op: Op) -> None:
         elif values.shape[k] != 1:
             axes[d] = op.labels.unify(axes[d], axis, op.why("combined with values of a fixed size"))
     return op.give(op.out, axes)
+
+
+def _is_fill(x: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> bool:
+    """One value wherever a mask over the last dimensions says so, as `masked_fill` does it."""
+    return (
+        values.ndim == 0
+        and isinstance(indices[-1], Tensor)
+        and indices[-1].dtype == torch.bool
+        and indices[-1].ndim + len(indices) - 1 == x.ndim
+        and all(index is None for index in indices[:-1])
+    )
 
 
 def _alike(op: Op, dim: int, parts: Sequence[Tensor]) -> list[Axis]:

@@ -144,6 +144,23 @@ def weight_norm(op: Op) -> None:
     op.give(op.out, axes)
 
 
+@rule("aten::_cdist_forward", "aten::_euclidean_dist")
+def cdist(op: Op) -> None:
+    """(…, n, k) (…, m, k) → (…, n, m): distances run over k, and what one side lacks is no zero in them."""
+    a, b = op.args[0], op.args[1]
+    inside = op.labels.unify(
+        op.axes(a)[-1], op.axes(b)[-1], op.why("compared with values of a fixed size")
+    )
+    op.labels.mark_inexact(inside, op.why("distances run over it"))
+    for side in (a, b):
+        op.trace.carries |= op.parameters(side)
+    axes: list[Axis] = []
+    for d in range(-op.out.ndim, -2):
+        met = [op.axes(t)[d] for t in (a, b) if t.ndim >= -d and t.shape[d] == op.out.shape[d] != 1]
+        axes.append(together(op, met))
+    op.give(op.out, [*axes, op.axes(a)[-2], op.axes(b)[-2]])
+
+
 # Norms, reductions
 
 

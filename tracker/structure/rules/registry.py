@@ -6,10 +6,12 @@ An operation without a rule freezes every axis that it touches: structure is nev
 
 from __future__ import annotations
 
+import functools
 import logging
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +51,7 @@ def apply_rule(op: Op) -> None:
     """Apply the rule of an operation: its own, that of pointwise operations, or the one for what is unknown."""
     found = _RULES.get(op.func._schema.name)
     if found is None:
-        found = pointwise if torch.Tag.pointwise in op.func.tags else unknown
+        found = pointwise if _is_pointwise(op.func) else unknown
     try:
         found(op)
     except Exception as error:
@@ -59,6 +61,18 @@ def apply_rule(op: Op) -> None:
             unknown(op)  # called in a way that its rule does not know
         else:
             failed(op, found, error)
+
+
+@functools.cache
+def _is_pointwise(func: Any) -> bool:
+    """Whether torch marks it so, or what it does in place: of `masked_fill_` only `masked_fill` is marked."""
+    tags = list(func.tags)
+    namespace, _, name = func._schema.name.partition("::")
+    if name.endswith("_") and not name.endswith("__"):
+        packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+        overloads = () if packet is None else packet.overloads()
+        tags += [tag for overload in overloads for tag in getattr(packet, overload).tags]
+    return torch.Tag.pointwise in tags
 
 
 def failed(op: Op, rule: Rule, error: Exception) -> None:
@@ -116,8 +130,8 @@ def together(op: Op, met: Sequence[Axis]) -> Axis:
 
 @rule(
     "aten::clone", "aten::detach", "aten::alias", "aten::_to_copy", "aten::contiguous",
-    "aten::lift_fresh", "aten::native_dropout", "aten::bernoulli", "aten::tril", "aten::triu",
-    "aten::_conj", "aten::resolve_conj", "aten::nan_to_num", "aten::rand_like",
+    "aten::lift_fresh", "aten::native_dropout", "aten::bernoulli", "aten::bernoulli_", "aten::tril", "aten::tril_",
+    "aten::triu", "aten::triu_", "aten::_conj", "aten::resolve_conj", "aten::nan_to_num", "aten::rand_like",
     "aten::fill_", "aten::zero_",
 )  # fmt: skip
 def same(op: Op) -> None:
