@@ -19,11 +19,12 @@ TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PYTEST := $(TEST_RUN) -m pytest -q -n 2 --dist worksteal
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test long kills asan gguf check lint api bench coverage clean
+.PHONY: help demo test slm long kills asan gguf check lint api bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest (with the demos and their validations), test_tracker.py"
+	@echo "make slm     SmolLM2-135M, specialised on a text, made smaller, exported; SLM_OPTIONS='--text notes --keep 0.8'"
 	@echo "make long    10,000 removals, and a fault at every line of eight kinds of change; half an hour"
 	@echo "make kills   500 kills in the middle of saves; some minutes"
 	@echo "make asan    the compiled code under an address sanitizer, fed with changed checkpoints; half an hour"
@@ -71,6 +72,16 @@ test: $(VENV)/installed-dev
 	@echo "Test: test_tracker.py"
 	@$(TEST_RUN) test_tracker.py || { echo "make test: test_tracker.py failed" >&2; exit 1; }
 	@echo "make test: all passed"
+
+# Where it was stopped, it goes on. Exports are run before it is done; llama.cpp runs its own where it is installed.
+SLM_OPTIONS ?=
+$(VENV)/installed-smollm: pyproject.toml $(VENV)/installed
+	@echo "Set-up: installing this library, and a pretrained language model (once)"
+	@$(PIP) --editable '.[smollm]'
+	@touch $@
+
+slm: $(VENV)/installed-smollm
+	@$(RUN) demos/specialise_demo.py $(SLM_OPTIONS) || { echo "make slm: the demo failed" >&2; exit 1; }
 
 # TRACKER_LONG=n: every n-th of them.
 long: $(VENV)/installed-dev

@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, tuple[list[str], str]] = {
         "docs/self_modification.md",
     ),
     "language": (["demos/slm_demo.py", "--seeds", "3", "--write"], "docs/self_modification.md"),
+    "specialise": (["benchmarks/specialise.py", "--write"], "docs/slm.md"),
     "looks": (["benchmarks/look_cost.py", "--write"], "docs/self_modification.md"),
     "controls": (["benchmarks/controls.py", "--resume", "--write"], "docs/controls.md"),
     "verdicts": (["benchmarks/verdicts.py", "--write"], "docs/self_modification.md"),

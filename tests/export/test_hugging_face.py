@@ -14,7 +14,7 @@ import torch
 
 from tests.export.llamas import IDS, llama, make_uneven, tracked
 from tracker import ExportError
-from tracker.export import to_hugging_face
+from tracker.export import to_gguf, to_hugging_face
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("transformers")
@@ -126,3 +126,20 @@ def test_other_models_are_sent_elsewhere(tmp_path: Path) -> None:
     _model, engine, _ = changed("unchanged")
     with pytest.raises(ExportError, match="no model of transformers"):
         to_hugging_face(engine, tmp_path / "out")
+
+
+def test_a_model_that_was_read_from_a_gguf_file_is_written(tmp_path: Path) -> None:
+    """Its weights are ordinary ones; transformers calls it quantized, and would not save it."""
+    pytest.importorskip("gguf")
+    from transformers import LlamaForCausalLM
+
+    from tests.export.test_gguf import byte_pairs
+
+    made = llama(vocab_size=112)
+    to_gguf(tracked(made), tmp_path / "a.gguf", byte_pairs(), "f32", verify=False)
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32)
+    engine = tracked(model.eval())
+    make_uneven(engine)
+    to_hugging_face(engine, tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert model.config.quantization_config.quant_method == "gguf"  # it is as it was

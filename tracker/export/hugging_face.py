@@ -57,6 +57,7 @@ def to_hugging_face(
             f"A {type(model).__name__} is no model of transformers. For others: to_onnx, or torch.save of to_plain."
         )
     plain: Any = to_plain(engine, verify=verify)
+    _forget_gguf(plain)
     calls = example_calls(engine) if verify else ()
     built = copy.deepcopy(plain.config)
     set_fields(plain.config, fields_of(plain, engine))
@@ -71,6 +72,14 @@ def to_hugging_face(
     plain.config = built
     left = compared_with_configuration(plain)
     return _written(model, plain, left, path, tokenizer, calls)
+
+
+def _forget_gguf(plain: Any) -> None:
+    """Of a model that was read from a GGUF file, whose weights are ordinary: transformers would not write it."""
+    method = getattr(getattr(plain.config, "quantization_config", None), "quant_method", "")
+    if getattr(method, "value", method) == "gguf":
+        plain.hf_quantizer = None
+        del plain.config.quantization_config
 
 
 def _written(

@@ -115,14 +115,13 @@ class LossWatcher:
                     _ConsumerHook(self, one, sums[one.weight]), prepend=True
                 )
             )
-        # Inputs, output and gradient of the last passes that were sent back.
-        self._last = deque[tuple[Arguments, Tensor, Tensor]](maxlen=WITNESSES)
+        self._last = deque[RecordedPass](maxlen=WITNESSES)
         self.handles.append(model.register_forward_hook(_OutputHook(self), with_kwargs=True))
 
     @property
     def witnesses(self) -> tuple[RecordedPass, ...]:
         """The last passes that were sent back, where their loss can be measured again."""
-        return tuple(RecordedPass.of(*one) for one in self._last)
+        return tuple(self._last)
 
     def at_output(self, inputs: Arguments, y: Tensor, gradient: Tensor) -> None:
         """The gradient at the model's output came: all others of this pass follow."""
@@ -139,7 +138,8 @@ class LossWatcher:
         if known is not None:
             facts[KNOWN], facts[RATIO], dim = 1, *known
             if dim == -1:
-                self._last.append((inputs, y.clone(), g.clone()))
+                # Not output and gradient themselves: of a language model they are larger than the model.
+                self._last.append(RecordedPass.of(inputs, y, g))
         else:
             facts[SQUARES], facts[ELEMENTS] = norm, g.numel()
             facts[ROWS] = g.flatten(0, -2).any(1).sum() if g.ndim > 1 else 1

@@ -1,0 +1,322 @@
+"""Is it worth something to shrink while the text is learnt? Beside other ways to the same size, with the same tokens.
+
+    python benchmarks/specialise.py --keep 0.6 --tokens 20000     # hours on two cores; where it was stopped, it goes on
+    python benchmarks/specialise.py --only dense,once             # some of them
+    python benchmarks/specialise.py --only "" --write             # docs/slm.md, of what was measured so far
+
+All train on the same windows in the same order, with the same optimizer and learning rates, and are judged on the same
+windows of files that none trains on (those of one_shot.py). What is changed once is changed before the first step, by
+the first 16 windows. demos/specialise_demo.py is the first of them; where outputs/ has a run of it with the same
+settings, that is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "demos"), str(ROOT / "benchmarks")]
+
+import torch
+import transformers
+from _common import OUTPUTS
+from _run_export import peak_memory
+from _smollm import perplexity
+from specialise_demo import Settings, Start, policy_for, shrinking, table, train
+from torch import Tensor, nn
+
+from tracker import NeuronEngine, Policy
+from tracker.surgery.prices.removal_problem import Limits, chosen_units, problems_of
+from tracker.utils.files import write_whole
+
+PAGE = ROOT / "docs" / "slm.md"
+CALIBRATION = 16  # windows
+IDLE = Policy(warm_up=10**9)
+Row = dict[str, Any]
+
+
+def batches(engine: NeuronEngine, settings: Settings) -> list[dict[str, Tensor]]:
+    _, tokenizer = settings.load()
+    return [{"input_ids": x, "labels": x} for x in settings.windows(tokenizer)[:CALIBRATION]]
+
+
+def loss_of(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
+
+
+def dense(engine: NeuronEngine, settings: Settings) -> Policy:
+    """Nothing goes."""
+    return IDLE
+
+
+def once(engine: NeuronEngine, settings: Settings) -> Policy:
+    """All goes at once, as `compress` allocates it."""
+    able = shrinking(engine)
+    spared = [g.name for g in engine.structure.groups if g not in able]
+    engine.compress(settings.keep, batches=batches(engine, settings), loss=loss_of, protect=spared)
+    return IDLE
+
+
+def even(engine: NeuronEngine, settings: Settings) -> Policy:
+    """All goes at once, the same share of each layer."""
+    goal = settings.keep * engine.count_parameters()
+    engine.calibrate(batches(engine, settings), loss=loss_of)
+    groups, problems, _ = problems_of(engine.tracker, Limits())
+    able = {g.name for g in shrinking(engine)}
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        share = (low + high) / 2
+        counts = {
+            i: min(round(share * g.size), g.size - 1)
+            for i, g in enumerate(groups)
+            if g.name in able
+        }
+        left = engine.count_parameters() - sum(
+            n * unit_parameters(engine, groups[i]) for i, n in counts.items()
+        )
+        low, high = (share, high) if left > goal else (low, share)
+    units = {
+        groups[i].name: chosen_units(problems, i, groups[i], n) for i, n in counts.items() if n
+    }
+    engine.prune_units(units)
+    return IDLE
+
+
+def unit_parameters(engine: NeuronEngine, group: Any) -> int:
+    """Numbers that go with one unit, of a model in which no two groups share any."""
+    return int(
+        engine.prune_units({group.name: [0]}, dry_run=True, verify=False).parameters_before
+        - engine.prune_units({group.name: [0]}, dry_run=True, verify=False).parameters_after
+    )
+
+
+def blocks(engine: NeuronEngine, settings: Settings) -> Policy:
+    """Whole blocks go: those that turn the stream least (ShortGPT: Men et al., 2024); what is left is refitted."""
+    model = engine.tracker.current.model()
+    layers = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("DecoderLayer")]
+    turned = dict.fromkeys([n for n, _ in layers], 0.0)
+
+    def hook(name: str) -> Any:
+        def seen(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            y = output if isinstance(output, Tensor) else output[0]
+            turned[name] += float(1 - nn.functional.cosine_similarity(x, y, dim=-1).mean())
+
+        return seen
+
+    some = [{"input_ids": b["input_ids"]} for b in batches(engine, settings)]
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in layers]
+    with torch.no_grad():
+        for batch in some:
+            model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    goal = settings.keep * engine.count_parameters()
+    for name in sorted(turned, key=lambda n: turned[n]):
+        if engine.count_parameters() <= goal:
+            break
+        engine.remove_layer(name, batches=some[: CALIBRATION // 4], force=True)
+    return IDLE
+
+
+def scratch(engine: NeuronEngine, settings: Settings) -> Policy:
+    """The shape that the specialised model ends with, its weights drawn anew."""
+    widths = result("specialised", settings)["widths"]
+    now = {n: len(layer.ids) for n, layer in engine.tracker.current.layers.items()}
+    going = {}
+    for group in shrinking(engine):
+        layer = next(n for n in group.layers if n in widths)
+        left = group.size * widths[layer] // now[layer]
+        if left < group.size:
+            going[group.name] = range(group.size - left)
+    engine.prune_units(going, compensate=False)
+    torch.manual_seed(settings.seed)
+    for parameter in engine.tracker.current.model().parameters():
+        nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    return IDLE
+
+
+WAYS: dict[str, tuple[str, Start]] = {
+    "specialised": ("shrinks while it learns", policy_for),
+    "dense": ("dense, fine-tuned", dense),
+    "once": ("compressed once, then fine-tuned", once),
+    "even": ("even shares once, then fine-tuned", even),
+    "blocks": ("blocks removed, then fine-tuned", blocks),
+    "scratch": ("its final shape, trained from scratch", scratch),
+}
+
+
+def folder_of(name: str, settings: Settings) -> Path:
+    """Where a way's results are; of the demo itself where its settings are these."""
+    kept = f"{100 * settings.keep:.0f}"
+    demo = OUTPUTS / "slm" / kept
+    known = demo / "settings.json"
+    if (
+        name == "specialised"
+        and known.exists()
+        and json.loads(known.read_text()) == asdict(settings)
+    ):
+        return demo
+    return OUTPUTS / "slm" / f"{kept}-{settings.steps}x{settings.window}-{name}"
+
+
+def result(name: str, settings: Settings) -> Row:
+    """What was measured of one way, now or before."""
+    folder = folder_of(name, settings)
+    path = folder / "result.json"
+    if path.exists():
+        return dict(json.loads(path.read_text("utf-8")))
+    folder.mkdir(parents=True, exist_ok=True)
+    cut: dict[str, float] = {}
+
+    def start(engine: NeuronEngine, settings: Settings) -> Policy:
+        policy = WAYS[name][1](engine, settings)
+        _, tokenizer = settings.load()
+        model = engine.tracker.current.model().eval()
+        cut["perplexity before tuning"] = perplexity(model, settings.held_out(tokenizer))
+        write_whole(folder / "before.json", json.dumps(cut).encode())
+        return policy
+
+    begun = time.perf_counter()
+    model, tokenizer, engine = train(settings, folder, 10, start)
+    row = json.loads((folder / "before.json").read_text()) | {
+        "name": name,
+        "settings": asdict(settings),
+        "perplexity": perplexity(model, settings.held_out(tokenizer)),
+        "parameters": engine.count_parameters(),
+        "widths": engine.life[-1].widths,
+        "training": {"seconds": time.perf_counter() - begun, **peak_memory()},
+    }
+    write_whole(path, json.dumps(row, indent=1).encode())
+    return dict(row)
+
+
+def page() -> str:
+    """docs/slm.md, of all that outputs/ holds."""
+    found = sorted((OUTPUTS / "slm").glob("*/result.json"))
+    runs = {p.parent: json.loads(p.read_text("utf-8")) for p in found}
+    demos = {f: r for f, r in runs.items() if (f / "dense.json").exists()}
+    rows: list[Row] = []
+    for folder, row in sorted(demos.items(), key=lambda pair: -pair[1]["parameters"]):
+        settings = Settings(**json.loads((folder / "settings.json").read_text("utf-8")))
+        if not rows:
+            rows.append(json.loads((folder / "dense.json").read_text("utf-8")))
+        told = (
+            f"{settings.keep:.0%} of the {settings.of}, {settings.steps * settings.window:,} tokens"
+        )
+        rows.append(row | {"name": told})
+    parts = [INTRODUCTION.format(machine=machine()).strip()]
+    if rows:
+        parts += ["## Size and speed", table(rows), *costs(demos)]
+    controls = [r for r in runs.values() if "perplexity before tuning" in r]
+    if controls:
+        parts += ["## Controls", control_table(controls, demos)]
+    parts.append(f"## Not measured yet\n\n{missing(rows, controls)}")
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """# A small language model, made smaller for a text
+
+Written by `python benchmarks/specialise.py --write` from what its runs and those of `demos/specialise_demo.py` left in
+`outputs/slm/`: {machine}.
+
+SmolLM2-135M-Instruct, as published, and the source of Python's standard library. *Perplexity* is per token, on eight
+windows of 512 tokens of files that were not trained on, the same as in [one_shot.md](one_shot.md). Each exported model
+is run by a process of its own that cannot import this library, one thread, one text: *prompt* is the reading of 256
+tokens, *generation* the writing of 32 after them, the median of three; *memory* is the most that the process held. By
+transformers the weights are float32. The machine is shared, so speeds are not steady.
+"""
+
+
+def machine() -> str:
+    return (
+        f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
+        f"{platform.python_version()}, {os.cpu_count()} cores ({platform.machine()})"
+    )
+
+
+def costs(demos: dict[Path, Row]) -> list[str]:
+    lines = [
+        "| run | learning rate | learnt | training, minutes | peak memory of training, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for folder, row in demos.items():
+        s = Settings(**json.loads((folder / "settings.json").read_text("utf-8")))
+        cost = row["training"]
+        lines.append(
+            f"| {s.keep:.0%} of the {s.of}, {s.steps * s.window:,} tokens | {s.rate:g} | {s.train} | "
+            f"{cost['seconds'] / 60:.0f} | {cost.get('memory', float('nan')):,.0f} |"
+        )
+    return [
+        "Minutes are of the last part, where a run was stopped, with its looks and changes.",
+        "\n".join(lines),
+    ]
+
+
+def control_table(controls: list[Row], demos: dict[Path, Row]) -> str:
+    lines = [
+        "| share | tokens | way | parameters | perplexity before tuning | after | minutes |",
+        "|---" * 7 + "|",
+    ]
+    rows = [(Settings(**r["settings"]), r) for r in controls]
+    for folder, row in demos.items():
+        s = Settings(**json.loads((folder / "settings.json").read_text("utf-8")))
+        if any(replace(s) == other for other, _ in rows):
+            rows.append((s, row))
+    for s, r in sorted(
+        rows, key=lambda pair: (-pair[0].keep, pair[0].tokens, pair[1]["perplexity"])
+    ):
+        before = r.get("perplexity before tuning")
+        first, minutes = "" if before is None else f"{before:.3f}", r["training"]["seconds"] / 60
+        lines.append(
+            f"| {s.keep:.0%} | {s.steps * s.window:,} | {WAYS[r['name']][0]} | {r['parameters']:,} | "
+            f"{first} | {r['perplexity']:.3f} | {minutes:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def missing(rows: list[Row], controls: list[Row]) -> str:
+    told = {r["name"] for r in controls}
+    left = [title for name, (title, _) in WAYS.items() if name not in told | {"specialised"}]
+    shares = [s for s in ("80%", "60%", "50%") if not any(r["name"].startswith(s) for r in rows)]
+    parts = [f"controls: {', '.join(left)}"] if left else []
+    parts += [f"shares: {', '.join(shares)}"] if shares else []
+    return "; ".join([*parts, "more than one seed; 100,000 tokens; distillation"]) + "."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default=",".join(WAYS), help="names, separated by commas")
+    parser.add_argument("--model")
+    parser.add_argument("--text")
+    parser.add_argument("--keep", type=float, default=Settings.keep)
+    parser.add_argument("--tokens", type=int, default=Settings.tokens)
+    parser.add_argument("--window", type=int, default=Settings.window)
+    parser.add_argument("--rate", type=float, default=Settings.rate)
+    parser.add_argument("--distil", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write docs/slm.md")
+    options = vars(parser.parse_args())
+    names, write = [n for n in options.pop("only").split(",") if n], options.pop("write")
+    for name in names:
+        row = result(name, Settings(**options))
+        print(
+            f"{name}: {row['parameters']:,} parameters, perplexity {row['perplexity']:.3f}",
+            flush=True,
+        )
+    if write:
+        write_whole(PAGE, page().encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""A pretrained small language model that becomes smaller while it learns your text, and is then shipped.
+
+    python demos/specialise_demo.py                          # SmolLM2-135M, the standard library's source, 60%
+    python demos/specialise_demo.py --text notes --keep 0.8 --tokens 100000
+    python demos/specialise_demo.py --lora                   # less memory: adapters learn, the rest is frozen
+
+It trains, and at a few looks gives up MLP neurons and attention heads: those without which the loss is predicted to
+rise least, until the budget is met. The last third of the run is left in peace. Every tenth file is for testing only.
+Where it was stopped, it goes on when it is run again (--fresh: from the start). It leaves in its folder: the model for
+transformers and for llama.cpp, dense and specialised, each run once; the picture of its life; a checkpoint; what was
+measured, in dense.json and result.json. Needs the extra .[smollm].
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import OUTPUTS, wrote
+from _run_export import in_its_own_process, peak_memory
+from _smollm import TOKENS, held_out, load, perplexity, sample, stream
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tracker import NeuronEngine, Policy
+from tracker.errors import ExportError, VerificationError
+from tracker.export import to_gguf, to_hugging_face
+from tracker.utils.files import write_whole
+
+LOOKS, LEAST = 4, 12  # at which it may change, at most; steps of the run for each, at least
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for.
+
+    Attributes:
+        model: A directory that transformers wrote; None: SmolLM2-135M.
+        text: A folder; None: the standard library's source.
+        keep: Share that is left at the end.
+        of: Of what: parameters, FLOPs, or milliseconds of a pass.
+        tokens: To train on, in windows of `window`, one for each step.
+        window: Tokens of one step.
+        rate: Highest learning rate.
+        train: Which parameters learn: "all", "blocks" (no embedding), "lora" (adapters of rank 16).
+        distil: Learn from what the dense model says as well.
+        seed: Of the order of files, and of adapters.
+    """
+
+    model: str | None = None
+    text: str | None = None
+    keep: float = 0.6
+    of: str = "parameters"
+    tokens: int = 20_000
+    window: int = TOKENS
+    rate: float = 1e-4
+    train: str = "all"
+    distil: bool = False
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return max(self.tokens // self.window, LEAST)
+
+    def load(self) -> tuple[Any, Any]:
+        """The dense model, as it is trained, and its tokenizer."""
+        model, tokenizer = load(self.model and Path(self.model))
+        if self.train == "blocks":
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.requires_grad_(False)
+        if self.train == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            torch.manual_seed(self.seed)
+            model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+        return model.eval(), tokenizer
+
+    def windows(self, tokenizer: Any) -> list[Tensor]:
+        """What each step trains on."""
+        folder = self.text and Path(self.text)
+        return stream(tokenizer, self.steps, self.seed, folder=folder, length=self.window)
+
+    def held_out(self, tokenizer: Any) -> list[Tensor]:
+        """What models are judged on."""
+        return held_out(tokenizer, folder=self.text and Path(self.text))
+
+
+def shrinking(engine: NeuronEngine) -> list[Any]:
+    """The groups that may shrink: MLP neurons and heads.
+
+    Widths of heads stay, since llama.cpp rotates whole ones, as do the ranks of adapters and the residual stream.
+    """
+    groups = [g for g in engine.structure.groups if g.prunable and g.exact]
+    return [g for g in groups if g.kind != "head_dim" and "lora_" not in g.name]
+
+
+def policy_for(engine: NeuronEngine, settings: Settings) -> Policy:
+    """At a few looks, units go until the budget is met, most of them early; the last third is left in peace."""
+    looks = min(LOOKS, max(settings.steps // LEAST, 1))
+    every = settings.steps // (looks + 2)
+    able = shrinking(engine)
+    spared = [g.name for g in engine.structure.groups if g not in able]
+    size = {
+        "parameters": engine.count_parameters,
+        "flops": lambda: engine.prune_units({able[0].name: [0]}, dry_run=True).flops_before,
+        "latency": engine.measure_latency,
+    }
+    budget = settings.keep * size[settings.of]()
+    budget = budget if settings.of == "latency" else int(budget)
+    return Policy(
+        warm_up=every, every=every, look=min(max(every - 1, 1), 16), settle=1, until=looks * every,
+        ramp=2.0, floor=1, protect=spared, regret=1.0,
+        **{f"max_{settings.of}": budget, f"min_{settings.of}": budget},
+    )  # fmt: skip
+
+
+Start = Callable[[NeuronEngine, Settings], Policy]
+
+
+def rate(done: float) -> float:
+    """Share of the highest learning rate after the share `done` of the steps."""
+    return min(done / 0.1, 1.0) * (0.05 + 0.475 * (1 + math.cos(math.pi * done)))
+
+
+def begun(settings: Settings, folder: Path, start: Start) -> tuple[Any, ...]:
+    """Model, tokenizer, optimizer and engine, where the folder's checkpoint has them, or at the start."""
+    model, tokenizer = settings.load()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, settings.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    checkpoint = folder / "checkpoint"
+    if checkpoint.exists():
+        return (
+            model,
+            tokenizer,
+            optimizer,
+            NeuronEngine.load_checkpoint(checkpoint, model, optimizer),
+        )
+    engine = NeuronEngine()
+    example = settings.windows(tokenizer)[0][:, :64]
+    engine.track_model(model, "language model", example_inputs={"input_ids": example})
+    engine.attach_optimizer(optimizer)
+    engine.start_self_modification(start(engine, settings))
+    return model, tokenizer, optimizer, engine
+
+
+def train(
+    settings: Settings, folder: Path, save_every: int, start: Start = policy_for
+) -> tuple[Any, ...]:
+    """Train to the end, saved every so many steps; model, tokenizer and engine.
+
+    Args:
+        settings: Of the run.
+        folder: Of its checkpoint.
+        save_every: Steps.
+        start: What is done before the first step; it tells the policy.
+    """
+    model, tokenizer, optimizer, engine = begun(settings, folder, start)
+    windows = settings.windows(tokenizer)
+    teacher = load(settings.model and Path(settings.model))[0] if settings.distil else None
+    first = engine.trainer.run.steps
+    model.train()
+    with tqdm(
+        total=settings.steps, initial=first, desc="Training", unit="step", disable=None
+    ) as bar:
+        for step in range(first, settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate * rate((step + 1) / settings.steps)
+            loss, aim = losses(model, windows[step], teacher)
+            optimizer.zero_grad()
+            aim.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if engine.step(loss) is not None:
+                d = engine.life[-1]
+                bar.write(f"step {d.step:>5}  {d.what:<7} {d.why}; {d.parameters:,} parameters")
+            bar.set_postfix(
+                loss=f"{loss:.3f}", parameters=f"{engine.count_parameters():,}", refresh=False
+            )
+            bar.update()
+            if (step + 1) % save_every == 0 or step + 1 == settings.steps:
+                engine.save_checkpoint(folder / "checkpoint")
+    return model.eval(), tokenizer, engine
+
+
+def losses(model: nn.Module, x: Tensor, teacher: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy of the next token, and the aim: that or, with a teacher, half what he says."""
+    logits = model(input_ids=x, use_cache=False).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    if teacher is None:
+        return loss.detach(), loss
+    with torch.no_grad():
+        said = teacher(input_ids=x, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+    mine = logits.flatten(0, 1).log_softmax(-1)
+    distance = nn.functional.kl_div(mine, said, reduction="batchmean", log_target=True)
+    return loss.detach(), (loss + distance) / 2
+
+
+def shipped(model: Any, tokenizer: Any, folder: Path, name: str, example: Tensor) -> dict[str, Any]:
+    """Write the model for transformers and for llama.cpp, and run what was written, each in a process of its own."""
+    engine = NeuronEngine()
+    engine.track_model(model, name, example_inputs={"input_ids": example})
+    made = {"transformers": to_hugging_face(engine, folder / name, tokenizer)}
+    for dtype in ("f16", "q8_0") if find_spec("gguf") else ():
+        path = folder / f"{name}-{dtype}.gguf"
+        try:
+            made[f"llama.cpp, {dtype}"] = to_gguf(engine, path, tokenizer, dtype)
+        except (ExportError, VerificationError) as error:
+            print(f"No {path.name}: {error}")
+    found = {}
+    for by, report in made.items():
+        print(report)
+        runs = by == "transformers" or find_spec("llama_cpp")
+        found[by] = {"bytes": report.bytes, **(in_its_own_process(report.path) if runs else {})}
+    return found
+
+
+def judged(
+    model: Any, tokenizer: Any, windows: list[Tensor], folder: Path, name: str
+) -> dict[str, Any]:
+    """What there is to know of a model; it is shipped as well."""
+    print(
+        f"The {name} model: perplexity on {len(windows)} windows of {windows[0].shape[1]} tokens, and exports"
+    )
+    found = {"name": name, "perplexity": perplexity(model, windows)}
+    found["text"] = sample(model, tokenizer, windows[0][:, :32])
+    plain = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    found["parameters"] = sum(p.numel() for p in plain.parameters())
+    found["runs"] = shipped(plain, tokenizer, folder, name, windows[0][:, :64])
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown: a line for each model and each way to run it."""
+    heads = (
+        "model",
+        "parameters",
+        "perplexity",
+        "run by",
+        "file, MB",
+        "memory, MB",
+        "prompt, tokens/s",
+        "generation, tokens/s",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        share = row["parameters"] / rows[0]["parameters"]
+        for by, run in row["runs"].items():
+            cells = [
+                row["name"],
+                f"{row['parameters']:,} ({share:.0%})",
+                f"{row['perplexity']:.3f}",
+                by,
+            ]
+            cells += [f"{run['bytes'] / 1e6:,.0f}"]
+            cells += [
+                f"{run[n]:,.{d}f}" if n in run else ""
+                for n, d in (("memory", 0), ("prompt", 1), ("generation", 1))
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def remembered(path: Path, what: Any) -> Any:
+    """What the file says or, where there is none, what is then written into it, whole or not at all."""
+    if not path.exists():
+        write_whole(path, json.dumps(what(), indent=1).encode())
+    return json.loads(path.read_text("utf-8"))
+
+
+def specialise(settings: Settings, folder: Path, save_every: int = 10) -> list[dict[str, Any]]:
+    """The whole story, or what of it is still to be done; a row for the dense model, and one for what came of it."""
+    begun_with = remembered(folder / "settings.json", lambda: asdict(settings))
+    if begun_with != asdict(settings):
+        raise SystemExit(
+            f"{folder} holds a run of other settings, {begun_with}. Name another --out, or say --fresh."
+        )
+
+    def dense() -> dict[str, Any]:
+        model, tokenizer = load(settings.model and Path(settings.model))
+        return judged(model, tokenizer, settings.held_out(tokenizer), folder, "dense")
+
+    def specialised() -> dict[str, Any]:
+        begin = time.perf_counter()
+        model, tokenizer, engine = train(settings, folder, save_every)
+        cost = {"seconds": time.perf_counter() - begin, **peak_memory()}
+        engine.plot_life(folder / "life.png")
+        wrote(folder / "life.png", folder / "checkpoint")
+        found = judged(model, tokenizer, settings.held_out(tokenizer), folder, "specialised")
+        return found | {"training": cost, "widths": engine.life[-1].widths}
+
+    rows = [
+        remembered(folder / "dense.json", dense),
+        remembered(folder / "result.json", specialised),
+    ]
+    for row in rows:
+        print(f"\nThe {row['name']} model writes:\n{row['text']}")
+    print(f"\n{table(rows)}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a directory that transformers wrote; else SmolLM2-135M")
+    parser.add_argument("--text", help="a folder; else the standard library's source")
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--of", choices=("parameters", "flops", "latency"), default="parameters")
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--window", type=int, default=TOKENS)
+    parser.add_argument("--rate", type=float, default=1e-4, help="highest learning rate")
+    parser.add_argument(
+        "--freeze-embeddings", dest="train", action="store_const", const="blocks", default="all"
+    )
+    parser.add_argument(
+        "--lora", dest="train", action="store_const", const="lora", help="needs peft"
+    )
+    parser.add_argument("--distil", action="store_true", help="learn from the dense model too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=10, help="steps")
+    parser.add_argument("--out", type=Path, help="folder for all that is left")
+    parser.add_argument("--fresh", action="store_true", help="forget what is in that folder")
+    options = vars(parser.parse_args())
+    out, fresh, save_every = (options.pop(n) for n in ("out", "fresh", "save_every"))
+    settings = Settings(**options)
+    out = out or OUTPUTS / "slm" / f"{settings.keep:.0%}".rstrip("%")
+    if fresh and (out / "settings.json").exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    specialise(settings, out, save_every)
+
+
+if __name__ == "__main__":
+    main()
