@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, tuple[list[str], str]] = {
     "specialise": (["benchmarks/specialise.py", "--write"], "docs/slm.md"),
     "looks": (["benchmarks/look_cost.py", "--write"], "docs/self_modification.md"),
     "controls": (["benchmarks/controls.py", "--resume", "--write"], "docs/controls.md"),
+    "young": (["benchmarks/young.py", "--write"], "docs/self_modification.md"),
     "verdicts": (["benchmarks/verdicts.py", "--write"], "docs/self_modification.md"),
     "coverage": (["benchmarks/coverage.py", "--resume", "--write"], "docs/coverage.md"),
     "large": (["benchmarks/large_models.py", "--write"], "docs/large_models.md"),

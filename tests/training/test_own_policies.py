@@ -129,6 +129,7 @@ def test_an_object_is_given_what_a_rule_needs() -> None:
 
 @pytest.mark.parametrize("kind", ["function", "object", "phases"])
 def test_rules_come_back_from_a_checkpoint(kind: str, tmp_path: Path) -> None:
+    gc.collect()  # objects of this name that other tests made
     made: Any = {
         "function": lambda: Policy.of(mine, **STEPS, grow=True),  # type: ignore[arg-type]
         "object": Counting,

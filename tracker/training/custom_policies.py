@@ -22,7 +22,7 @@ class OwnPolicy(Policy):
     """Settings of a policy, and what decides in its place.
 
     rule: `rule(candidates, now, losses, blocked)` → Requests, or None for nothing; or an object with such a `decide`.
-        Of `bypasses`, `inserted`, `step` and `looks_left` it is given those that it names as keyword arguments.
+        It is given those of `bypasses`, `inserted`, `step`, `looks_left` and `falling` that it names as keywords.
     """
 
     rule: Any = None
@@ -52,6 +52,7 @@ class OwnPolicy(Policy):
         inserted: int = 0,
         step: int = 0,
         looks_left: int | None = None,
+        falling: float = 0.0,
     ) -> Requests:
         """What the rule wants.
 
@@ -64,6 +65,7 @@ class OwnPolicy(Policy):
             "inserted": inserted,
             "step": step,
             "looks_left": looks_left,
+            "falling": falling,
         }
         more = taken_by(rule, known)
         found = rule(candidates, now, losses, blocked, **more)

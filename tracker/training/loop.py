@@ -30,6 +30,7 @@ from tracker.training.candidates import CostModel, Wanted, bypasses, candidates
 from tracker.training.carry_out import Limits, carry_out
 from tracker.training.choices import Requests, Size
 from tracker.training.custom_policies import taken_by
+from tracker.training.learning import falling
 from tracker.training.observation_phase import ObservationPhase
 from tracker.training.policy import Phases, Policy
 from tracker.training.seen import CollectedSignals
@@ -265,11 +266,11 @@ class SelfModification:
             reads, look.wanted, self._seen.bent, self._seen.facts, self._mean(policy.look)
         )
         lately, spread = self._mean(policy.settle), self._error(policy.settle)
-        loss = self._mean()
+        loss, fall = self._mean(), self._falling(policy)
         self._recent = []
         self._means.append(loss)
         self._blocked = {name: n - 1 for name, n in self._blocked.items() if n > 1}
-        wanted, entries = self._decided(policy, lately), len(self._session.journal)
+        wanted, entries = self._decided(policy, lately, fall), len(self._session.journal)
         if not wanted.groups:
             self._note("kept", wanted.why, loss)
             return None
@@ -293,7 +294,7 @@ class SelfModification:
         self._note(DONE[receipt.operation], wanted.why, loss)
         return receipt
 
-    def _decided(self, policy: Policy, loss: float) -> Requests:
+    def _decided(self, policy: Policy, loss: float, fall: float) -> Requests:
         """What the policy wants; of several ranks, what the first one's wants."""
         tracker, ranks = self._tracker, self._session.ranks
         wanted = Requests("the first rank decides")
@@ -322,6 +323,7 @@ class SelfModification:
                     "inserted": inserted_layers(self.model),
                     "step": self.steps,
                     "looks_left": self._looks_left(policy),
+                    "falling": fall,
                 }
                 more = taken_by(policy.decide, more)  # of a subclass, what it knows
                 decide = partial(policy.decide, able, now, self._means, self._blocked, **more)
@@ -431,6 +433,12 @@ class SelfModification:
         """Standard error of the mean of the last steps; of several ranks theirs in the mean, which is more."""
         ranks = self._session.ranks
         own = standard_error(torch.stack(self._recent[-last:])) if self._recent else 0.0
+        return own if ranks is None else ranks.mean(own)
+
+    def _falling(self, policy: Policy) -> float:
+        """What training lowers the loss by from look to look; of several ranks theirs in the mean."""
+        ranks = self._session.ranks
+        own = falling(torch.stack(self._recent), policy.every) if self._recent else 0.0
         return own if ranks is None else ranks.mean(own)
 
     def _note(self, what: str, why: str, loss: float) -> None:

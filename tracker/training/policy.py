@@ -18,6 +18,7 @@ from tracker.training.field_checks import (
     require_meaning,
     require_sensible,
 )
+from tracker.training.learning import with_learning
 from tracker.training.ramp import paced, step_of
 from tracker.training.schedule import schedule
 from tracker.training.spending import cheapest, fits, forced, less, traded
@@ -165,6 +166,7 @@ class Policy:
         bypasses: Sequence[Bypass] = (),
         inserted: int = 0,
         looks_left: int | None = None,
+        falling: float = 0.0,
     ) -> Requests:
         """What to do now.
 
@@ -176,6 +178,8 @@ class Policy:
             bypasses: Layers and blocks that could be removed.
             inserted: Layers that were inserted so far.
             looks_left: That follow this one up to `until`; None where nobody knows.
+            falling: Relative fall of the loss up to the next look at the pace of training, beyond chance: what units
+                that go take their share of.
         """
         share = step_of(looks_left, self.ramp)
         free = [c for c in candidates if not blocked.get(c.name)]
@@ -185,13 +189,13 @@ class Policy:
             count = sum(map(len, dead.values()))
             little = " or little" if any(c.dormant for c in free) else ""
             return Requests(f"{count} units say nothing{little}", recycle=dead)
-        merge = self._merging(free, now, share) if self.merge else {}
+        merge = self._merging(free, now, share, falling) if self.merge else {}
         if merge:
             count = sum(map(len, merge.values()))
             what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
             why = f"{count} units can be folded into others within {what} {self.tolerance:.2%}"
             return Requests(why, merge=merge)
-        remove, why = self._removal(free, now, share)
+        remove, why = self._removal(free, now, share, falling)
         if remove:
             return Requests(why, remove=remove)
         drop = self._dropping([b for b in bypasses if not blocked.get(b.name)], now)
@@ -303,10 +307,15 @@ class Policy:
         )
 
     def _merging(
-        self, free: Sequence[Candidate], now: Size, share: float | None
+        self, free: Sequence[Candidate], now: Size, share: float | None, falling: float
     ) -> dict[str, tuple[tuple[int, int], ...]]:
         left, _ = self._paced(now, share)
-        errors = {c.name: c.merge_errors[: self._most(c)] for c in free}
+        errors = {
+            c.name: with_learning(
+                c.merge_errors[: self._most(c)], tuple(drop for _, drop in c.pairs), c, now, falling
+            )
+            for c in free
+        }
         counts = cheapest(errors, free, self.tolerance, left, self._measure)
         return {c.name: c.pairs[: counts[c.name]] for c in free if counts.get(c.name)}
 
@@ -369,17 +378,22 @@ class Policy:
         return not (len(losses) < 2 or losses[-1] < (1 - self.plateau) * losses[-2])
 
     def _removal(
-        self, free: Sequence[Candidate], now: Size, share: float | None
+        self, free: Sequence[Candidate], now: Size, share: float | None, falling: float
     ) -> tuple[dict[str, tuple[int, ...]], str]:
         if not self.shrink:
             return {}, "nothing is to shrink"
         left, room = self._paced(now, share)
         most = {c.name: min(self._most(c), len(c.order)) for c in free}
-        errors = {c.name: c.errors[: most[c.name]] for c in free}
+        errors = {
+            c.name: with_learning(c.errors[: most[c.name]], c.order, c, now, falling) for c in free
+        }
         counts = cheapest(errors, free, self.tolerance, left, self._measure)
         what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
+        within = f"{what} {self.tolerance:.2%}"
+        if falling:
+            within += f" with their share of the {falling:.2%} that training gains up to the next look"
         going = sum(counts.values())
-        why = f"{going} unit{'s' * (going != 1)} can go within {what} {self.tolerance:.2%}"
+        why = f"{going} unit{'s' * (going != 1)} can go within {within}"
         whole = self._bounds(now, least=False)
         for one in free:
             room = less(room, one.cost, -counts.get(one.name, 0))
@@ -388,12 +402,12 @@ class Policy:
         if beyond:
             why = (
                 f"the network is larger than its budget: {sum(counts.values())} units go, "
-                f"{beyond} of them beyond {what} {self.tolerance:.2%}"
+                f"{beyond} of them beyond {within}"
             )
         elif given := self._given_up(free, most, counts, whole):
             why = f"{given} units that cost less than what as many elsewhere would gain make room"
         if not counts:
-            why = f"no unit can go within {what} {self.tolerance:.2%}"
+            why = f"no unit can go within {within}"
         return {c.name: c.order[: counts[c.name]] for c in free if counts.get(c.name)}, why
 
     def _given_up(
