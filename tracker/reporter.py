@@ -12,6 +12,7 @@ from tracker.analysis.plasticity import DORMANT
 from tracker.analysis.recommendations import Thresholds, pruning_candidates, recommend
 from tracker.analyzer import Analyzer
 from tracker.errors import StatisticsError
+from tracker.modules.names import LayerOrName, name_of
 from tracker.observation.neuron_ids import layer_named
 from tracker.observation.records import Observation
 from tracker.parts.sessions import Sessions
@@ -257,18 +258,21 @@ class Reporter:
         """
         return figures.save(figures.activity_heatmap(*self._analyzer.findings()), path)
 
-    def plot_correlation_matrix(self, layer_name: str, path: PathLike | None = None) -> Figure:
+    def plot_correlation_matrix(
+        self, layer_name: LayerOrName, path: PathLike | None = None
+    ) -> Figure:
         """Clustered correlation matrix of one layer; saved to `path` if given.
 
         Args:
-            layer_name: Of a layer that was observed with correlation.
+            layer_name: Of a layer that was observed with correlation, or the layer itself.
             path: File for the picture; None: it is only returned.
 
         Examples:
             >>> figure = engine.plot_correlation_matrix("0", "correlation.png")
         """
         _, findings = self._analyzer.findings()
-        found = findings[layer_named(list(findings), layer_name)]
+        name = name_of(self._sessions.current.entry.model, layer_name)
+        found = findings[layer_named(list(findings), name)]
         return figures.save(
             figures.correlation_matrix(found, self._analyzer.correlation_threshold), path
         )

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tracker.errors import NotTrackedError, StatisticsError, StructureError
 from tracker.inputs.calls import ExampleInputs, calls_of
 from tracker.inputs.forward_pass import copy_without_hooks, forward_once
 from tracker.modules.layers import find_layers, require_axes, unwrap
+from tracker.modules.names import ByLayer, LayerOrName, names_in
 from tracker.observation.compiled import forget_compiled_graphs
 from tracker.observation.consumer_inputs import ConsumerInput, remapped
 from tracker.observation.hooks import (
@@ -138,9 +140,9 @@ class ActivationTracker:
         model: nn.Module,
         name: str,
         example_inputs: ExampleInputs | None = None,
-        axes: Mapping[str, int] | None = None,
+        axes: ByLayer[int] | None = None,
         batch_dim: int = 0,
-        assume_unread: Collection[str] = (),
+        assume_unread: Collection[LayerOrName] = (),
     ) -> TrackedModel:
         """Give ids to the neurons of `model` and make it the current one; again for the same model: the same ids."""
         model = unwrap(model)
@@ -150,17 +152,19 @@ class ActivationTracker:
                 self._show(known, model, example_inputs)
             self._current = known
             return known
-        points = [ObservationPoint(layer) for layer in find_layers(model, axes)]
+        along: Mapping[str, int] = names_in(lambda: model, axes or {})
+        unread: Collection[str] = names_in(lambda: model, assume_unread)
+        points = [ObservationPoint(layer) for layer in find_layers(model, along)]
         if not points:
             raise NotTrackedError(
                 f"{type(model).__name__} has no layer with neurons: no linear, convolutional, embedding, norm or "
                 "recurrent layer, and no custom module with parameters of its own."
             )
-        require_known(model, assume_unread)
-        require_axes(model, axes or {}, batch_dim)
+        require_known(model, unread)
+        require_axes(model, along, batch_dim)
         observer = Observer(weakref.ref(model), points, self.threshold, batch_dim)
-        observer.unread = tuple(assume_unread)
-        entry = TrackedModel(name, observer, by_hand=frozenset(axes or ()))
+        observer.unread = tuple(unread)
+        entry = TrackedModel(name, observer, by_hand=frozenset(along))
         if example_inputs is not None:
             observer.given = calls_of(example_inputs)
             observer.inputs = observer.given[0].args, observer.given[0].kwargs
@@ -197,6 +201,10 @@ class ActivationTracker:
         entry.structure, entry.traced = None, False
         self.set_read_points(entry)
 
+    def names_in(self, given: Any, *, pattern: bool = False) -> Any:
+        """What a call was given, with the names of the current model's modules in their place: see `names_in`."""
+        return names_in(lambda: self.current.model(), given, pattern=pattern)
+
     def hook(self, model: nn.Module | None = None) -> None:
         """Put hooks on a tracked model (the current one), and make it the current one."""
         entry = self.current if model is None else self.tracked(model)
@@ -210,7 +218,7 @@ class ActivationTracker:
         correlate: bool = False,
         mode: str | None = None,
         every: int = 1,
-        layers: Collection[str] | None = None,
+        layers: LayerOrName | Collection[LayerOrName] | None = None,
         sampling: int = 1,
     ) -> None:
         """Begin a fresh window of statistics on the current model."""
@@ -225,8 +233,8 @@ class ActivationTracker:
         entry = self.current
         observer = entry.observer
         names = [point.name for point in observer.points]
-        layers = [layers] if isinstance(layers, str) else layers
-        chosen = None if layers is None else frozenset(layer_named(names, n) for n in layers)
+        wanted = self.names_in([layers] if isinstance(layers, LayerOrName) else layers)
+        chosen = None if layers is None else frozenset(layer_named(names, n) for n in wanted)
         changed, observer.chosen = chosen != observer.chosen, chosen
         if not entry.hooked or observer.model() is None or changed:
             self.hook()

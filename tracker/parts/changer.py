@@ -16,6 +16,7 @@ from tracker.errors import StructureError, SurgeryError, TrackerError, UnknownNe
 from tracker.inputs.calls import Arguments
 from tracker.inputs.forward_pass import copy_without_hooks
 from tracker.journal import fingerprint
+from tracker.modules.names import ByLayer
 from tracker.observation.neuron_ids import NeuronId, layer_named
 from tracker.parts.session import Session
 from tracker.parts.sessions import Sessions
@@ -31,7 +32,7 @@ from tracker.surgery.transaction import OutputSnapshot, count, execute, refuse_i
 from tracker.tracker import ActivationTracker
 from tracker.utils.argument_checks import fits, shown
 
-Neurons = Iterable[int] | Mapping[str, Sequence[int]]
+Neurons = Iterable[int] | ByLayer[Sequence[int]]
 MOST_PASSES = 100_000
 
 
@@ -246,7 +247,7 @@ class Changer:
         current = self._tracker.current
         places: list[tuple[str, int]] = []
         if isinstance(neurons, Mapping):
-            for layer, listed in neurons.items():
+            for layer, listed in self._tracker.names_in(neurons).items():
                 places += [(layer, self._slot(layer, one)) for one in _several(listed)]
             return places
         for neuron in _several(neurons):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.inputs.batches import Inputs
+from tracker.modules.names import ByLayer
 from tracker.parts.calibrator import Calibrator
 from tracker.parts.changer import Changer
 from tracker.parts.sessions import Sessions
@@ -18,7 +19,7 @@ from tracker.surgery.calibration.loss import Loss
 from tracker.surgery.operations.compression import plan_compression
 from tracker.surgery.operations.shortfall import KeepRequest
 from tracker.surgery.plan import Plan
-from tracker.surgery.prices.protection import Protect
+from tracker.surgery.prices.protection import Protected
 from tracker.surgery.prices.removal_problem import Limits, limits_of
 from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.tracker import ActivationTracker
@@ -58,8 +59,8 @@ class Compressor:
         inputs: Inputs | None = None,
         rounds: int = 1,
         round_to: int = 1,
-        floor: int | Mapping[str, int] = 1,
-        protect: Protect = (),
+        floor: int | ByLayer[int] = 1,
+        protect: Protected = (),
         inexact: bool = False,
         criterion: str | Criterion = "reconstruction",
         compensate: bool = True,
@@ -105,9 +106,11 @@ class Compressor:
             >>> receipt.parameters_before, round(receipt.parameters_after / receipt.parameters_before, 1)
             (115, 0.6)
         """
+        # Once: rounds may put other modules in the place of these.
+        least, spared = (self._tracker.names_in(g, pattern=True) for g in (floor, protect))
 
         def limits() -> Limits:
-            return limits_of(self._tracker, round_to, floor, protect, sizes, inexact=inexact)
+            return limits_of(self._tracker, round_to, least, spared, sizes, inexact=inexact)
 
         with self._changer.together("compress"):
             refuse_inside_a_pass(self._tracker)

@@ -13,6 +13,7 @@ from tracker.analyzer import Analyzer
 from tracker.errors import SurgeryError
 from tracker.inputs.batches import Inputs, each
 from tracker.inputs.calls import Arguments, arguments
+from tracker.modules.names import ByLayer, LayerOrName
 from tracker.observation.neuron_ids import layer_named
 from tracker.parts.calibrator import Calibrator
 from tracker.parts.changer import Changer, Neurons
@@ -26,7 +27,7 @@ from tracker.surgery.operations.merging import plan_merge
 from tracker.surgery.operations.removal import plan_pruning
 from tracker.surgery.operations.uniform_widths import Key, plan_width, widths_to_equalize
 from tracker.surgery.plan import Plan, units_of
-from tracker.surgery.prices.protection import Protect, protection
+from tracker.surgery.prices.protection import Protected, protection
 from tracker.surgery.recommended_changes import requests
 from tracker.surgery.transaction import refuse_inside_a_pass
 from tracker.tracker import ActivationTracker
@@ -70,10 +71,10 @@ class Surgeon:
 
     def prune_units(
         self,
-        units: Mapping[str, Sequence[int]],
+        units: ByLayer[Sequence[int]],
         compensate: bool = False,
         *,
-        protect: Protect = (),
+        protect: Protected = (),
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
         inputs: Inputs | None = None,
@@ -113,13 +114,14 @@ class Surgeon:
             if batches is not None:
                 self._calibrator.calibrate_by(batches, loss, inputs, progress)
             new = batches is not None
-            return self._prune(lambda: units, compensate, protect, new, dry_run, verify)
+            named = self._tracker.names_in(units)
+            return self._prune(lambda: named, compensate, protect, new, dry_run, verify)
 
     def _prune(
         self,
         asked: Callable[[], Mapping[str, Sequence[int]]],
         compensate: bool,
-        protect: Protect,
+        protect: Protected,
         measured: bool,
         dry_run: bool,
         verify: bool,
@@ -139,7 +141,7 @@ class Surgeon:
         neurons: Neurons,
         compensate: bool = True,
         *,
-        protect: Protect = (),
+        protect: Protected = (),
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
         inputs: Inputs | None = None,
@@ -244,7 +246,7 @@ class Surgeon:
 
     def expand_layer(
         self,
-        layer_name: str,
+        layer_name: LayerOrName,
         count: int,
         *,
         batches: Iterable[Any] | None = None,
@@ -263,7 +265,7 @@ class Surgeon:
         (1 or more, incoming features), best first.
 
         Args:
-            layer_name: The layer that becomes wider.
+            layer_name: The layer that becomes wider, or its name.
             count: New neurons.
             batches: Calibration data, as for `calibrate`; without them, what was observed before.
             loss: As for `calibrate`, of `batches`.
@@ -284,26 +286,27 @@ class Surgeon:
             >>> receipt.added_ids, torch.allclose(model(x), before, atol=1e-6)
             ([17, 18, 19, 20], True)
         """
+        name = self._tracker.names_in(layer_name)
 
         def plan() -> tuple[Plan, list[str]]:
-            layer_named(list(self._tracker.current.layers), layer_name)
+            layer_named(list(self._tracker.current.layers), name)
             best, notes = directions, list[str]()
             if batches is not None and loss is not None:
                 reader = self._calibrator.reader(inputs, loss=loss)
                 some = map(reader.read, each(reader, batches, "Gradients", progress))
-                best = gradient_directions(self._tracker, layer_name, some, Objective(loss))
+                best = gradient_directions(self._tracker, name, some, Objective(loss))
                 notes = reader.notes()
             elif batches is not None:
                 notes = ["without a loss, `batches` say nothing of where new neurons should look"]
-            return plan_expansion(self._tracker, layer_name, count, best, seed), notes
+            return plan_expansion(self._tracker, name, count, best, seed), notes
 
         return self._changer.change(plan, dry_run=dry_run, verify=verify)
 
     def expand_layers(
         self,
-        counts: Mapping[str, int],
+        counts: ByLayer[int],
         *,
-        directions: Mapping[str, Tensor] | None = None,
+        directions: ByLayer[Tensor] | None = None,
         seed: int = 0,
         dry_run: bool = False,
         verify: bool = True,
@@ -311,7 +314,7 @@ class Surgeon:
         """Add neurons to several layers ({layer name: count}) as one change; see `expand_layer`.
 
         Args:
-            counts: {layer name: new neurons}.
+            counts: {layer, or its name: new neurons}.
             directions: By layer, as for `expand_layer`.
             seed: Of the random numbers: the same seed gives the same weights.
             dry_run: Only tell what would happen; nothing is touched.
@@ -325,15 +328,17 @@ class Surgeon:
             >>> engine.get_summary()["layers"]
             {'0': 12, '2': 8, '4': 3}
         """
-        best, names = dict(directions or {}), list(counts)
-        if other := sorted(best.keys() - counts.keys()):
+        wanted: Mapping[str, int] = self._tracker.names_in(counts)
+        best: Mapping[str, Tensor] = self._tracker.names_in(directions or {})
+        names = list(wanted)
+        if other := sorted(best.keys() - wanted.keys()):
             raise SurgeryError(f"Directions are given for {other[0]!r}, which is not to grow.")
         if best:  # from the last: what one layer reads must not grow before it does
             order = list(self._tracker.current.layers)
             names.sort(key=lambda n: -order.index(n) if n in order else 0)
         steps = [
             partial(
-                self.expand_layer, n, counts[n], directions=best.get(n), seed=seed, verify=verify
+                self.expand_layer, n, wanted[n], directions=best.get(n), seed=seed, verify=verify
             )
             for n in names
         ]
@@ -434,7 +439,9 @@ class Surgeon:
 
         return self._changer.change(plan, dry_run=dry_run, verify=verify)
 
-    def insert_layer(self, after: str, *, dry_run: bool = False, verify: bool = True) -> Receipt:
+    def insert_layer(
+        self, after: LayerOrName, *, dry_run: bool = False, verify: bool = True
+    ) -> Receipt:
         """Insert a layer of the same width behind the layer `after`; the model's function stays.
 
         The identity where a ReLU reads the layer, a residual block of zero output elsewhere. Behind a residual block
@@ -442,7 +449,7 @@ class Surgeon:
         learns (Wu et al., 2024, LLaMA Pro, 3.2). It is a child of `after`, named "inserted".
 
         Args:
-            after: Name of the layer or block that it stands behind.
+            after: The layer or block that it stands behind, or its name.
             dry_run: Only tell what would happen; nothing is touched.
             verify: Compare with what is promised, on a copy in float64 and after the change.
 
@@ -456,13 +463,14 @@ class Surgeon:
               (linear): Linear(in_features=8, out_features=8, bias=True)
             )
         """
+        name = self._tracker.names_in(after)
         return self._changer.change(
-            lambda: (plan_insertion(self._tracker, after), []), dry_run=dry_run, verify=verify
+            lambda: (plan_insertion(self._tracker, name), []), dry_run=dry_run, verify=verify
         )
 
     def remove_layer(
         self,
-        layer_name: str,
+        layer_name: LayerOrName,
         *,
         batches: Iterable[Any] | None = None,
         inputs: Inputs | None = None,
@@ -479,7 +487,7 @@ class Surgeon:
         only linear layers do; else the multiple of its input plus a constant that comes nearest stands in its place.
 
         Args:
-            layer_name: The layer or block that goes.
+            layer_name: The layer or block that goes, or its name.
             batches: Calibration data, as for `calibrate`; without them, what was observed before.
             inputs: As for `calibrate`, of `batches`.
             force: Also where the outputs change much.
@@ -495,7 +503,7 @@ class Surgeon:
             >>> model[2]
             Bypass()
         """
-        observer = self._tracker.current.observer
+        observer, name = self._tracker.current.observer, self._tracker.names_in(layer_name)
 
         def plan() -> tuple[Plan, list[str]]:
             if observer.inputs is None:
@@ -506,7 +514,7 @@ class Surgeon:
             if batches is not None:
                 some = each(reader, batches, "Refitting", progress)
                 calls = [arguments(reader.read(batch).call) for batch in some]
-            plan, notes = plan_layer_removal(self._tracker, layer_name, calls, force)
+            plan, notes = plan_layer_removal(self._tracker, name, calls, force)
             return self._calibrator.measured(plan, [*notes, *reader.notes()])
 
         return self._changer.change(plan, dry_run=dry_run, verify=verify)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tracker.analyzer import Analyzer
 from tracker.inputs.calls import ExampleInputs
+from tracker.modules.names import ByLayer, LayerOrName
 from tracker.observation.neuron_ids import named
 from tracker.parts.sessions import Sessions
 from tracker.tracker import ActivationTracker
@@ -35,9 +36,9 @@ class Watcher:
         name: str = "model",
         example_inputs: ExampleInputs | None = None,
         *,
-        axes: Mapping[str, int] | None = None,
+        axes: ByLayer[int] | None = None,
         batch_dim: int = 0,
-        assume_unread: Collection[str] = (),
+        assume_unread: Collection[LayerOrName] = (),
     ) -> dict[str, list[int]]:
         """Give every neuron of `model` an id, and make it the current model.
 
@@ -48,7 +49,7 @@ class Watcher:
             example_inputs: A tuple of positional arguments, a dict of keyword arguments, one tensor, a `Call`, or a
                 list of several such calls. With them the width of custom modules is known at once; else their neurons
                 get ids at the first forward pass, which is then the example.
-            axes: Layer name → dimension of its output that counts its neurons, where the default is wrong.
+            axes: Layer, or its name → dimension of its output that counts its neurons, where the default is wrong.
             assume_unread: Names of modules (or parameters) that no example call runs and that never will be run: they
                 are left as they are, whatever is removed. See docs/structure.md.
             batch_dim: Dimension of the model's first input that counts samples.
@@ -138,7 +139,7 @@ class Watcher:
         mode: str | None = None,
         *,
         every: int = 1,
-        layers: str | Collection[str] | None = None,
+        layers: LayerOrName | Collection[LayerOrName] | None = None,
         correlation_every: int = 1,
     ) -> None:
         """Begin a fresh window of statistics; hooks are registered if they are not yet.
@@ -148,7 +149,7 @@ class Watcher:
             mode: Which passes the reports speak of: those of the model in "train" mode, in "eval" mode, or "all"
                 mixed. None: the mode of the first pass. What the other mode shows is kept apart.
             every: Observe one pass of so many, of each mode the first one first; the others are not counted.
-            layers: Names of the layers to observe. None: all.
+            layers: The layers to observe, or their names. None: all.
             correlation_every: Take one row of so many into the covariance, each time others; see docs/observation.md.
 
         Raises:

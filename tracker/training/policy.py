@@ -391,7 +391,9 @@ class Policy:
         what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
         within = f"{what} {self.tolerance:.2%}"
         if falling:
-            within += f" with their share of the {falling:.2%} that training gains up to the next look"
+            within += (
+                f" with their share of the {falling:.2%} that training gains up to the next look"
+            )
         going = sum(counts.values())
         why = f"{going} unit{'s' * (going != 1)} can go within {within}"
         whole = self._bounds(now, least=False)

@@ -8,15 +8,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracker.errors import SurgeryError
+from tracker.modules.names import ByLayer
 from tracker.structure import Structure, UnitGroup
 from tracker.tracker import ActivationTracker
 
 LONGEST = 1000  # characters of a name
 # Names or patterns of layers, modules or groups, and neuron ids; or {name or pattern: share of its units that stay}.
 Protect = str | int | Iterable[str | int] | Mapping[str, float]
+# The same, modules in the place of their names as well.
+Protected = Protect | nn.Module | Iterable[str | int | nn.Module] | ByLayer[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ NOTHING = Protection()
 
 def protection(
     tracker: ActivationTracker,
-    protect: Protect,
+    protect: Protected,
     sizes: Mapping[str, int] | None = None,
     *,
     strict: bool = True,
@@ -117,7 +120,8 @@ def protection(
 
     Args:
         tracker: Of the current model.
-        protect: Names, patterns and ids, of all of which nothing goes; or {name or pattern: share that stays}.
+        protect: Names, patterns, modules and ids, of all of which nothing goes; or {name, pattern or module: share
+            that stays}.
         sizes: Units of each group that shares are of; those that it has now where it is not among them.
         strict: Refuse ids that are no more.
 
@@ -125,7 +129,7 @@ def protection(
         SurgeryError: A name or a pattern matches nothing, or a share is none.
         UnknownNeuronError: No neuron has such an id.
     """
-    shares, ids = wanted(protect)
+    shares, ids = wanted(tracker.names_in(protect, pattern=True))
     if not shares and not ids:
         return NOTHING
     structure = tracker.structure()
@@ -162,7 +166,7 @@ def wanted(protect: Protect) -> tuple[dict[str, float], set[int]]:
         for name in protect:
             _require_name(name)
         return {name: float(share) for name, share in protect.items()}, set()
-    listed = [protect] if isinstance(protect, str | int | Tensor) else protect
+    listed = [protect] if isinstance(protect, str | int | Tensor | nn.Module) else protect
     names, ids = dict[str, float](), set[int]()
     for one in listed if isinstance(listed, Iterable) else [listed]:
         if isinstance(one, str):
@@ -170,6 +174,11 @@ def wanted(protect: Protect) -> tuple[dict[str, float], set[int]]:
             names[one] = 1.0
         elif isinstance(one, int) and not isinstance(one, bool):
             ids.add(one)
+        elif isinstance(one, nn.Module):
+            raise SurgeryError(
+                f"A policy is plain data, and knows no model: protect this {type(one).__name__} by its name, or by a "
+                'pattern as "encoder.*".'
+            )
         else:
             raise SurgeryError(
                 "What is protected are names or patterns of layers and groups, and neuron ids, or {name: share that "
