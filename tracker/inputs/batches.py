@@ -276,6 +276,14 @@ def each(
         )
 
 
+def samples_of(call: Arguments | Call, batch_dim: int) -> int:
+    """How many samples its first tensor counts; 1 where it has no such dimension, 0 without a tensor."""
+    first = next(iter(tensors_in((call.args, call.kwargs))), None)
+    if first is None:
+        return 0
+    return first.shape[batch_dim] if first.ndim > batch_dim else 1
+
+
 def _shown(call: Arguments | Call) -> str:
     if isinstance(call, Call):
         return str(call)

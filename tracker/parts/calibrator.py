@@ -12,6 +12,7 @@ from tracker.parts.sessions import Sessions
 from tracker.surgery.calibration.consumers import Consumer, collect, consumers
 from tracker.surgery.calibration.held_back import Batches, measured
 from tracker.surgery.calibration.loss import Loss, Objective
+from tracker.surgery.calibration.report import Calibrated
 from tracker.surgery.operations.batch_norm_statistics import reestimate
 from tracker.surgery.plan import Plan
 from tracker.surgery.transaction import unchanged
@@ -41,7 +42,7 @@ class Calibrator:
         inputs: Inputs | None = None,
         patches: bool = False,
         progress: bool | None = None,
-    ) -> int:
+    ) -> Calibrated:
         """Observe what the consumers of prunable groups read, for changes that make up for what goes.
 
         One pass in eval mode over `batches` (or the first `limit`), a data loader, say. Each is what the model takes (a
@@ -65,7 +66,8 @@ class Calibrator:
             progress: Whether a bar is shown; None: on terminals and in notebooks.
 
         Returns:
-            Consumers that were observed.
+            Consumers that were observed: a number that prints as which layers, with how many samples, what was taken
+            of a batch, and in which loss changes are priced (`layers`, `samples`, `batches`, `taken`, `loss`).
 
         Raises:
             SurgeryError: There is no batch, or nothing tells which part of one the model takes.
@@ -73,14 +75,33 @@ class Calibrator:
 
         Examples:
             >>> cross_entropy = lambda output, batch: nn.functional.cross_entropy(output, batch[1])
-            >>> engine.calibrate([(x, y)], loss=cross_entropy) > 0
-            True
+            >>> engine.calibrate([(x, y)], loss=cross_entropy)
+            calibrated: what 2 layers read, with 64 samples in 1 batch
+              layers: 2, 4
+              of each batch the model takes (Tensor(64, 4)), not [1] Tensor(64,)
+              changes are priced in: the given loss
             >>> engine.prune_neurons({"0": [1]}, dry_run=True).predicted_loss_change is None
             False
         """
         reader = self.reader(inputs, loss=loss)
-        some = Batches(batches, reader, limit=limit, hold_back=False, progress=progress)
-        return self._calibrate(some, Objective(loss), patches=patches)
+        session = self._sessions.current
+        entry, objective = session.entry, Objective(loss)
+        some = Batches(
+            batches,
+            reader,
+            limit=limit,
+            hold_back=False,
+            batch_dim=entry.observer.batch_dim,
+            progress=progress,
+        )
+        count = self._calibrate(some, objective, patches=patches)
+        priced = all(read.loss is not None for read in entry.reads.values())
+        kind = None
+        if priced and session.ranks is None and session.calibration is not None:
+            with entry.observer.paused():
+                kind = session.calibration.kind(entry.model())
+        layers = dict.fromkeys(c.module for c in self.consumers() if c.weight in entry.reads)
+        return Calibrated(count, tuple(layers), some.samples, some.count, reader.told, kind)
 
     def reestimate_norms(
         self,

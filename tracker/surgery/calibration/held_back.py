@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tracker.inputs.batches import Batch, BatchReader, each
+from tracker.inputs.batches import Batch, BatchReader, each, samples_of
 from tracker.observation.consumer_inputs import ConsumerInput
 from tracker.structure.trials.temporary_copies import temporary_copy
 from tracker.surgery.apply import apply
@@ -29,12 +29,15 @@ class Batches:
         reader: BatchReader,
         *,
         hold_back: bool,
+        batch_dim: int = 0,
         limit: int | None = None,
         progress: bool | None = None,
     ) -> None:
         self._batches, self._reader = batches, reader
+        self._batch_dim = batch_dim
         self._hold_back, self._limit, self._progress = hold_back, limit, progress
         self.kept: list[Any] = []
+        self.count = self.samples = 0  # that were passed on
         self._last: list[Any] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -47,7 +50,10 @@ class Batches:
                 if self._hold_back:
                     continue
             self._last = [given]
-            yield self._reader.read(given)
+            batch = self._reader.read(given)
+            self.count += 1
+            self.samples += samples_of(batch.call, self._batch_dim)
+            yield batch
 
     def calibration(self, objective: Objective) -> Calibration:
         """What was kept, after all were passed on; of fewer than four batches the last one, which was."""

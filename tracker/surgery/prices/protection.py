@@ -149,7 +149,7 @@ def protection(
     return Protection(least, pinned)
 
 
-def wanted(protect: Protect) -> tuple[dict[str, float], set[int]]:
+def wanted(protect: Protected) -> tuple[dict[str, float], set[int]]:
     """Shares by name or pattern, and ids.
 
     Raises:
