@@ -156,6 +156,7 @@ def wanted(protect: Protected) -> tuple[dict[str, float], set[int]]:
         SurgeryError: It is neither names, nor ids, nor shares by name.
     """
     if isinstance(protect, Mapping):
+        shares = dict[str, float]()
         for name, share in protect.items():
             number = isinstance(share, int | float) and not isinstance(share, bool)
             if not isinstance(name, str) or not number or not 0 <= share <= 1:
@@ -163,9 +164,9 @@ def wanted(protect: Protected) -> tuple[dict[str, float], set[int]]:
                     "What is protected by shares is {name or pattern: share of its units that stay, 0 to 1}, not "
                     f"{{{name!r}: {share!r}}}."
                 )
-        for name in protect:
             _require_name(name)
-        return {name: float(share) for name, share in protect.items()}, set()
+            shares[name] = float(share)
+        return shares, set()
     listed = [protect] if isinstance(protect, str | int | Tensor | nn.Module) else protect
     names, ids = dict[str, float](), set[int]()
     for one in listed if isinstance(listed, Iterable) else [listed]:
