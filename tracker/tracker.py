@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,10 +200,6 @@ class ActivationTracker:
         entry.structure, entry.traced = None, False
         self.set_read_points(entry)
 
-    def names_in(self, given: Any, *, pattern: bool = False) -> Any:
-        """What a call was given, with the names of the current model's modules in their place: see `names_in`."""
-        return names_in(lambda: self.current.model(), given, pattern=pattern)
-
     def hook(self, model: nn.Module | None = None) -> None:
         """Put hooks on a tracked model (the current one), and make it the current one."""
         entry = self.current if model is None else self.tracked(model)
@@ -233,7 +228,7 @@ class ActivationTracker:
         entry = self.current
         observer = entry.observer
         names = [point.name for point in observer.points]
-        wanted = self.names_in([layers] if isinstance(layers, LayerOrName) else layers)
+        wanted = names_in(entry.model, [layers] if isinstance(layers, LayerOrName) else layers)
         chosen = None if layers is None else frozenset(layer_named(names, n) for n in wanted)
         changed, observer.chosen = chosen != observer.chosen, chosen
         if not entry.hooked or observer.model() is None or changed:

@@ -16,7 +16,7 @@ from tracker.errors import StructureError, SurgeryError, TrackerError, UnknownNe
 from tracker.inputs.calls import Arguments
 from tracker.inputs.forward_pass import copy_without_hooks
 from tracker.journal import fingerprint
-from tracker.modules.names import ByLayer
+from tracker.modules.names import ByLayer, names_in
 from tracker.observation.neuron_ids import NeuronId, layer_named
 from tracker.parts.session import Session
 from tracker.parts.sessions import Sessions
@@ -247,7 +247,7 @@ class Changer:
         current = self._tracker.current
         places: list[tuple[str, int]] = []
         if isinstance(neurons, Mapping):
-            for layer, listed in self._tracker.names_in(neurons).items():
+            for layer, listed in names_in(self._tracker.current.model, neurons).items():
                 places += [(layer, self._slot(layer, one)) for one in _several(listed)]
             return places
         for neuron in _several(neurons):

@@ -9,7 +9,7 @@ from typing import Any
 from tracker.compensation.criteria import Criterion
 from tracker.errors import SurgeryError
 from tracker.inputs.batches import Inputs
-from tracker.modules.names import ByLayer
+from tracker.modules.names import ByLayer, names_in
 from tracker.parts.calibrator import Calibrator
 from tracker.parts.changer import Changer
 from tracker.parts.sessions import Sessions
@@ -107,7 +107,9 @@ class Compressor:
             (115, 0.6)
         """
         # Once: rounds may put other modules in the place of these.
-        least, spared = (self._tracker.names_in(g, pattern=True) for g in (floor, protect))
+        least, spared = (
+            names_in(self._tracker.current.model, g, pattern=True) for g in (floor, protect)
+        )
 
         def limits() -> Limits:
             return limits_of(self._tracker, round_to, least, spared, sizes, inexact=inexact)

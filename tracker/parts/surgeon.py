@@ -13,7 +13,7 @@ from tracker.analyzer import Analyzer
 from tracker.errors import SurgeryError
 from tracker.inputs.batches import Inputs, each
 from tracker.inputs.calls import Arguments, arguments
-from tracker.modules.names import ByLayer, LayerOrName
+from tracker.modules.names import ByLayer, LayerOrName, names_in
 from tracker.observation.neuron_ids import layer_named
 from tracker.parts.calibrator import Calibrator
 from tracker.parts.changer import Changer, Neurons
@@ -114,7 +114,7 @@ class Surgeon:
             if batches is not None:
                 self._calibrator.calibrate_by(batches, loss, inputs, progress)
             new = batches is not None
-            named = self._tracker.names_in(units)
+            named = names_in(self._tracker.current.model, units)
             return self._prune(lambda: named, compensate, protect, new, dry_run, verify)
 
     def _prune(
@@ -286,7 +286,7 @@ class Surgeon:
             >>> receipt.added_ids, torch.allclose(model(x), before, atol=1e-6)
             ([17, 18, 19, 20], True)
         """
-        name = self._tracker.names_in(layer_name)
+        name = names_in(self._tracker.current.model, layer_name)
 
         def plan() -> tuple[Plan, list[str]]:
             layer_named(list(self._tracker.current.layers), name)
@@ -328,8 +328,8 @@ class Surgeon:
             >>> engine.get_summary()["layers"]
             {'0': 12, '2': 8, '4': 3}
         """
-        wanted: Mapping[str, int] = self._tracker.names_in(counts)
-        best: Mapping[str, Tensor] = self._tracker.names_in(directions or {})
+        wanted: Mapping[str, int] = names_in(self._tracker.current.model, counts)
+        best: Mapping[str, Tensor] = names_in(self._tracker.current.model, directions or {})
         names = list(wanted)
         if other := sorted(best.keys() - wanted.keys()):
             raise SurgeryError(f"Directions are given for {other[0]!r}, which is not to grow.")
@@ -463,7 +463,7 @@ class Surgeon:
               (linear): Linear(in_features=8, out_features=8, bias=True)
             )
         """
-        name = self._tracker.names_in(after)
+        name = names_in(self._tracker.current.model, after)
         return self._changer.change(
             lambda: (plan_insertion(self._tracker, name), []), dry_run=dry_run, verify=verify
         )
@@ -503,7 +503,10 @@ class Surgeon:
             >>> model[2]
             Bypass()
         """
-        observer, name = self._tracker.current.observer, self._tracker.names_in(layer_name)
+        observer, name = (
+            self._tracker.current.observer,
+            names_in(self._tracker.current.model, layer_name),
+        )
 
         def plan() -> tuple[Plan, list[str]]:
             if observer.inputs is None:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from tracker.errors import SurgeryError
-from tracker.modules.names import ByLayer
+from tracker.modules.names import ByLayer, names_in
 from tracker.structure import Structure, UnitGroup
 from tracker.tracker import ActivationTracker
 
@@ -129,7 +129,7 @@ def protection(
         SurgeryError: A name or a pattern matches nothing, or a share is none.
         UnknownNeuronError: No neuron has such an id.
     """
-    shares, ids = wanted(tracker.names_in(protect, pattern=True))
+    shares, ids = wanted(names_in(tracker.current.model, protect, pattern=True))
     if not shares and not ids:
         return NOTHING
     structure = tracker.structure()
