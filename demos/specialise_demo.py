@@ -17,8 +17,10 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def policy_for(engine: NeuronEngine, settings: Settings) -> Policy:
     budget = budget if settings.of == "latency" else int(budget)
     return Policy(
         warm_up=every, every=every, look=min(max(every - 1, 1), 16), settle=1, until=looks * every,
-        ramp=2.0, floor=1, protect=spared, regret=1.0,
+        ramp=2.0, floor=1, protect=spared, regret=math.inf,
         **{f"max_{settings.of}": budget, f"min_{settings.of}": budget},
     )  # fmt: skip
 
@@ -174,10 +176,10 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * rate((step + 1) / settings.steps)
             loss, aim = losses(model, windows[step], teacher)
-            optimizer.zero_grad()
             aim.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            optimizer.zero_grad()  # before anything else is held
             if engine.step(loss) is not None:
                 d = engine.life[-1]
                 bar.write(f"step {d.step:>5}  {d.what:<7} {d.why}; {d.parameters:,} parameters")
@@ -275,30 +277,39 @@ def remembered(path: Path, what: Any) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
+def dense(settings: Settings, folder: Path) -> dict[str, Any]:
+    """What there is to know of the model as it was published."""
+    model, tokenizer = load(settings.model and Path(settings.model))
+    return judged(model, tokenizer, settings.held_out(tokenizer), folder, "dense")
+
+
+def specialised(settings: Settings, folder: Path, save_every: int) -> dict[str, Any]:
+    """Train, and what there is to know of the model that comes of it."""
+    begin = time.perf_counter()
+    model, tokenizer, engine = train(settings, folder, save_every)
+    cost = {"seconds": time.perf_counter() - begin, **peak_memory()}
+    engine.plot_life(folder / "life.png")
+    wrote(folder / "life.png", folder / "checkpoint")
+    found = judged(model, tokenizer, settings.held_out(tokenizer), folder, "specialised")
+    return found | {"training": cost, "widths": engine.life[-1].widths}
+
+
+def apart(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call gives, from a process of its own, with which its memory goes."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(call, *args).result()
+
+
 def specialise(settings: Settings, folder: Path, save_every: int = 10) -> list[dict[str, Any]]:
     """The whole story, or what of it is still to be done; a row for the dense model, and one for what came of it."""
-    begun_with = remembered(folder / "settings.json", lambda: asdict(settings))
-    if begun_with != asdict(settings):
+    asked = remembered(folder / "settings.json", lambda: asdict(settings))
+    if asked != asdict(settings):
         raise SystemExit(
-            f"{folder} holds a run of other settings, {begun_with}. Name another --out, or say --fresh."
+            f"{folder} holds a run of other settings, {asked}. Name another --out, or say --fresh."
         )
-
-    def dense() -> dict[str, Any]:
-        model, tokenizer = load(settings.model and Path(settings.model))
-        return judged(model, tokenizer, settings.held_out(tokenizer), folder, "dense")
-
-    def specialised() -> dict[str, Any]:
-        begin = time.perf_counter()
-        model, tokenizer, engine = train(settings, folder, save_every)
-        cost = {"seconds": time.perf_counter() - begin, **peak_memory()}
-        engine.plot_life(folder / "life.png")
-        wrote(folder / "life.png", folder / "checkpoint")
-        found = judged(model, tokenizer, settings.held_out(tokenizer), folder, "specialised")
-        return found | {"training": cost, "widths": engine.life[-1].widths}
-
     rows = [
-        remembered(folder / "dense.json", dense),
-        remembered(folder / "result.json", specialised),
+        remembered(folder / "dense.json", lambda: apart(dense, settings, folder)),
+        remembered(folder / "result.json", lambda: specialised(settings, folder, save_every)),
     ]
     for row in rows:
         print(f"\nThe {row['name']} model writes:\n{row['text']}")

@@ -36,6 +36,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 def demo(script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The same, but it starts no process and writes no GGUF: that takes long."""
     monkeypatch.setattr(script, "in_its_own_process", lambda path: {"prompt": 1.0})
+    monkeypatch.setattr(script, "apart", lambda call, *args: call(*args))
     monkeypatch.setattr(script, "find_spec", lambda name: None)
     return script
 

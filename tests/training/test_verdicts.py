@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tracker import NeuronEngine, Policy, Requests
+from tracker import NeuronEngine, Policy, Requests, SurgeryError
 
 
-def lived(kind: str, *, switch: bool = False) -> list[str]:
+def lived(kind: str, *, switch: bool = False, regret: float = 0.1) -> list[str]:
     """Five changes of a network that learns noisy labels, each judged."""
     torch.manual_seed(0)
     x, model = torch.randn(4000, 10), nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -34,7 +35,7 @@ def lived(kind: str, *, switch: bool = False) -> list[str]:
         return Requests("much", remove={candidates[0].name: tuple(range(16))})
 
     engine.start_self_modification(
-        Policy.of(rule, warm_up=10, every=30, look=8, settle=20, patience=0)
+        Policy.of(rule, warm_up=10, every=30, look=8, settle=20, patience=0, regret=regret)
     )
     run: Any = engine.trainer.run
     if kind == "harm":
@@ -46,7 +47,10 @@ def lived(kind: str, *, switch: bool = False) -> list[str]:
         loss = criterion(model(x[some]), labels)
         loss.backward()
         opt.step()
-        engine.step(loss)
+        receipt = engine.step(loss)
+        if receipt is not None and regret == math.inf:
+            with pytest.raises(SurgeryError, match="no change to undo"):
+                engine.undo()
     return [d.what for d in engine.life if d.what != "kept"]
 
 
@@ -57,3 +61,8 @@ def test_what_changes_nothing_is_not_taken_back(switch: bool) -> None:
 
 def test_what_raises_the_loss_is_taken_back() -> None:
     assert lived("harm") == ["pruned", "undone"] * 5
+
+
+def test_without_regret_nothing_is_taken_back_or_kept_for_it() -> None:
+    assert lived("harm", regret=math.inf)[0] == "pruned"
+    assert "undone" not in lived("harm", regret=math.inf)

@@ -276,7 +276,8 @@ class SelfModification:
             return None
         # What comes, or gets a new start where nothing was said, changes no output.
         may_hurt = wanted.remove or wanted.merge or wanted.drop or policy.dormant
-        witnesses = look.witnesses if ranks is None and may_hurt else ()
+        regrets = policy.regret < float("inf")
+        witnesses = look.witnesses if ranks is None and may_hurt and regrets else ()
         measured = losses_of(witnesses, self.model)
         try:
             receipt = self._do(wanted, policy)
@@ -285,7 +286,8 @@ class SelfModification:
                 self._blocked[name] = policy.patience
             self._note("refused", str(error), loss)
             return None
-        change = self._session.last
+        # What undo would need is as much as the model and its optimizer.
+        change = self._session.last = self._session.last if regrets else None
         held = None if change is None else weakref.ref(change)  # it holds the model
         exact = receipt.promise == "exact"  # the function is what it was
         rise = 0.0 if exact else rise_by(measured, losses_of(witnesses, self.model))

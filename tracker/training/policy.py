@@ -66,6 +66,7 @@ class Policy:
             noisy: with one of these, the same seed may give another structure.
         settle: Steps after a change over which its effect is measured.
         regret: Relative rise of the loss by a change from which on it is undone: see docs/self_modification.md.
+            Infinite: none is, nor can it be by `undo`; a change then keeps no copy of what it replaced.
         patience: At which look from then on a group is tried again after a change of it was undone.
         protect: What is left alone: names or patterns ("encoder.*") of layers, modules or groups, and neuron ids; or
             {name or pattern: share that stays} of the units that a group had at the first look.
