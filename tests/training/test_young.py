@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,15 +13,17 @@ from torch import nn
 
 from tests.training.subjects import candidate
 from tracker import NeuronEngine, Policy, Size
-from tracker.training import loop
+from tracker.training import policy as policies
 from tracker.training.learning import falling
 
 NOW = Size(100, 200)
 
 
-def going(fall: float, dead: tuple[int, ...] = (), **settings: Any) -> int:
+def going(
+    fall: float, dead: tuple[int, ...] = (), effect: float = float("inf"), **settings: Any
+) -> int:
     policy = Policy(tolerance=0.2, at_most=0.9, floor=1, **settings)
-    one = candidate(dead=dead)  # 3 of 100 parameters each
+    one = replace(candidate(dead=dead), effect=effect)  # 3 of 100 parameters each
     wanted = policy.decide([one], NOW, [1.0], {}, falling=fall)
     return len(wanted.remove.get("g", ()))
 
@@ -28,6 +31,11 @@ def going(fall: float, dead: tuple[int, ...] = (), **settings: Any) -> int:
 @given(st.lists(st.floats(0, 10), min_size=2, max_size=2).map(sorted))
 def test_the_steeper_the_loss_falls_the_fewer_go(falls: list[float]) -> None:
     assert going(falls[0]) >= going(falls[1])
+
+
+def test_what_goes_costs_its_share_of_what_the_group_does() -> None:
+    """The second unit is a tenth of the loss: half of the tolerance, or all that its group does."""
+    assert [going(0.0, effect=effect) for effect in (1.0, 0.5, 0.49, 0.0)] == [2, 2, 1, 1]
 
 
 def test_what_goes_costs_its_share_of_the_gain() -> None:
@@ -80,5 +88,5 @@ def spirals(steps: int) -> int:
 
 def test_a_young_network_keeps_its_units(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spirals(100) > 96
-    monkeypatch.setattr(loop, "falling", lambda losses, steps: 0.0)
+    monkeypatch.setattr(policies, "weighed", lambda errors, *rest: errors)
     assert spirals(100) == 64  # what prices of now would have let go

@@ -14,6 +14,7 @@ from tracker.engine import NeuronEngine
 from tracker.errors import StructureError, SurgeryError
 from tracker.inputs.calls import Arguments
 from tracker.inputs.forward_pass import copy_without_hooks, forward_once
+from tracker.journal.state_dict_hooks import weights_of
 from tracker.surgery import Receipt
 from tracker.surgery.operations.uniform_widths import Key, key_of
 from tracker.surgery.transaction import unchanged
@@ -63,7 +64,7 @@ def save_pretrained_uniform(
         before = {name: getattr(model.config, name) for name in fields}
         change.log.add(lambda: set_fields(model.config, before))
         set_fields(model.config, fields)
-        model.save_pretrained(path)
+        model.save_pretrained(path, state_dict=weights_of(model))
         change.receipt = receipt or unchanged("save_pretrained_uniform", tracker.current)
     return receipt
 
@@ -124,7 +125,7 @@ def shape_differences(
             fresh = _build(model, fields)
     except Exception:  # whatever a constructor does not take
         return None
-    mine = {name: tuple(t.shape) for name, t in model.state_dict().items() if hasattr(t, "shape")}
+    mine = {name: tuple(t.shape) for name, t in weights_of(model).items() if hasattr(t, "shape")}
     others = {name: tuple(t.shape) for name, t in fresh.state_dict().items()}
     names = sorted({*mine, *others})
     return {n: (mine.get(n, ()), others.get(n, ())) for n in names if mine.get(n) != others.get(n)}
@@ -145,7 +146,7 @@ def _require_same_outputs(model: Any, engine: NeuronEngine, fields: Mapping[str,
         fresh = _build(model, fields)
     reference: nn.Module = copy_without_hooks(model)
     fresh.to(next(model.parameters()).device, next(model.parameters()).dtype)
-    fresh.load_state_dict(model.state_dict())
+    fresh.load_state_dict(weights_of(model))
     inputs = engine.tracker.current.observer.inputs
     if inputs is None:
         raise StructureError("There are no example inputs to compare the two models on.")

@@ -23,6 +23,7 @@ from tracker.utils.safetensors_tables import bytes_of, table_of
 KEY = "_tracker_journal"
 RUN = "_tracker_run"
 BUFFERS = "_tracker_buffers"
+CARRIED = KEY, RUN, BUFFERS
 CHANGES = "tracker_changes"  # in the metadata, which not every copy of a state dict keeps
 LARGEST = 2**28  # bytes of a journal
 
@@ -272,3 +273,9 @@ def read(table: Any) -> Journal:
         return Journal.from_dict(json.loads(bytes(table.cpu().numpy())))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{KEY} of the state dict is no journal: {error}") from error
+
+
+def weights_of(model: nn.Module) -> dict[str, Any]:
+    """Its state dict without what it carries for this library, as other libraries take it."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if name.rpartition(".")[2] not in CARRIED}

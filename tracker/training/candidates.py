@@ -125,6 +125,7 @@ def candidates(
                 gains[i],
                 priced,
                 dormant[i],
+                problem.total / size if priced else float("inf"),
             )
         )
     return found

@@ -39,6 +39,8 @@ class Candidate:
             tolerance, unless a budget or a policy of the user's own may want more.
         cost: Of one unit.
         dead: Units of which the consumers read a constant.
+        effect: Predicted relative rise of the loss if the consumers read nothing but the mean of all units: what the
+            group is worth by now; infinite where the loss tells nothing.
         dormant: Units that say so little that the policy gives them a new start: see its `dormant`.
         pairs: (unit that stays, unit that is folded into it), each unit in one part only.
         merge_errors: Predicted relative rise of the loss once 1, 2, … pairs are folded, in the order of `pairs`.
@@ -75,6 +77,7 @@ class Candidate:
     gains: tuple[float, ...] = ()
     in_loss: bool = True
     dormant: tuple[int, ...] = ()
+    effect: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What training gains by itself, and what of it goes with units that go."""
+"""What a network that still learns loses with units: what they do by now, and what they would have learnt."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ def falling(losses: Tensor, steps: int) -> float:
     return max(fall, 0.0) if math.isfinite(fall) else 0.0
 
 
-def with_learning(
+def weighed(
     errors: tuple[float, ...], going: tuple[int, ...], one: Candidate, now: Size, fall: float
 ) -> tuple[float, ...]:
-    """The rises of the loss by units that go, each with its share of what training would have gained with it.
+    """The rises of the loss by units that go, as a network that still learns counts them.
 
-    A young network computes little, so that most of its units cost next to nothing; they learn nevertheless. Each
-    parameter is taken to gain as much as the others, up to the next look. Units that say nothing do not learn.
+    A young network computes little, so that most of its units cost next to nothing, and learn nevertheless.
+    What goes costs its share of the loss, or of what its group does by now where that is less, and its share of what
+    training gains up to the next look: each parameter is taken to gain as much as the others. Units that say nothing
+    do not learn.
 
     Args:
         errors: Relative rises, once 1, 2, … are gone.
@@ -44,11 +46,10 @@ def with_learning(
         now: Size of the network.
         fall: As of `falling`.
     """
-    if not fall:
-        return errors
+    worth = max(min(one.effect, 1.0), 1e-12)
     each, dead = fall * one.cost.parameters / max(now.parameters, 1.0), set(one.dead)
     found, learning = [], 0
     for error, unit in zip(errors, going, strict=False):
         learning += unit not in dead
-        found.append(error + each * learning)
+        found.append(error / worth + each * learning)
     return tuple(found)

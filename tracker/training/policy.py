@@ -18,7 +18,7 @@ from tracker.training.field_checks import (
     require_meaning,
     require_sensible,
 )
-from tracker.training.learning import with_learning
+from tracker.training.learning import weighed
 from tracker.training.ramp import paced, step_of
 from tracker.training.schedule import schedule
 from tracker.training.spending import cheapest, fits, forced, less, traded
@@ -312,7 +312,7 @@ class Policy:
     ) -> dict[str, tuple[tuple[int, int], ...]]:
         left, _ = self._paced(now, share)
         errors = {
-            c.name: with_learning(
+            c.name: weighed(
                 c.merge_errors[: self._most(c)], tuple(drop for _, drop in c.pairs), c, now, falling
             )
             for c in free
@@ -385,12 +385,12 @@ class Policy:
             return {}, "nothing is to shrink"
         left, room = self._paced(now, share)
         most = {c.name: min(self._most(c), len(c.order)) for c in free}
-        errors = {
-            c.name: with_learning(c.errors[: most[c.name]], c.order, c, now, falling) for c in free
-        }
+        errors = {c.name: weighed(c.errors[: most[c.name]], c.order, c, now, falling) for c in free}
         counts = cheapest(errors, free, self.tolerance, left, self._measure)
         what = "a rise of the loss by" if all(c.in_loss for c in free) else "an error of"
         within = f"{what} {self.tolerance:.2%}"
+        if any(c.effect < 1 for c in free):
+            within += ", and of what they do by now,"
         if falling:
             within += (
                 f" with their share of the {falling:.2%} that training gains up to the next look"
