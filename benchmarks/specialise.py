@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -205,24 +205,17 @@ def result(name: str, settings: Settings) -> Row:
 def page() -> str:
     """docs/slm.md, of all that outputs/ holds."""
     found = sorted((OUTPUTS / "slm").glob("*/result.json"))
-    runs = {p.parent: json.loads(p.read_text("utf-8")) for p in found}
-    demos = {f: r for f, r in runs.items() if (f / "dense.json").exists()}
-    rows: list[Row] = []
-    for folder, row in sorted(demos.items(), key=lambda pair: -pair[1]["parameters"]):
-        settings = Settings(**json.loads((folder / "settings.json").read_text("utf-8")))
-        if not rows:
-            rows.append(json.loads((folder / "dense.json").read_text("utf-8")))
-        told = (
-            f"{settings.keep:.0%} of the {settings.of}, {settings.steps * settings.window:,} tokens"
-        )
-        rows.append(row | {"name": told})
+    runs = {p.parent: read(p) for p in found}
+    demos = {f: r for f, r in runs.items() if (f / "speed.json").exists()}
     parts = [INTRODUCTION.format(machine=machine()).strip()]
-    if rows:
-        parts += ["## Size and speed", table(rows), *costs(demos)]
+    for folder, row in sorted(demos.items(), key=lambda pair: -pair[1]["parameters"]):
+        rows = [read(folder / "dense.json"), row]
+        parts += [f"## {title(settings_of(folder))}", table(rows, read(folder / "speed.json"))]
+        parts.append(cost(settings_of(folder), row))
     controls = [r for r in runs.values() if "perplexity before tuning" in r]
     if controls:
         parts += ["## Controls", control_table(controls, demos)]
-    parts.append(f"## Not measured yet\n\n{missing(rows, controls)}")
+    parts.append(f"## Not measured yet\n\n{missing([*map(settings_of, demos)], controls)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -234,8 +227,9 @@ Written by `python benchmarks/specialise.py --write` from what its runs and thos
 SmolLM2-135M-Instruct, as published, and the source of Python's standard library. *Perplexity* is per token, on eight
 windows of 512 tokens of files that were not trained on, the same as in [one_shot.md](one_shot.md). Each exported model
 is run by a process of its own that cannot import this library, one thread, one text: *prompt* is the reading of 256
-tokens, *generation* the writing of 32 after them, the median of three; *memory* is the most that the process held. By
-transformers the weights are float32. The machine is shared, so speeds are not steady.
+tokens, *generation* the writing of 32 after them, both per second of the process's own time, the two models in turns,
+the median of three; *memory* is the most that the process held. By transformers the weights are float32. The machine is
+shared, so compare speeds within one table only.
 """
 
 
@@ -246,22 +240,27 @@ def machine() -> str:
     )
 
 
-def costs(demos: dict[Path, Row]) -> list[str]:
-    lines = [
-        "| run | learning rate | learnt | training, minutes | peak memory of training, MB |",
-        "|---|---|---|---|---|",
-    ]
-    for folder, row in demos.items():
-        s = Settings(**json.loads((folder / "settings.json").read_text("utf-8")))
-        cost = row["training"]
-        lines.append(
-            f"| {s.keep:.0%} of the {s.of}, {s.steps * s.window:,} tokens | {s.rate:g} | {s.train} | "
-            f"{cost['seconds'] / 60:.0f} | {cost.get('memory', float('nan')):,.0f} |"
-        )
-    return [
-        "Minutes are of the last part, where a run was stopped, with its looks and changes.",
-        "\n".join(lines),
-    ]
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def settings_of(folder: Path) -> Settings:
+    return Settings(**read(folder / "settings.json"))
+
+
+def title(s: Settings) -> str:
+    return f"{s.keep:.0%} of the {s.of}, {s.steps * s.window:,} tokens"
+
+
+def cost(s: Settings, row: Row) -> str:
+    """What training took."""
+    spent = row["training"]
+    memory = f"{spent['memory']:,.0f} MB" if "memory" in spent else "unknown"
+    return (
+        f"{s.steps} steps of {s.window} tokens, highest learning rate {s.rate:g}, what learns: {s.train}. Training "
+        f"took {spent['seconds'] / 60:.0f} minutes with looks and changes, or its last part where it was stopped, "
+        f"and at most {memory} of memory."
+    )
 
 
 def control_table(controls: list[Row], demos: dict[Path, Row]) -> str:
@@ -271,8 +270,8 @@ def control_table(controls: list[Row], demos: dict[Path, Row]) -> str:
     ]
     rows = [(Settings(**r["settings"]), r) for r in controls]
     for folder, row in demos.items():
-        s = Settings(**json.loads((folder / "settings.json").read_text("utf-8")))
-        if any(replace(s) == other for other, _ in rows):
+        s = settings_of(folder)
+        if any(s == other for other, _ in rows):
             rows.append((s, row))
     for s, r in sorted(
         rows, key=lambda pair: (-pair[0].keep, pair[0].tokens, pair[1]["perplexity"])
@@ -286,13 +285,18 @@ def control_table(controls: list[Row], demos: dict[Path, Row]) -> str:
     return "\n".join(lines)
 
 
-def missing(rows: list[Row], controls: list[Row]) -> str:
+def missing(demos: list[Settings], controls: list[Row]) -> str:
     told = {r["name"] for r in controls}
-    left = [title for name, (title, _) in WAYS.items() if name not in told | {"specialised"}]
-    shares = [s for s in ("80%", "60%", "50%") if not any(r["name"].startswith(s) for r in rows)]
-    parts = [f"controls: {', '.join(left)}"] if left else []
-    parts += [f"shares: {', '.join(shares)}"] if shares else []
-    return "; ".join([*parts, "more than one seed; 100,000 tokens; distillation"]) + "."
+    left = [words for name, (words, _) in WAYS.items() if name not in told | {"specialised"}]
+    shares = [f"{share:.0%}" for share in (0.8, 0.6, 0.5) if share not in {s.keep for s in demos}]
+    lines = [f"- Controls: {'; '.join(left)}."] if left else []
+    lines += [f"- Shares: {', '.join(shares)}."] if shares else []
+    return "\n".join(
+        [
+            *lines,
+            "- More than one seed, 100,000 tokens, distillation, widths rounded to what kernels like.",
+        ]
+    )
 
 
 def main() -> None:

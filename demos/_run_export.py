@@ -1,7 +1,10 @@
-"""An exported language model, run without this library, one thread, one text at a time: speed and memory, as JSON.
+"""Exported language models, run without this library, one thread, one text at a time: speed and memory, as JSON.
 
-python demos/_run_export.py outputs/slm/60/specialised              # a directory, by transformers
-python demos/_run_export.py outputs/slm/60/specialised-f16.gguf     # a file, by llama.cpp
+python demos/_run_export.py --times=3 outputs/slm/60/specialised                 # a directory, by transformers
+python demos/_run_export.py --times=3 outputs/slm/60/*-f16.gguf                  # files, by llama.cpp, in turns
+
+Speed is per second of the process's own time, and models that are compared run in turns: so what else the machine does
+hits them alike.
 """
 
 import json
@@ -21,21 +24,21 @@ IDS = [
 ]  # of any vocabulary: speed does not depend on what is said
 
 
-def in_its_own_process(path: Path) -> dict[str, float]:
-    """What `measured` says.
+def in_its_own_process(*paths: Path, times: int = TIMES) -> dict[str, list[float]]:
+    """What `measured` says of these.
 
     Raises:
-        RuntimeError: It does not run there.
+        RuntimeError: One does not run there.
     """
-    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": f"{path}.modules"}
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, __file__, str(path)],
-        env=os.environ | offline,
+        [sys.executable, __file__, f"--times={times}", *map(str, paths)],
+        env=os.environ | offline | {"HF_MODULES_CACHE": str(paths[0].parent / "modules")},
         capture_output=True,
         encoding="utf-8",
     )
     if done.returncode:
-        raise RuntimeError(f"{path} does not run: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{[*map(str, paths)]} do not run: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -80,20 +83,24 @@ def by_llama_cpp(path: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    begun = time.process_time()
     call()
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
-def measured(path: str) -> dict[str, float]:
-    """Tokens per second of a prompt and of what is written after it, and the most memory of this process, in MB."""
-    read, write = (by_llama_cpp if path.endswith(".gguf") else by_transformers)(path)
-    read()
-    pairs = [(seconds(read), seconds(write)) for _ in range(TIMES)]
-    reading = statistics.median(r for r, _ in pairs)
-    writing = statistics.median(w for _, w in pairs) - reading
-    speed = {"prompt": PROMPT / reading, "generation": LENGTH / max(writing, 1e-9)}
-    return speed | peak_memory()
+def measured(paths: list[str], times: int) -> dict[str, list[float]]:
+    """Of each model tokens per second of a prompt and of what is written after it; the most memory, in MB."""
+    calls = [(by_llama_cpp if p.endswith(".gguf") else by_transformers)(p) for p in paths]
+    for read, _ in calls:
+        read()
+    rounds = [[(seconds(read), seconds(write)) for read, write in calls] for _ in range(times)]
+    found: dict[str, list[float]] = {"prompt": [], "generation": []}
+    for pairs in zip(*rounds, strict=True):
+        reading = statistics.median(r for r, _ in pairs)
+        writing = statistics.median(w - r for r, w in pairs)
+        found["prompt"].append(PROMPT / max(reading, 1e-9))
+        found["generation"].append(LENGTH / max(writing, 1e-9))
+    return found | {"memory": [*peak_memory().values()]}
 
 
 def peak_memory() -> dict[str, float]:
@@ -106,4 +113,4 @@ def peak_memory() -> dict[str, float]:
 
 if __name__ == "__main__":
     sys.modules["tracker"] = None  # type: ignore[assignment]  # an export needs nothing of it
-    print(json.dumps(measured(sys.argv[1])))
+    print(json.dumps(measured(sys.argv[2:], int(sys.argv[1].removeprefix("--times=")))))

@@ -82,26 +82,33 @@ def stream(
     folder: Path | None = None,
     length: int = TOKENS,
 ) -> list[Tensor]:
-    """As many windows of the files one after the other, (1, length) each; where they end, again in another order.
+    """As many windows as asked for, (1, length) each: the first of each file, then the second of each, and so on.
+
+    So few windows are of many files. What is too short for one is joined; where all is used, it begins again.
 
     Raises:
         ValueError: There is no text.
     """
     found: list[Tensor] = []
     rest: list[int] = []
+    begin, any_text = 0, False
     while len(found) < count:
-        before = len(found), len(rest)
+        used = 0
         for text in texts(seed, test, folder):
-            rest += tokenizer(text)["input_ids"]
-            while len(rest) >= length and len(found) < count:
-                found.append(torch.tensor([rest[:length]]))
-                rest = rest[length:]
+            ids = tokenizer(text)["input_ids"][begin : begin + length]
+            used += len(ids)
+            rest = rest if len(ids) == length else rest + ids
+            for whole in (ids, rest):
+                if len(whole) >= length and len(found) < count:
+                    found.append(torch.tensor([whole[:length]]))
+            rest = rest[length:] if len(rest) >= length else rest
             if len(found) == count:
                 return found
-        if before == (len(found), len(rest)):
+        any_text = any_text or bool(used)
+        if not any_text:
             part = "to test on (every tenth file)" if test else "to train on"
             raise ValueError(f"{folder} has no text {part}: two text files are needed at least.")
-        seed += 1
+        begin, seed = (begin + length, seed) if used else (0, seed + 1)
     return found
 
 

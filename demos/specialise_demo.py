@@ -216,12 +216,20 @@ def shipped(model: Any, tokenizer: Any, folder: Path, name: str, example: Tensor
             made[f"llama.cpp, {dtype}"] = to_gguf(engine, path, tokenizer, dtype)
         except (ExportError, VerificationError) as error:
             print(f"No {path.name}: {error}")
-    found = {}
+    found: dict[str, Any] = {}
     for by, report in made.items():
         print(report)
-        runs = by == "transformers" or find_spec("llama_cpp")
-        found[by] = {"bytes": report.bytes, **(in_its_own_process(report.path) if runs else {})}
+        found[by] = {"file": report.path.name, "bytes": report.bytes}
+        if by == "transformers" or find_spec("llama_cpp"):
+            found[by]["memory"] = max(in_its_own_process(report.path, times=1)["memory"], default=0)
     return found
+
+
+def in_turns(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Speeds of the models of the rows, by what runs them: {by: {"prompt": [...], "generation": [...]}}."""
+    able = [by for by, run in rows[-1]["runs"].items() if "memory" in run]
+    able = [by for by in able if all(by in row["runs"] for row in rows)]
+    return {by: in_its_own_process(*(folder / r["runs"][by]["file"] for r in rows)) for by in able}
 
 
 def judged(
@@ -239,34 +247,24 @@ def judged(
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], speeds: dict[str, Any]) -> str:
     """As Markdown: a line for each model and each way to run it."""
-    heads = (
-        "model",
-        "parameters",
-        "perplexity",
-        "run by",
-        "file, MB",
-        "memory, MB",
-        "prompt, tokens/s",
-        "generation, tokens/s",
-    )
+    heads = ["model", "parameters", "perplexity", "run by", "file, MB", "memory, MB"]
+    heads += ["prompt, tokens/s", "generation, tokens/s"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
+    for number, row in enumerate(rows):
         share = row["parameters"] / rows[0]["parameters"]
+        cells = [row["name"], f"{row['parameters']:,} ({share:.0%})", f"{row['perplexity']:.3f}"]
         for by, run in row["runs"].items():
-            cells = [
-                row["name"],
-                f"{row['parameters']:,} ({share:.0%})",
-                f"{row['perplexity']:.3f}",
-                by,
+            sizes = [
+                f"{run['bytes'] / 1e6:,.0f}",
+                f"{run['memory']:,.0f}" if "memory" in run else "",
             ]
-            cells += [f"{run['bytes'] / 1e6:,.0f}"]
-            cells += [
-                f"{run[n]:,.{d}f}" if n in run else ""
-                for n, d in (("memory", 0), ("prompt", 1), ("generation", 1))
+            fast = [
+                f"{speeds[by][n][number]:.1f}" if by in speeds else ""
+                for n in ("prompt", "generation")
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join([*cells, by, *sizes, *fast])} |")
     return "\n".join(lines)
 
 
@@ -313,7 +311,7 @@ def specialise(settings: Settings, folder: Path, save_every: int = 10) -> list[d
     ]
     for row in rows:
         print(f"\nThe {row['name']} model writes:\n{row['text']}")
-    print(f"\n{table(rows)}")
+    print(f"\n{table(rows, remembered(folder / 'speed.json', lambda: in_turns(rows, folder)))}")
     return rows
 
 

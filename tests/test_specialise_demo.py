@@ -35,7 +35,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def demo(script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The same, but it starts no process and writes no GGUF: that takes long."""
-    monkeypatch.setattr(script, "in_its_own_process", lambda path: {"prompt": 1.0})
+    speeds = {"prompt": [2.0, 3.0], "generation": [1.0, 1.5], "memory": [100.0]}
+    monkeypatch.setattr(script, "in_its_own_process", lambda *paths, times=0: speeds)
     monkeypatch.setattr(script, "apart", lambda call, *args: call(*args))
     monkeypatch.setattr(script, "find_spec", lambda name: None)
     return script
@@ -52,6 +53,32 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "text" / "20.bin").write_bytes(b"\0\1\2")
     settings = {"model": str(tmp_path / "model"), "text": str(tmp_path / "text"), "rate": 3e-3}
     return settings | {"window": WINDOW, "tokens": 24 * WINDOW}
+
+
+class Letters:
+    """A tokenizer: each byte is a token."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+
+def test_few_windows_are_of_many_files_and_none_of_those_for_testing(
+    script: Any, tmp_path: Path
+) -> None:
+    for i in range(12):
+        (tmp_path / f"{i:02}.txt").write_text(chr(ord("a") + i) * 25)
+    windows = script.stream(Letters(), 34, 0, folder=tmp_path, length=8)
+    found = [bytes(x[0].tolist()).decode() for x in windows]
+    assert {len(x) for x in found} == {8}
+    whole = "bcdefghijl"  # "a" and "k" are each tenth
+    for begin in (0, 10, 20):  # each file once, then each once more; what is left of them is joined
+        assert sorted(x[0] for x in found[begin : begin + 10]) == list(whole)
+    assert sorted(found[30]) == sorted(set(found[30]))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "one.txt").write_text("for testing")
+    with pytest.raises(ValueError, match="no text to train on"):
+        script.stream(Letters(), 1, 0, folder=alone)
 
 
 def run(demo: Any, settings: Any, folder: Path) -> Any:
@@ -71,7 +98,9 @@ def test_it_meets_its_budget_is_better_than_before_and_loads_elsewhere(
     assert (folder / "life.png").stat().st_size > 1000
     written = load_file(folder / "specialised" / "model.safetensors")
     assert sum(t.numel() for t in written.values()) == mine["parameters"]
-    assert f"{mine['parameters']:,} (60%)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"| specialised | {mine['parameters']:,} (60%) | {mine['perplexity']:.3f} |" in told
+    assert "| 100 | 3.0 | 1.5 |" in told
     # What is done is not done again, and other settings do not overwrite it.
     assert demo.specialise(demo.Settings(**tiny, keep=0.6), folder) == [dense, mine]
     with pytest.raises(SystemExit, match="other settings"):
@@ -142,7 +171,8 @@ def test_what_it_ships_runs_in_processes_of_their_own(
 ) -> None:
     model, tokenizer, _ = run(script, script.Settings(**tiny), tmp_path / "out")
     runs = script.shipped(model, tokenizer, tmp_path / "out", "mine", torch.arange(3, 35)[None])
-    assert runs["transformers"]["generation"] > 0
-    for by, one in runs.items():
-        assert one["bytes"] > 0, by
-        assert "prompt" in one or not script.find_spec("llama_cpp"), by
+    assert runs["transformers"]["bytes"] > 0
+    rows = [{"runs": runs}, {"runs": runs}]
+    speeds = script.in_turns(rows, tmp_path / "out")
+    assert set(speeds) == {by for by, run in runs.items() if "memory" in run} > set()
+    assert all(min(one["prompt"]) > 0 for one in speeds.values())
