@@ -1,4 +1,4 @@
-"""What a model's state dict carries of its session, and how a session follows when one is loaded."""
+"""What a model's state dict carries of its session, and how the session follows when such a one is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tracker.checkpoint.carried_run import pack_run
 from tracker.errors import CheckpointError
-from tracker.journal.origin import ANEW
+from tracker.journal.origin import LOAD_FRESH
 from tracker.journal.state_dict_hooks import Found
 from tracker.parts.session import Session
 from tracker.tracker import ActivationTracker
@@ -43,7 +43,7 @@ class CarriedSession:
             return None
         return pack_run(session)
 
-    def first(self) -> nn.Module:
+    def before_changes(self) -> nn.Module:
         """A copy without values of the model as it was before its journal began.
 
         Raises:
@@ -51,7 +51,7 @@ class CarriedSession:
         """
         session, model = self._session(), self._model()
         if session is None or model is None:
-            raise CheckpointError(f"This model was changed, and its engine is gone. {ANEW}")
+            raise CheckpointError(f"This model was changed, and its engine is gone. {LOAD_FRESH}")
         return session.origin.meta_model(model, self.journal.entries[0].before)
 
     def replay(self, found: Found) -> None:
@@ -68,7 +68,7 @@ class CarriedSession:
         if recorder is not None:
             recorder.replay(model, found)
             return
-        # Nobody asks for ids any more.
+        # The engine is gone, and its ids with it: the model alone follows.
         self.journal.replay(model, found.entries)
         self.journal.entries += found.entries
 

@@ -28,7 +28,7 @@ from tracker.structure.code_sizes.traced_int import Attribute, missing_attribute
 from tracker.surgery.inserted_modules import Bypass, put_module
 from tracker.surgery.undo import UndoLog
 
-ANEW = "Load it into a freshly built model."
+LOAD_FRESH = "Load it into a freshly built model."
 
 
 class Change(Protocol):
@@ -49,7 +49,7 @@ class Change(Protocol):
 
 @dataclass(slots=True)
 class Origin:
-    """Of all that changes touched, what was there first. It stays, whatever else comes and is undone.
+    """Of all that changes touched, what was there first. It is only added to: later changes and `undo` leave it.
 
     Attributes:
         shapes: Of tensors.
@@ -86,14 +86,14 @@ class Origin:
             layers: Ids of its neurons.
             optimizers: Of the model.
         """
-        held, kept = tensors(model), persistent_tensors(model)
+        held, persistent = tensors(model), persistent_tensors(model)
         for name in held.keys() & {*change.touched}:
             self.shapes.setdefault(name, held[name].shape)
-            if name not in kept:
+            if name not in persistent:
                 self.buffers.setdefault(name, held[name].detach())
         for name in change.modules:
             if name not in self.modules:
-                self._note_module(model, name, held, kept)
+                self._note_module(model, name, held, persistent)
         for attribute, value in _values(model, change.attributes).items():
             self.integers.setdefault(attribute, value)
         for name, layer in layers.items():
@@ -128,8 +128,9 @@ class Origin:
         model: nn.Module,
         name: str,
         held: Mapping[str, Tensor],
-        kept: Mapping[str, Tensor],
+        persistent: Mapping[str, Tensor],
     ) -> None:
+        """What stands under a name that a change will give to something else."""
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -142,11 +143,15 @@ class Origin:
             return
         try:
             module = without_values(module)
-        except Exception as error:  # the change itself needs no copy of it
+        except Exception as error:  # the change itself needs no copy: only the way back is lost
             self.lost[name] = f"cannot be copied ({type(error).__name__}: {error})"
             return
         self.buffers.update(
-            {n: t.detach() for n, t in inside.items() if n not in kept and n not in self.buffers}
+            {
+                n: t.detach()
+                for n, t in inside.items()
+                if n not in persistent and n not in self.buffers
+            }
         )
         self.modules[name] = module
 
@@ -160,9 +165,10 @@ class Origin:
         Raises:
             CheckpointError: It is not known how the model was.
         """
-        for name, why in self.lost.items():
+        if self.lost:
+            name, why = next(iter(self.lost.items()))
             raise CheckpointError(
-                f"{name!r} was removed from the model and {why}: it cannot be put back. {ANEW}"
+                f"{name!r} was removed from the model and {why}: it cannot be put back. {LOAD_FRESH}"
             )
         meta_model = meta_model_after(model, ())
         for name in self._misplaced(meta_model):
@@ -176,7 +182,7 @@ class Origin:
         sync_attributes(meta_model, self._integers_of(meta_model), lambda back: None)
         if fingerprint(meta_model) != before:
             raise CheckpointError(
-                f"This model was changed, and how it was at first is not known. {ANEW}"
+                f"This model was changed, and how it was at first is not known. {LOAD_FRESH}"
             )
         return meta_model
 
@@ -204,7 +210,10 @@ class Origin:
             self._regroup(optimizer, model, before, log)
 
     def _misplaced(self, model: nn.Module) -> Iterable[str]:
-        """Names under which something else stands than at first, the outer ones first; asked for one by one."""
+        """Names under which something else stands than at first, the outer ones first.
+
+        One by one: what is put back under an outer name may bring what stood under the inner ones.
+        """
         for name in sorted(self.modules, key=len):
             try:
                 here = model.get_submodule(name)
@@ -261,7 +270,7 @@ class Origin:
         if len(groups) > 1 or places != sorted(places):
             raise CheckpointError(
                 f"Layers come back, and where their parameters belong in the groups of this {type(optimizer).__name__} "
-                f"is not known. {ANEW}"
+                f"is not known. {LOAD_FRESH}"
             )
         return [sorted([*stay[0], *back], key=lambda p: order[id(p)])]
 

@@ -38,7 +38,7 @@ class Carrier(Protocol):
     def run(self) -> Tensor | None:
         """The run, now, as bytes; None where there is none to carry."""
 
-    def first(self) -> nn.Module:
+    def before_changes(self) -> nn.Module:
         """A copy without values of the model as it was before its journal began.
 
         Raises:
@@ -149,7 +149,7 @@ class Loading:
         buffers: dict[str, Tensor] = {}
         try:
             if more or back:
-                begin = self._carrier.first() if back else model
+                begin = self._carrier.before_changes() if back else model
                 held = sum(t.numel() for t in state.values() if isinstance(t, Tensor))
                 meta_model = meta_model_after(begin, more, held)
                 _require_whole(meta_model, state, prefix)
