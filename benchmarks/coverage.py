@@ -167,13 +167,24 @@ def tasks(options: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]
     return chosen, missing
 
 
+def not_run(tasks: list[tuple[str, str]]) -> list[str]:
+    """A line for each family that lacks results."""
+    names: dict[str, list[str]] = {}
+    for family, name in tasks:
+        names.setdefault(family, []).append(name)
+    return [f"Not run of {family}: {', '.join(of_it)}." for family, of_it in names.items()]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.rival = options.rival and installed("torch-pruning") is not None
     chosen, missing = tasks(options)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    done = known(options.results) if options.resume else {}
+    done = known(options.results) if options.resume or options.report else {}
     todo = [task for task in chosen if task not in done]
+    if options.report:
+        missing += not_run(todo)
+        chosen, todo = [task for task in chosen if task in done], []
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # imported once, not once for each model
@@ -227,6 +238,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-rival", dest="rival", action="store_false", help="without Torch-Pruning")
     p.add_argument(
         "--resume", action="store_true", help="leave out what the file of results has already"
+    )
+    p.add_argument(
+        "--report", action="store_true", help="run nothing; what has no result yet is named"
     )
     p.add_argument("--results", type=Path, default=RESULTS, help="JSON lines; new ones are added")
     p.add_argument("--write", action="store_true", help="write docs/coverage.md")
