@@ -144,6 +144,50 @@ def test_a_model_that_nobody_ran_keeps_nothing_of_the_trace() -> None:
     assert model(X).shape == (4, 3)
 
 
+class Prepared(Two):
+    """Registers hooks in its first pass, and notes that it did, as models of transformers do."""
+
+    def keep(self, h: Tensor) -> Tensor:
+        if not getattr(self, "is_prepared", False):
+            self.a.register_forward_hook(lambda _module, _args, y: y * 2)
+            self.b.register_forward_pre_hook(
+                lambda _module, args, _kwargs: ((args[0] + 1,), {}), with_kwargs=True
+            )
+            self.is_prepared = True
+        return h
+
+
+def test_what_prepares_itself_in_its_first_pass_is_prepared_once() -> None:
+    torch.manual_seed(0)
+    model, engine = Prepared(), NeuronEngine()
+    untouched = copy.deepcopy(model)
+    engine.track_model(model, "m", example_inputs=X)
+    engine.start_tracking()
+    assert engine.prune_units({"a": [0, 3]}, dry_run=True).promise == "masked"
+    for _ in range(3):
+        assert torch.equal(model(X), untouched(X))
+    engine.stop_tracking()
+    assert len(untouched.a._forward_hooks) == len(untouched.b._forward_pre_hooks) == 1
+
+
+def test_a_hook_that_takes_itself_away_is_still_there() -> None:
+    torch.manual_seed(0)
+    model, engine = Counted(), NeuronEngine()
+    seen = []
+
+    def first(module: nn.Module, args: Any, y: Tensor) -> None:
+        handle.remove()
+        seen.append(len(y))
+
+    handle = model.a.register_forward_hook(first, always_call=True)
+    engine.track_model(model, "m", example_inputs=X)
+    assert list(model.a._forward_hooks_always_called) == [handle.id]
+    seen.clear()
+    model(X)
+    model(X)
+    assert seen == [4]
+
+
 def test_what_a_model_draws_is_the_same_in_each_pass() -> None:
     """Else a masked and a cut model, each with numbers of its own, would be taken for different."""
     torch.manual_seed(0)

@@ -224,3 +224,15 @@ def test_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model.train()
     engine.undo()  # of what was before
     assert len(engine.journal) == entries - 1
+
+
+def test_a_model_that_nobody_ran_gives_its_hidden_states_once() -> None:
+    """transformers registers the hooks that gather them in a model's first pass."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = llama().eval()
+    engine = NeuronEngine()
+    engine.track_model(model, "m", example_inputs={"input_ids": IDS})
+    assert engine.structure.groups
+    out = model(IDS, output_hidden_states=True)
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from tracker.errors import StructureError
 from tracker.inputs.calls import Arguments, Call, ExampleInputs, arguments
+from tracker.inputs.hook_tables import hooks_kept
 from tracker.inputs.repeatable import certain, random_states_kept, writes_put_back
 
 
@@ -167,13 +168,14 @@ def _is_of_the_model(hook: object) -> bool:
 
 @contextmanager
 def tables_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever is set in the modules' own tables inside is put back: attributes, parameters, buffers.
+    """Whatever is set in the modules' own tables inside is put back: attributes, parameters, buffers, hooks.
 
     So is what lists and dicts among the attributes hold.
     """
     saved = [(table, _entries(table)) for module in model.modules() for table in _tables(module)]
     try:
-        yield
+        with hooks_kept(model):
+            yield
     finally:
         for table, before in saved:
             _put_back_entries(table, before)
