@@ -232,7 +232,8 @@ def test_a_model_that_nobody_ran_gives_its_hidden_states_once() -> None:
     torch.manual_seed(0)
     model = llama().eval()
     engine = NeuronEngine()
-    engine.track_model(model, "m", example_inputs={"input_ids": IDS})
+    asked = {"input_ids": IDS, "output_hidden_states": True}
+    engine.track_model(model, "m", example_inputs=asked)
     assert engine.structure.groups
     out = model(IDS, output_hidden_states=True)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
