@@ -72,6 +72,9 @@ def begun() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     """What an example registers goes with it."""
+    for module in adapters._LATER.values():  # it registers when it is imported, and that is once
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     before = [dict(table) for table in REGISTRIES]
     yield
     for table, content in zip(REGISTRIES, before, strict=True):

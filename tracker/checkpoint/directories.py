@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -284,10 +285,6 @@ def _maker(folder: Path, target: Path) -> str | None:
 
 def _age(folder: Path, parent: Path) -> float:
     """Seconds since anything in it was written, by the clock of the file system."""
-    probe = parent / f".{unique()}.clock"
-    probe.touch()
-    try:
-        now = probe.stat().st_mtime
-    finally:
-        probe.unlink()
+    with tempfile.TemporaryFile(dir=parent) as probe:  # without a name: whoever dies here leaves nothing
+        now = os.fstat(probe.fileno()).st_mtime
     return now - max(p.lstat().st_mtime for p in (folder, *folder.iterdir()))

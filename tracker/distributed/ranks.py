@@ -107,6 +107,13 @@ class Ranks:
         found = found[~found.isnan()]
         return float(found.mean()) if len(found) else float("nan")
 
+    def means(self, values: Tensor) -> Tensor:
+        """Mean over ranks of each of several numbers, (numbers,); ranks that have fewer lack the first ones."""
+        most = int(torch.cat(self._gather(torch.tensor([len(values)]))).max())
+        padded = torch.full((most,), float("nan"), dtype=torch.float64)
+        padded[most - len(values) :] = values
+        return torch.stack(self._gather(padded)).nanmean(0)
+
     def sync_plan(self, plan: Plan) -> None:
         """Compare what the ranks are about to do, and take the first rank's numbers.
 

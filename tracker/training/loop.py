@@ -438,10 +438,10 @@ class SelfModification:
         return own if ranks is None else ranks.mean(own)
 
     def _falling(self, policy: Policy) -> float:
-        """What training lowers the loss by from look to look; of several ranks theirs in the mean."""
+        """What training lowers the loss by from look to look; of several ranks that of their mean loss."""
         ranks = self._session.ranks
-        own = falling(torch.stack(self._recent), policy.every) if self._recent else 0.0
-        return own if ranks is None else ranks.mean(own)
+        losses = torch.stack(self._recent) if self._recent else torch.zeros(0)
+        return falling(losses if ranks is None else ranks.means(losses), policy.every)
 
     def _note(self, what: str, why: str, loss: float) -> None:
         layers = self._tracker.current.layers
