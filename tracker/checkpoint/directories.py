@@ -285,6 +285,6 @@ def _maker(folder: Path, target: Path) -> str | None:
 
 def _age(folder: Path, parent: Path) -> float:
     """Seconds since anything in it was written, by the clock of the file system."""
-    with tempfile.TemporaryFile(dir=parent) as probe:  # without a name: whoever dies here leaves nothing
+    with tempfile.TemporaryFile(dir=parent) as probe:  # has no name to be left behind
         now = os.fstat(probe.fileno()).st_mtime
     return now - max(p.lstat().st_mtime for p in (folder, *folder.iterdir()))
