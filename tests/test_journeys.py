@@ -40,7 +40,7 @@ def test_the_notebook_runs_and_shows_pictures() -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     resources = {"metadata": {"path": str(JOURNEYS.parents[1])}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=300, iopub_timeout=60, resources=resources).execute()
     shown = [output.get("data", {}) for cell in code for output in cell.outputs]
     assert sum("image/png" in data for data in shown) == 2
     assert shown[-1]["text/plain"] == "True"

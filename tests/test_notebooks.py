@@ -57,7 +57,9 @@ def test_what_a_notebook_shows() -> None:
     first = (SETUP, SETUP, *TEXTS, *PRINTED, *PRINTED, *PICTURES)  # cells may be run twice
     last = (f"text = {PRINTED[0]}", "text", "engine.generate_neuron_report()")
     cells = [nbformat.v4.new_code_cell(source) for source in (*first, *last)]
-    nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120).execute()
+    nbclient.NotebookClient(
+        nbformat.v4.new_notebook(cells=cells), timeout=120, iopub_timeout=60
+    ).execute()
     shown = {c.source: [o for o in c.outputs if o.get("name") != "stderr"] for c in cells}
     for source in TEXTS:
         (output,) = shown[source]

@@ -25,7 +25,7 @@ def test_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASHION_MNIST_OFFLINE", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=300, iopub_timeout=60, resources=resources).execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
     said = "".join(
         str(o.get("text", "") or o.get("data", {}).get("text/plain", "")) for o in outputs
