@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tracker import NeuronEngine, SurgeryError
+from tracker import NeuronEngine, StructureError, SurgeryError
 
 
 class Two(nn.Module):
@@ -197,3 +197,18 @@ def test_what_a_model_draws_is_the_same_in_each_pass() -> None:
     assert receipt.promise == "masked"
     assert receipt.output_difference is not None
     assert receipt.output_difference < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("part", [nn.ReLU(), nn.Linear(16, 16)], ids=["activation", "layer"])
+def test_a_scripted_part_is_watched_around_and_refused_by_name(part: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), torch.jit.script(part), nn.Linear(16, 3))
+    engine = NeuronEngine()
+    assert list(engine.track_model(model, "m", example_inputs=X)) == ["0", "2"]
+    engine.start_tracking()
+    model(X)
+    assert engine.get_dataset_statistics()
+    with pytest.raises(StructureError, match="1 is scripted"):
+        _ = engine.structure

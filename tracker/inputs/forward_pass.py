@@ -20,7 +20,12 @@ from torch.nn.parameter import is_lazy
 from tracker.errors import StructureError
 from tracker.inputs.calls import Arguments, Call, ExampleInputs, arguments
 from tracker.inputs.hook_tables import hooks_kept
-from tracker.inputs.repeatable import certain, random_states_kept, writes_put_back
+from tracker.inputs.repeatable import (
+    certain,
+    open_modules,
+    random_states_kept,
+    writes_put_back,
+)
 
 
 def forward_once(
@@ -172,7 +177,9 @@ def tables_kept(model: nn.Module) -> Iterator[None]:
 
     So is what lists and dicts among the attributes hold.
     """
-    saved = [(table, _entries(table)) for module in model.modules() for table in _tables(module)]
+    saved = [
+        (table, _entries(table)) for module in open_modules(model) for table in _tables(module)
+    ]
     try:
         with hooks_kept(model):
             yield
@@ -244,7 +251,7 @@ def is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def _left_alone(model: nn.Module, training: bool, watched: object) -> Iterator[None]:
     """A pass inside leaves nothing in the model, unless it makes what a lazy one lacks, or a sharded one gathers."""
-    parameters = (p for m in model.modules() for p in dict.values(m._parameters))
+    parameters = (p for m in open_modules(model) for p in dict.values(m._parameters))
     lazy = any(p is not None and is_lazy(p) for p in parameters)
     if lazy or is_sharded(model):
         yield

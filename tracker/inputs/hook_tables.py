@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tracker.inputs.repeatable import open_modules
+
 # Each table of hooks, with those that say how its hooks are called.
 _TABLES = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -35,7 +37,7 @@ def hooks_kept(model: nn.Module) -> Iterator[None]:
     """
     saved = [
         _Saved(m, name, dict(vars(m)[name]), {o: dict(vars(m)[o]) for o in options})
-        for m in model.modules()
+        for m in open_modules(model)
         for name, options in _TABLES.items()
     ]
     try:

@@ -67,6 +67,11 @@ def writes_put_back(model: nn.Module) -> Iterator[None]:
         mode.put_back()
 
 
+def open_modules(model: nn.Module) -> list[nn.Module]:
+    """All modules but those that were scripted or traced, whose tables are not Python's."""
+    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
 class _Writes(TorchDispatchMode):
     """Tensors that modules hold are noted before they are written into."""
 
@@ -74,7 +79,7 @@ class _Writes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._held: dict[int, list[Tensor]] = {}  # by where their values lie
-        for module in model.modules():
+        for module in open_modules(model):
             for held in (*dict.values(module._parameters), *vars(module).values()):
                 if isinstance(held, Tensor) and held.layout is torch.strided and held.numel():
                     self._held.setdefault(_storage(held), []).append(held)

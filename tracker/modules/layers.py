@@ -40,6 +40,8 @@ def find_layers(model: nn.Module, axes: Mapping[str, int] | None = None) -> Iter
         # What a kind without a width learns makes no features.
         if module in hidden or (kind is not None and kind.width is None):
             continue
+        if isinstance(module, torch.jit.ScriptModule):  # runs no Python hooks
+            continue
         width = known_width(module)
         if width is None and not (name in axes or _is_custom_layer(module)):
             continue
