@@ -1,6 +1,6 @@
 """Does a network that changes itself from its first steps give up what it would have needed later?
 
-    python benchmarks/young.py                   # three seeds of three tasks; a quarter of an hour
+    python benchmarks/young.py                   # three seeds of four tasks; a quarter of an hour
     python benchmarks/young.py --seeds 3 --write       # and its part of docs/self_modification.md
 
 The default policy, whose first look comes after 200 steps, with Adam: *spirals*, three of them (2-64-64-3, rate 3e-4);

@@ -40,9 +40,10 @@ class Policy:
         every: Steps between two looks.
         look: Steps that are observed before each decision; between looks nothing is.
         tolerance: Relative rise of the loss that one look may cost, as its gradients and curvature predict it: up to it
-            units go, in all groups together, each where it costs least for what it saves. Where no gradients come
-            (compiled graphs, `gradients=False`), the error of the consumers relative to what they put out stands for
-            it.
+            units go, in all groups together, each where it costs least for what it saves; of a young network
+            no larger share of what a group does by now than of the loss, and with what its units would learn. Where no
+            gradients come (compiled graphs, `gradients=False`), the error of the consumers relative to what they put
+            out stands for it.
         at_most: Share of a group's units that may go, or come, at a time.
         floor, ceiling: Units of each group, at least and at most.
         shrink: Whether units may go.
