@@ -158,6 +158,41 @@ def test_rounds_come_to_the_same_share_and_go_back_together() -> None:
     assert len(engine.journal) == 0
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_rounds_tell_the_loss_before_the_first_and_after_the_last(given: bool) -> None:
+    model, _, engine, x = prepared("mlp")
+    batch = (x, torch.randn(len(x), 4))
+    old = model(x).detach().double()
+    receipt = engine.compress(
+        0.4, batches=[batch], loss=squared if given else None, rounds=3, progress=False
+    )
+    new = model(x).detach().double()
+    if given:
+        before, after = (float(squared(out, (x, batch[1].double()))) for out in (old, new))
+    else:
+        before, spread = 0.0, (old - old.mean(0)).square().sum()
+        after = float((new - old).square().sum() / spread)
+    assert receipt.loss_before == pytest.approx(before, rel=1e-4)
+    assert receipt.loss_after == pytest.approx(after, rel=1e-4)
+
+
+def test_recommendations_carried_out_tell_the_loss_of_all_of_them() -> None:
+    model, _, engine, x = prepared("mlp")
+    batch = (x, torch.randn(len(x), 4))
+    engine.calibrate([batch], loss=squared)
+    engine.start_tracking(enable_correlation_analysis=True)
+    model(x)
+    engine.stop_tracking()
+    advice = engine.generate_optimization_recommendations(pruning_threshold=0.4)
+    for dry_run in (True, False):
+        before = float(squared(model(x), batch).detach())
+        receipt = engine.apply_recommendations(advice, dry_run=dry_run)
+        assert receipt.removed_ids
+        assert receipt.loss_before == pytest.approx(before, rel=1e-5)
+        assert any(note.startswith("measured on") for note in receipt.notes)
+    assert receipt.loss_after == pytest.approx(float(squared(model(x), batch).detach()), rel=1e-4)
+
+
 def test_steps_that_miss_the_budget_stop_below_it_or_refuse() -> None:
     model, _, engine, x = prepared("mlp")
     engine.calibrate([x])

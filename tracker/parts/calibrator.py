@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tracker.inputs.batches import BatchReader, Inputs, each
 from tracker.parts.changer import Changer
 from tracker.parts.sessions import Sessions
+from tracker.structure.trials.temporary_copies import copy_sharing_storage
 from tracker.surgery.calibration.consumers import Consumer, collect, consumers
 from tracker.surgery.calibration.held_back import Batches, measured
 from tracker.surgery.calibration.loss import Loss, Objective
 from tracker.surgery.calibration.report import Calibrated
+from tracker.surgery.loss_change import LossForecast
 from tracker.surgery.operations.batch_norm_statistics import reestimate
 from tracker.surgery.plan import Plan
 from tracker.surgery.transaction import unchanged
@@ -199,3 +201,27 @@ class Calibrator:
             plan, note = measured(session.entry.model(), plan, calibration)
         told = [n for n in calibration.reader.notes() if n not in notes]
         return plan, [*notes, note, *told]
+
+    def measuring(self) -> Callable[[], tuple[LossForecast, list[str]]]:
+        """Call it before several changes; what it gives, called after them, measures the loss before and after all.
+
+        What it gives returns nothing measured where there are no batches to measure on.
+        """
+        session = self._sessions.current
+        with session.entry.observer.paused():
+            before = copy_sharing_storage(session.entry.model())
+
+        def measure() -> tuple[LossForecast, list[str]]:
+            calibration = session.calibration if session.ranks is None else None
+            if calibration is None or not calibration.batches:
+                return LossForecast(), []
+            model = session.entry.model()
+            with session.entry.observer.paused():
+                found = LossForecast(
+                    loss=calibration.kind(model),
+                    loss_before=calibration.value(before, before),
+                    loss_after=calibration.value(model, before),
+                )
+            return found, [f"measured on {calibration.told()}", *calibration.reader.notes()]
+
+        return measure

@@ -22,12 +22,13 @@ from tracker.parts.session import Session
 from tracker.parts.sessions import Sessions
 from tracker.structure import Structure
 from tracker.surgery import Receipt, UndoLog
+from tracker.surgery.loss_change import LossForecast
 from tracker.surgery.optimizer_state.attachments import torch_optimizer
 from tracker.surgery.optimizer_state.moments import unwrapped
 from tracker.surgery.optimizer_state.stale_steps import unattached
 from tracker.surgery.plan import Plan
 from tracker.surgery.prices.latency import PASSES, latency
-from tracker.surgery.receipt import merge_receipts, taken_back
+from tracker.surgery.receipt import merge_receipts, taken_back, with_loss
 from tracker.surgery.transaction import OutputSnapshot, count, execute, refuse_inside_a_pass
 from tracker.tracker import ActivationTracker
 from tracker.utils.argument_checks import fits, shown
@@ -216,8 +217,22 @@ class Changer:
         *,
         dry_run: bool,
         each: bool = False,
+        measuring: Callable[[], Callable[[], tuple[LossForecast, list[str]]]] | None = None,
     ) -> Receipt:
-        """Several changes as one, undone together. What is refused of them is skipped or, with `each`, refuses all."""
+        """Several changes as one, undone together.
+
+        Args:
+            operation: Name of the call.
+            steps: The changes.
+            skipped: What was asked and is not done.
+            dry_run: Only tell what would happen.
+            each: Refuse all where one is refused; otherwise it is skipped.
+            measuring: Called before the first; what it gives, called after the last, tells the loss before and after
+                all of them, and on what it was measured.
+
+        Raises:
+            TrackerError: Refused; nothing was touched, or all was undone.
+        """
         if not steps:
             why = "; ".join(skipped[:3]) or "they name nothing"
             raise SurgeryError(f"{operation}: there is nothing to do ({why}).")
@@ -227,6 +242,7 @@ class Changer:
         ):
             receipts: list[Receipt] = []
             witness = OutputSnapshot(self._tracker)
+            measure = None if measuring is None else measuring()
             for step in steps:
                 try:
                     receipts.append(step())
@@ -240,6 +256,8 @@ class Changer:
             whole.receipt = merge_receipts(
                 operation, receipts, difference, skipped, dry_run=dry_run
             )
+            if measure is not None:
+                whole.receipt = with_loss(whole.receipt, *measure())
             return whole.receipt
 
     def places(self, neurons: Neurons) -> list[tuple[str, int]]:

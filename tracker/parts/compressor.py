@@ -191,4 +191,11 @@ class Compressor:
             return receipt
 
         steps = [partial(step, number) for number in range(rounds)]
-        return self._changer.change_all("compress", steps, [], dry_run=dry_run, each=True)
+        return self._changer.change_all(
+            "compress",
+            steps,
+            [],
+            dry_run=dry_run,
+            each=True,
+            measuring=self._calibrator.measuring,
+        )

@@ -560,5 +560,9 @@ class Surgeon:
         for layer, count in asked.expand.items():
             steps.append(lambda n=layer, c=count: self.expand_layer(n, c, verify=verify))  # type: ignore[misc]
         return self._changer.change_all(
-            "apply_recommendations", steps, asked.skipped, dry_run=dry_run
+            "apply_recommendations",
+            steps,
+            asked.skipped,
+            dry_run=dry_run,
+            measuring=self._calibrator.measuring,
         )

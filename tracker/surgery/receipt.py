@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from tracker.surgery.loss_change import LossForecast
 from tracker.utils.notebook import as_html
 from tracker.utils.text import fitting
 
@@ -207,14 +208,22 @@ def merge_receipts(
         skipped=list(skipped),
         dry_run=dry_run,
         predicted_loss_change=_sum([r.predicted_loss_change for r in receipts]),
-        loss=last.loss,
-        loss_before=first.loss_before,
-        loss_after=last.loss_after,
         candidates=last.candidates,
         kinds={group: kind for r in receipts for group, kind in r.kinds.items()},
         widths={name: pair for name, pair in widths.items() if pair[0] != pair[1]},
         modules=list(dict.fromkeys(name for r in receipts for name in r.modules)),
         samples=first.samples,
+    )
+
+
+def with_loss(receipt: Receipt, measured: LossForecast, notes: Sequence[str]) -> Receipt:
+    """The same receipt with the loss that was measured before and after the change, and notes that say on what."""
+    return replace(
+        receipt,
+        loss=measured.loss,
+        loss_before=measured.loss_before,
+        loss_after=measured.loss_after,
+        notes=list(dict.fromkeys([*receipt.notes, *notes])),
     )
 
 
