@@ -19,11 +19,17 @@ TEST_RUN := OMP_NUM_THREADS=1 $(RUN)
 PYTEST := $(TEST_RUN) -m pytest -q -n 2 --dist worksteal
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 
-.PHONY: help demo test slm long kills asan gguf check lint api bench coverage clean
+# Where tests lie that need transformers, Lightning, ONNX Runtime or GGUF; without these, they are skipped.
+FRAMEWORK_TESTS := tests/integrations tests/export tests/journal/test_state_dict_hooks.py tests/surgery/test_copies.py \
+  tests/surgery/test_batches.py tests/test_docs.py tests/test_examples.py tests/test_journeys.py \
+  tests/test_specialise_demo.py
+
+.PHONY: help demo test frameworks slm long kills asan gguf check lint api bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest (with the demos and their validations), test_tracker.py"
+	@echo "make frameworks  tests with transformers, Lightning, ONNX Runtime and GGUF, which it installs"
 	@echo "make slm     SmolLM2-135M, specialised on a text, made smaller, exported; SLM_OPTIONS='--text notes --keep 0.8'"
 	@echo "make long    10,000 removals, and a fault at every line of eight kinds of change; half an hour"
 	@echo "make kills   500 kills in the middle of saves; some minutes"
@@ -72,6 +78,15 @@ test: $(VENV)/installed-dev
 	@echo "Test: test_tracker.py"
 	@$(TEST_RUN) test_tracker.py || { echo "make test: test_tracker.py failed" >&2; exit 1; }
 	@echo "make test: all passed"
+
+$(VENV)/installed-frameworks: pyproject.toml $(VENV)/installed-dev
+	@echo "Set-up: installing the frameworks (once)"
+	@$(PIP) --editable '.[dev,frameworks]'
+	@touch $@
+
+frameworks: $(VENV)/installed-frameworks
+	@echo "Test: the frameworks themselves"
+	@$(PYTEST) $(FRAMEWORK_TESTS)
 
 # Where it was stopped, it goes on. Exports are run before it is done; llama.cpp runs its own where it is installed.
 SLM_OPTIONS ?=

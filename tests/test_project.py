@@ -79,3 +79,17 @@ def test_import_is_light(module):
 def test_readers_of_data_are_light():
     code = "import sys, fashion_mnist_mlp; sys.exit('torchvision' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+FRAMEWORKS = r"(transformers|accelerate|lightning|onnxruntime|onnxscript|gguf|peft)\b"
+
+
+def test_what_needs_a_framework_is_run_with_it():
+    """`make frameworks` runs every file with tests that are skipped where a framework is not installed."""
+    listed = re.search(r"^FRAMEWORK_TESTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)
+    paths = [ROOT / path for path in listed[1].replace("\\\n", " ").split()]
+    assert [path for path in paths if not path.exists()] == []
+    needs = re.compile(rf'importorskip\("{FRAMEWORKS}|[A-Z]+ = .*"{FRAMEWORKS}')
+    found = [path for path in (ROOT / "tests").rglob("*.py") if needs.search(path.read_text())]
+    assert len(found) > 10
+    assert [p for p in found if not any(p.is_relative_to(path) for path in paths)] == []

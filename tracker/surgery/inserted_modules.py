@@ -50,7 +50,8 @@ class ReluIdentity(nn.Module):
         with torch.no_grad():
             weight.zero_()
             index = torch.arange(weight.shape[0])
-            weight[(index, index, *[0] * (weight.ndim - 2))] = 1.0
+            place = (index, index, *[0] * (weight.ndim - 2))
+            weight[place] = 1.0
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
