@@ -86,7 +86,9 @@ FRAMEWORKS = r"(transformers|accelerate|lightning|onnxruntime|onnxscript|gguf|pe
 
 def test_what_needs_a_framework_is_run_with_it():
     """`make frameworks` runs every file with tests that are skipped where a framework is not installed."""
-    listed = re.search(r"^FRAMEWORK_TESTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)
+    listed = re.search(
+        r"^FRAMEWORK_TESTS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M
+    )
     paths = [ROOT / path for path in listed[1].replace("\\\n", " ").split()]
     assert [path for path in paths if not path.exists()] == []
     needs = re.compile(rf'importorskip\("{FRAMEWORKS}|[A-Z]+ = .*"{FRAMEWORKS}')
