@@ -22,7 +22,7 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check install $(PIP_OPTIONS)
 # Where tests lie that need transformers, Lightning, ONNX Runtime or GGUF; without these, they are skipped.
 FRAMEWORK_TESTS := tests/integrations tests/export tests/journal/test_state_dict_hooks.py tests/surgery/test_copies.py \
   tests/surgery/test_batches.py tests/test_docs.py tests/test_examples.py tests/test_journeys.py \
-  tests/test_specialise_demo.py
+  tests/test_specialise_demo.py tests/test_peers.py
 
 .PHONY: help demo test frameworks slm long kills asan gguf check lint api bench coverage clean
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demos"), str(ROOT / "benchmarks")]
 
 import torch
-from one_shot import TITLES, Case, image_case, smollm_case, text_case
+from _one_shot_cases import TITLES, Case, image_case, smollm_case, text_case
 from tqdm import tqdm
 
 from tracker import NeuronEngine
