@@ -251,6 +251,41 @@ def test_first_steps_of_new_slots_are_no_larger_than_the_rate(name: str) -> None
     assert float(optimizer.state[model[2].weight]["step"]) == 1560
 
 
+@pytest.mark.parametrize("steps", [20, 1500])
+def test_new_slots_step_as_adam_does_at_their_age(steps: int) -> None:
+    """Whatever the optimizer's own count is: the steps are those of Adam on the new slots alone, warmed up."""
+    model, lr = mlp(), 1e-3
+    optimizer, engine = trained(model, X, steps=steps, lr=lr)
+    engine.expand_layer("0", 4)
+    engine.expand_layer("2", 2)  # slots of two dimensions, which cross
+    weight, draw = model[2].weight, torch.Generator().manual_seed(0)
+    young = torch.ones(weight.shape, dtype=torch.bool)
+    young[:-2, :-4] = False
+    alone = nn.Parameter(weight.detach().clone())
+    twin = torch.optim.Adam([alone], lr=lr)
+    for step in range(130):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=draw)
+        alone.grad, old, before = weight.grad.clone(), weight.detach().clone(), alone.detach()
+        before = before.clone()
+        optimizer.step()
+        twin.step()
+        expected = (alone.detach() - before) * min((step + 1) / 100, 1.0)
+        moved = weight.detach() - old
+        assert torch.allclose(moved[young], expected[young], rtol=1e-2, atol=1e-6), step
+
+
+def test_corrections_end_where_they_are_negligible() -> None:
+    """With β₂ = 0.95 after the warm-up; nothing of them is left in the state."""
+    model = mlp()
+    optimizer, engine = trained(model, X, "Adam")
+    optimizer.param_groups[0]["betas"] = (0.9, 0.95)
+    engine.expand_layer("0", 2)
+    for _ in range(120):
+        train(model, X, optimizer)
+    assert all(AGE not in state for state in optimizer.state.values())
+
+
 def test_old_slots_step_as_if_nothing_had_come() -> None:
     """The first step after a growth: the old slots' values are those of a twin that did not grow."""
     for name in OPTIMIZERS:
@@ -298,7 +333,7 @@ def test_ages_are_saved_and_loaded_and_go_on(tmp_path: Any) -> None:
 def test_ages_count_on_in_half_precision() -> None:
     """Loading gives state the parameter's dtype, in which 256 + 1 is 256."""
     model = mlp().bfloat16()
-    optimizer, engine = trained(model, X.bfloat16())
+    optimizer, engine = trained(model, X.bfloat16(), steps=1500)
     engine.expand_layer("0", 2)
     train(model, X.bfloat16(), optimizer)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -2,8 +2,9 @@
 
 Torch keeps one step count for a whole parameter. Fresh moments of zero under an old count have no bias correction,
 and move a new slot up to 6.5 times too far. So each slot's age is kept in the optimizer's state (it moves, saves and
-loads with it), and after a step the displacement of young slots is scaled to what their own age allows:
-√(1 − β₂ᵏ) / (1 − β₁ᵏ) at age k (Kingma & Ba, 2015, section 3), warmed up over the first steps.
+loads with it), and after a step the displacement of young slots is scaled to what their own age allows. The correction
+at age k is c(k) = √(1 − β₂ᵏ) / (1 − β₁ᵏ) (Kingma & Ba, 2015, section 3); torch made that of the whole parameter's count
+t, so that c(k) / c(t) is left, warmed up over the first steps.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch.optim import Optimizer
 from tracker.utils.slotmap import SlotMap
 
 AGE = "slot_age"
-MATURE_STEPS = 10_000  # steps after which nothing is corrected any more
+MATURE_STEPS = 10_000  # age of slots of which nothing is corrected any more
 WARM_UP = 100
+NEGLIGIBLE = 0.01  # part of a step that is not worth a correction
 
 
 def aged(
@@ -98,17 +100,21 @@ class _Young:
         self.age = state[AGE] = _placed(state[AGE], parameter).float()
         self._parameter = parameter
         self._table = _corrections(float(betas[0]), float(betas[1]))
+        self._steps = int(state.get("step", MATURE_STEPS))  # that the optimizer counts
         self._parts: list[tuple[int, Tensor | None]] = []  # dimension, and slots along it
-        self._ages: list[float | None] = []  # where all elements of a part are of one age, that age
+        self._ages: list[Tensor] = []  # of a part's slots, or of its elements where these differ
         self._values: list[Tensor] = []
+        # What is mature now stays so, though the count by which it is goes on.
+        mature = self._mature()
+        self.age = state[AGE] = torch.where(
+            self.age < mature, self.age, torch.full_like(self.age, float(MATURE_STEPS))
+        )
         # A rank that holds none of the young slots keeps their ages as long as the others do.
         age: Any = self.age
         whole = age.full_tensor() if hasattr(parameter, "placements") else age
-        young = whole < MATURE_STEPS
-        self._left = 0  # steps until the youngest has grown up
-        if bool(young.any()):
-            self._left = MATURE_STEPS - int(whole.min())
-            self._divide(young, sharded=hasattr(parameter, "placements"))
+        self._youngest = int(whole.min())
+        if self._youngest < mature:
+            self._divide(whole < mature, sharded=hasattr(parameter, "placements"))
 
     def _divide(self, young: Tensor, *, sharded: bool) -> None:
         rest = young
@@ -116,17 +122,21 @@ class _Young:
             slots = young.movedim(dim, 0).reshape(young.shape[dim], -1).all(1).nonzero().flatten()
             if len(slots) and bool(rest.any()):
                 ages = self.age.index_select(dim, slots)
-                alike = bool((ages == ages.flatten()[0]).all())
+                each = ages.movedim(dim, 0).reshape(len(slots), -1)[:, 0]
+                each = each.view([-1 if d == dim else 1 for d in range(young.ndim)])
                 self._parts.append((dim, slots))
-                self._ages.append(float(ages.flatten()[0]) if alike else None)
+                self._ages.append(each if bool((ages == each).all()) else ages)
                 rest = rest.index_fill(dim, slots, False)
         if sharded or bool(rest.any()):
-            self._parts, self._ages = [(0, None)], [None]  # not of whole slots, or not here alone
+            # Not of whole slots, or not here alone.
+            self._parts, self._ages = [(0, None)], [self.age]
 
     @property
     def grown_up(self) -> bool:
         """Whether nothing is left to correct."""
-        return self._left <= 0
+        at = min(self._youngest, MATURE_STEPS)
+        factor = float(self._table[1, at]) / self._whole()
+        return at >= MATURE_STEPS or (at >= WARM_UP and abs(factor - 1) <= NEGLIGIBLE)
 
     @property
     def moves(self) -> bool:
@@ -140,34 +150,32 @@ class _Young:
     def correct(self) -> None:
         """After it. Where rows and columns cross, both are written with the same values."""
         parameter, new = self._parameter.detach(), []
-        self._left -= 1
-        for number, (dim, slots) in enumerate(self._parts):
-            one, age = self._ages[number], None
-            if one is not None:
-                self._ages[number] = one + 1
-                factor: Any = float(self._table[min(int(one) + 1, MATURE_STEPS)])
-            else:
-                age = _part(self.age, dim, slots) + 1
-                factor = self._factors(age).to(parameter.dtype)
-            old, after = self._values[number], _part(parameter, dim, slots)
-            values = old + (after - old) * factor
-            new.append((age, values if age is None else torch.where(factor == 1, after, values)))
-        for (dim, slots), one, (age, values) in zip(self._parts, self._ages, new, strict=True):
+        self._youngest, self._steps = self._youngest + 1, self._steps + 1
+        self._ages = [age + 1 for age in self._ages]
+        for at, old, age in zip(self._parts, self._values, self._ages, strict=True):
+            factor, after = self._factors(age).to(parameter.dtype), _part(parameter, *at)
+            new.append(torch.where(factor == 1, after, old + (after - old) * factor))
+        for (dim, slots), age, values in zip(self._parts, self._ages, new, strict=True):
             if slots is None:
-                assert age is not None
                 parameter.copy_(values)
                 self.age.copy_(age)
-                continue
-            parameter.index_copy_(dim, slots, values)
-            if age is None:
-                assert one is not None
-                self.age.index_fill_(dim, slots, one)
             else:
-                self.age.index_copy_(dim, slots, age)
+                parameter.index_copy_(dim, slots, values)
+                self.age.index_copy_(dim, slots, age.expand_as(values))
         self._values = []
 
+    def _whole(self) -> float:
+        """The correction that the optimizer made of the step before, by its own count."""
+        return float(self._table[0, min(max(self._steps, 1), MATURE_STEPS)])
+
+    def _mature(self) -> int:
+        """The age from which on a correction is negligible."""
+        left = (self._table[1, : self._steps + 1] / self._whole() - 1).abs() > NEGLIGIBLE
+        return int(left.nonzero().max()) + 1
+
     def _factors(self, age: Tensor) -> Tensor:
-        table = self._table.to(age.device)
+        table = (self._table[1] / self._whole()).to(age.device)
+        table[MATURE_STEPS] = 1.0
         if not hasattr(age, "placements"):
             return table[age.clamp(max=MATURE_STEPS).long()]
         from torch.distributed.tensor import DTensor
@@ -195,8 +203,7 @@ def _placed(age: Tensor, parameter: Any) -> Tensor:
 
 @functools.cache
 def _corrections(beta1: float, beta2: float) -> Tensor:
-    """By age, up to GROWN_UP, from which on it is 1: (GROWN_UP + 1,) float32."""
+    """By age up to MATURE_STEPS, plain and warmed up: (2, MATURE_STEPS + 1) float32."""
     age = torch.arange(MATURE_STEPS + 1, dtype=torch.float64).clamp(min=1)
-    factor = (1 - beta2**age).sqrt() / (1 - beta1**age) * (age / WARM_UP).clamp(max=1)
-    factor[MATURE_STEPS] = 1.0
-    return factor.float()
+    plain = (1 - beta2**age).sqrt() / (1 - beta1**age)
+    return torch.stack([plain, plain * (age / WARM_UP).clamp(max=1)]).float()
