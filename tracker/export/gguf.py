@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tracker.inputs.forward_pass import forward_once
 
 # Of the largest logit: the rounding of weights to each format, which adds up over the layers.
 CLOSE = {"f32": 1e-3, "f16": 1e-2, "q8_0": 1e-1}
+BLOCK = 32  # weights of a row that share a scale in q8_0
 MOST = 64  # positions that are compared
 
 
@@ -46,8 +48,8 @@ def to_gguf(
         path: The file. One that is there is replaced once the new one is checked.
         tokenizer: One of transformers, or a directory of one; None: the file has no vocabulary, and is for callers
             that pass token ids.
-        dtype: Of matrices: "f32", "f16" or "q8_0" (8 bits and a scale for each 32 weights; matrices whose rows are
-            no multiple of 32 long are kept in f16). Vectors are f32.
+        dtype: Of matrices: "f32", "f16" or "q8_0" (8 bits and a scale for each 32 weights; MLPs are filled up with
+            zeros to the next multiple of 32, and other matrices whose rows are none are kept in f16). Vectors are f32.
         verify: Run the file and compare its logits on the example inputs: by a forward pass in numpy that knows only
             the file, and by llama.cpp where `llama-cpp-python` is installed.
 
@@ -83,6 +85,12 @@ def to_gguf(
 def _write(model: Any, sizes: LlamaLike, path: Path, tokenizer: Any, dtype: str) -> list[str]:
     gguf = needed("gguf", "gguf")
     kinds = gguf.GGMLQuantizationType
+    if dtype == "q8_0":
+        whole = [-(-width // BLOCK) * BLOCK for width in sizes.hidden]
+        filled = sum(whole) - sum(sizes.hidden)
+        sizes = replace(sizes, hidden=whole)
+    else:
+        filled = 0
     writer = gguf.GGUFWriter(path, "llama" if sizes.even else "deci")
     files = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[files[dtype]])
@@ -109,15 +117,19 @@ def _write(model: Any, sizes: LlamaLike, path: Path, tokenizer: Any, dtype: str)
         array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         kind = kinds.F32 if array.ndim < 2 or dtype == "f32" else kinds.F16
         if dtype == "q8_0" and array.ndim == 2:
-            kind = kinds.F16 if array.shape[1] % 32 else kinds.Q8_0
-            kept += array.shape[1] % 32 > 0
+            kind = kinds.F16 if array.shape[1] % BLOCK else kinds.Q8_0
+            kept += array.shape[1] % BLOCK > 0
         writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     notes = [] if even else ["layers of unequal sizes: architecture deci"]
-    return notes + ([f"{kept} matrices kept in f16: rows no multiple of 32 long"] if kept else [])
+    if filled:
+        notes.append(f"{filled:,} neurons of zeros, to multiples of {BLOCK} for each MLP")
+    if kept:
+        notes.append(f"{kept} matrices kept in f16: rows no multiple of {BLOCK} long")
+    return notes
 
 
 def _tokens(engine: NeuronEngine) -> list[Tensor]:

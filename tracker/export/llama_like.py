@@ -113,7 +113,10 @@ def llama_sizes(model: Any) -> LlamaLike:
 
 
 def tensors(model: Any, sizes: LlamaLike) -> Iterator[tuple[str, Tensor]]:
-    """All tensors by GGUF's names, in the order of the format; a head's rows of queries and keys as it rotates them."""
+    """All tensors by GGUF's names, in the order of the format; a head's rows of queries and keys as it rotates them.
+
+    Where `sizes` has more neurons of an MLP than the model, the others make zero and nothing reads them.
+    """
     yield "token_embd.weight", model.model.embed_tokens.weight
     for i, layer in enumerate(model.model.layers):
         for name, place in PARTS.items():
@@ -121,6 +124,11 @@ def tensors(model: Any, sizes: LlamaLike) -> Iterator[tuple[str, Tensor]]:
                 rows = tensor
                 if name in ("attn_q", "attn_k"):
                     rows = interleaved(tensor, sizes.head_dim)
+                more = sizes.hidden[i] - layer.mlp.gate_proj.out_features
+                if name in ("ffn_gate", "ffn_up"):
+                    rows = nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, more))
+                elif name == "ffn_down" and own == "weight":
+                    rows = nn.functional.pad(rows, (0, more))
                 yield f"blk.{i}.{name}.{own}", rows
     yield "output_norm.weight", model.model.norm.weight
     if not sizes.tied:
