@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.fashion_mnist import load_fashion_mnist, normalised
 from fashion_mnist_mlp import FashionMLP
 from tracker import Policy
+from tracker.training.schedule import LEAST
 
 Batch = tuple[Tensor, Tensor]
 HELD_BACK = 5_000  # of the training images: what is chosen, is chosen by them
@@ -159,49 +160,55 @@ def _gpt(hidden: int) -> tuple[str, Callable[[], nn.Module]]:
     return f"MLP of {hidden}", partial(GPT, hidden=hidden)
 
 
-def _growth(parameters: int, **more: Any) -> Callable[[int], Policy]:
-    return lambda steps: Policy.over(
-        steps, shrink=False, grow=True, max_parameters=parameters, **more
-    )
+def growth(parameters: int, part: float = 1.0, **more: Any) -> Callable[[int], Policy]:
+    """The policy that grows to so many parameters within this part of a run."""
+    settings = {"shrink": False, "grow": True, "max_parameters": parameters, **more}
+    return lambda steps: Policy.over(_within(steps, part), **settings)
 
 
-def _shrinking(parameters: int, **more: Any) -> Callable[[int], Policy]:
+def shrinking(parameters: int, part: float = 1.0, **more: Any) -> Callable[[int], Policy]:
+    """The policy that shrinks to so many parameters within this part of a run."""
     least = int(0.95 * parameters)
     settings = {"max_parameters": parameters, "min_parameters": least, "floor": 8, **more}
-    return lambda steps: Policy.over(steps, **settings)
+    return lambda steps: Policy.over(_within(steps, part), **settings)
 
 
+def _within(steps: int, part: float) -> int:
+    return max(int(part * steps), LEAST)
+
+
+EARLY = 0.1  # of a run, within which it changes: see levers.py
 GPT_RATES = (3e-3, 1.5e-3, 6e-3)
 GPTS = dict(map(_gpt, (64, 128, 256, 512, 1024)))
 TASKS_BY_NAME: dict[str, Task] = {
     "mlp-shrink": Task(
         "MLP on Fashion-MNIST, shrinking from 784-512-256-10 to 80,000 parameters",
-        Images, _mlp(512, 256)[1], 4000, _shrinking(80_000),
+        Images, _mlp(512, 256)[1], 4000, shrinking(80_000, EARLY),
         dict([_mlp(32, 16), _mlp(64, 32), _mlp(96, 48), _mlp(128, 64), _mlp(256, 128)]), keep=80_000,
     ),
     "mlp-grow": Task(
         "MLP on Fashion-MNIST, growing from 784-16-10 to 150,000 parameters",
-        Images, _mlp(16)[1], 4000, _growth(150_000),
+        Images, _mlp(16)[1], 4000, growth(150_000, EARLY),
         dict([_mlp(32), _mlp(64), _mlp(128), _mlp(188), _mlp(256)]),
     ),
     "conv-shrink": Task(
         "Conv net with BatchNorm on Fashion-MNIST, shrinking from 32-64-128 to 23,000 parameters",
-        Images, _conv(32, 64, 128)[1], 1700, _shrinking(23_000),
+        Images, _conv(32, 64, 128)[1], 1700, shrinking(23_000, EARLY),
         dict([_conv(8, 16, 32), _conv(12, 24, 48), _conv(16, 32, 64), _conv(24, 48, 96), _conv(32, 64, 128)]),
         keep=23_000,
     ),
     "conv-grow": Task(
         "Conv net with BatchNorm on Fashion-MNIST, growing from 8-16-32 to 93,000 parameters",
-        Images, _conv(8, 16, 32)[1], 1700, _growth(93_000),
+        Images, _conv(8, 16, 32)[1], 1700, growth(93_000, EARLY),
         dict([_conv(8, 16, 32), _conv(12, 24, 48), _conv(16, 32, 64), _conv(24, 48, 96), _conv(32, 64, 128)]),
     ),
     "gpt-6e12": Task(
         "Byte GPT, about 6e12 FLOPs, growing from an eighth of the MLP neurons to 875,520 parameters",
-        Bytes, _gpt(64)[1], 660, _growth(875_520, insert=2, gradients=False), GPTS, GPT_RATES, decay=0.1,
+        Bytes, _gpt(64)[1], 660, growth(875_520, EARLY, insert=2, gradients=False), GPTS, GPT_RATES, decay=0.1,
     ),
     "gpt-6e13": Task(
         "Byte GPT, about 6e13 FLOPs, growing from an eighth of the MLP neurons to 875,520 parameters",
-        Bytes, _gpt(64)[1], 6600, _growth(875_520, insert=2, gradients=False), {}, GPT_RATES, decay=0.1,
+        Bytes, _gpt(64)[1], 6600, growth(875_520, EARLY, insert=2, gradients=False), {}, GPT_RATES, decay=0.1,
     ),
     "recycling": Task(
         "12 permuted tasks, 784-128-128-10, recycling",

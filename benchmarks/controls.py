@@ -2,14 +2,15 @@
 
     python benchmarks/controls.py --tasks mlp-shrink,mlp-grow --seeds 3   # all tasks, 5 seeds: days on one core
     python benchmarks/controls.py --resume                                # what is missing in outputs/controls.jsonl
-    python benchmarks/controls.py --report --write                        # docs/controls.md from what is there
+    python benchmarks/controls.py --report --write    # docs/controls.md, and its part of docs/self_modification.md
 
 The network that changes itself takes a given number of steps; what they cost, in FLOPs and in CPU seconds (looks and
 changes included), is what the others may spend: *its final architecture* from the start, with the same FLOPs and once
 more with the same seconds; the *starting architecture*; where it shrinks, the wide one *compressed once* when half of
 the FLOPs are spent; and the *best of a sweep* of five fixed widths, for each of which three learning rates were tried
 with a seed of its own. What is chosen is chosen on data that are held back; the value is that on test data. The
-learning rate falls by a cosine over what each run may spend.
+learning rate falls by a cosine over what each run may spend. *Levers* are the task with one
+thing otherwise, each beside a control of its own: the final architecture that came of it (`benchmarks/levers.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demos")]
 
+import levers
 import torch
-from _common import OUTPUTS
+from _common import OUTPUTS, section
 from _control_runs import (
     FINAL,
     ONCE,
@@ -46,6 +48,7 @@ from _control_tasks import TASKS_BY_NAME, Task, data_of
 from torch import nn
 
 PAGE, PICTURES = ROOT / "docs" / "controls.md", ROOT / "docs" / "images"
+LEADING = ROOT / "docs" / "self_modification.md"
 FILE = OUTPUTS / "controls.jsonl"
 TUNING = 1000  # the seed by which learning rates are tuned
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
@@ -173,6 +176,19 @@ def table(task: Task, results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def _changing(results: Sequence[Result]) -> str:
+    """When the networks that change themselves did so."""
+    runs = [r for r in results if r.run == SELF and r.changes]
+    if not runs:
+        return "Nothing was changed."
+    first, last = (statistics.mean(r.changes[at][0] for r in runs) for at in (0, -1))
+    count = statistics.mean(len(r.changes) for r in runs)
+    return (
+        f"{count:.1f} changes in the mean, the first after {first:,.0f} steps and the last after {last:,.0f}, of "
+        f"{statistics.mean(r.steps for r in runs):,.0f}."
+    )
+
+
 def picture(task: Task, results: Sequence[Result], path: Path) -> None:
     """Values over FLOPs and over CPU seconds: the mean of all seeds, and from the least to the greatest."""
     import matplotlib.pyplot as plt
@@ -237,12 +253,55 @@ def page(log: Log) -> str:
                 f"## {task.title}{short}",
                 f"Data: {data_of(task).source}.",
                 table(task, results),
+                _changing(results),
                 f"![Value over FLOPs and over seconds]({image.relative_to(PAGE.parent)})",
             ]
+            tried = levers.section(task, results, Log(levers.FILE, resume=True))
+            if tried and asked == task.steps:
+                parts += ["Levers:", tried]
     missing = [n for n in TASKS_BY_NAME if n not in told]
     if missing:
         parts += ["## Not measured yet", ", ".join(f"`{n}`" for n in missing) + "."]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(log: Log) -> str:
+    """For the page of self-modification: each task beside its final architecture."""
+    lines = [
+        "| task | seeds | value | self-modified | its final architecture, same FLOPs | difference | last change |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, task in TASKS_BY_NAME.items():
+        results = [r for r in log.results if r.task == name and r.steps_asked == task.steps]
+        pairs = [
+            (r, other)
+            for r in results
+            for other in results
+            if r.run == SELF and other.run == FINAL and r.seed == other.seed
+        ]
+        if not pairs:
+            continue
+        data = data_of(task)
+        told = [
+            _told(values, data.greater_is_better)
+            for values in (
+                [a.value for a, _ in pairs],
+                [b.value for _, b in pairs],
+                [a.value - b.value for a, b in pairs],
+            )
+        ]
+        last = statistics.mean(a.changes[-1][0] / a.steps for a, _ in pairs)
+        unit = ", %" if data.greater_is_better else ""
+        lines.append(
+            f"| {task.title} | {len(pairs)} | {data.name}{unit} | {' | '.join(told)} | after {last:.0%} of the steps |"
+        )
+    return (
+        "What the final architecture gives that is trained from the start, for the same FLOPs: the means of seeds, "
+        "with half of the 95% interval. More controls, and what was tried: [controls.md](controls.md). Changes belong "
+        "early in a run: a large network pays for many steps of a small one, and what is new must learn while the "
+        f"learning rate is high.\n\n{datetime.date.today()}, torch {torch.__version__}. `benchmarks/controls.py`.\n\n"
+        + "\n".join(lines)
+    )
 
 
 def main() -> None:
@@ -255,7 +314,7 @@ def main() -> None:
     parser.add_argument("--sweep", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--resume", action="store_true", help="keep what was measured before")
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--write", action="store_true", help="write docs/controls.md")
+    parser.add_argument("--write", action="store_true", help="write the pages")
     options = parser.parse_args()
     names = options.tasks.split(",")
     unknown = [n for n in names if n not in TASKS_BY_NAME]
@@ -274,6 +333,7 @@ def main() -> None:
     print(found)
     if options.write:
         PAGE.write_text(found)
+        section(LEADING, "Controls", summary(log))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""What makes a network that changes itself better or worse than its final architecture: one setting at a time.
+
+    python benchmarks/levers.py --tasks mlp-shrink --seeds 2 --resume   # rows in outputs/levers.jsonl
+    python benchmarks/controls.py --report --write                      # docs/controls.md, with these rows
+
+A lever is a task of `controls.py` with one thing otherwise. Its control is the final architecture that came of it, from
+the start, for the same FLOPs and with the same learning rate. Levers are chosen by data that are held back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "demos")]
+
+import torch
+from _common import OUTPUTS
+from _control_runs import FINAL, SELF, Limit, Log, Result, anew, task_name, train
+from _control_tasks import EARLY, TASKS_BY_NAME, Task, data_of, growth, shrinking
+
+from tracker import Policy
+
+FILE = OUTPUTS / "levers.jsonl"
+AS_IT_IS = "the task as it is"
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What is otherwise. policy: None: as the task has it. rate: None: likewise."""
+
+    policy: Callable[[int], Policy] | None = None
+    rate: float | None = None
+
+
+LEVERS: dict[str, dict[str, Lever]] = {
+    "mlp-shrink": {
+        "changes over the whole run": Lever(shrinking(80_000)),
+        "changes within a quarter of it": Lever(shrinking(80_000, 0.25)),
+        "changes within a twentieth": Lever(shrinking(80_000, EARLY / 2)),
+        "most at the first looks: `ramp=8`, `at_most=0.9`": Lever(
+            shrinking(80_000, EARLY, ramp=8.0, at_most=0.9)
+        ),
+        "learning rate 3e-3": Lever(rate=3e-3),
+    },
+    "mlp-grow": {
+        "changes over the whole run": Lever(growth(150_000)),
+        "changes within a quarter of it": Lever(growth(150_000, 0.25)),
+        "changes within a twentieth": Lever(growth(150_000, EARLY / 2)),
+        "new units in random directions": Lever(growth(150_000, EARLY, gradients=False)),
+        "learning rate 3e-3": Lever(rate=3e-3),
+    },
+}
+
+
+def measure(task: Task, lever: str, seed: int, log: Log) -> None:
+    """The network that changes itself and its control, if they are not there yet."""
+    how, name, asked = LEVERS[task_name(task)][lever], task_name(task), task.steps
+    task, rate = replace(task, policy=how.policy or task.policy), how.rate or task.rates[0]
+    runs = [f"{lever}: {run}" for run in (SELF, FINAL)]
+    if all(log.find(name, run, seed, asked, rate) for run in runs):
+        return
+    torch.manual_seed(seed)
+    model, mine = train(
+        task, runs[0], task.start(), Limit(steps=asked), seed, rate, asked, modifies=True
+    )
+    limit = Limit(flops=mine.flops)
+    _, control = train(task, runs[1], anew(model, seed), limit, seed, rate, asked)
+    log.results = [r for r in log.results if r.key not in (mine.key, control.key)]
+    log.add(mine)
+    log.add(control)
+
+
+def section(task: Task, own: Sequence[Result], log: Log) -> str:
+    """The table of a task's levers; nothing where none was measured.
+
+    own: The results of the task as it is.
+    """
+    name = task_name(task)
+    rows = [_row(AS_IT_IS, own, SELF, FINAL)]
+    for lever in LEVERS.get(name, {}):
+        mine = [r for r in log.results if r.task == name and r.run.startswith(f"{lever}: ")]
+        rows.append(_row(lever, mine, f"{lever}: {SELF}", f"{lever}: {FINAL}"))
+    told = [row for row in rows if row]
+    if len(told) < 2:
+        return ""
+    held = "accuracy" if data_of(task).greater_is_better else "loss"
+    head = (
+        f"| what is otherwise | seeds | {held} on held-back data | its control | difference | difference on test data "
+        "| training FLOPs |\n|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *told])
+
+
+def _row(title: str, results: Sequence[Result], run: str, control: str) -> str:
+    own = {r.seed: r for r in results if r.run == run}
+    others = {r.seed: r for r in results if r.run == control and r.seed in own}
+    pairs = [(own[seed], other) for seed, other in sorted(others.items())]
+    if not pairs:
+        return ""
+
+    def mean(of: Callable[[Result, Result], float]) -> float:
+        return statistics.mean(of(a, b) for a, b in pairs)
+
+    cells = (
+        f"{100 * mean(lambda a, b: a.chosen_by):.2f}",
+        f"{100 * mean(lambda a, b: b.chosen_by):.2f}",
+        f"{100 * mean(lambda a, b: a.chosen_by - b.chosen_by):+.2f}",
+        f"{100 * mean(lambda a, b: a.value - b.value):+.2f}",
+        f"{mean(lambda a, b: a.flops):.3g}",
+    )
+    return f"| {title} | {len(pairs)} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tasks", default=",".join(LEVERS), help="names, separated by commas")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="keep what was measured before")
+    options = parser.parse_args()
+    names = options.tasks.split(",")
+    unknown = [n for n in names if n not in LEVERS]
+    if unknown:
+        parser.error(f"there are no levers of {unknown[0]!r}: {', '.join(LEVERS)}")
+    torch.set_num_threads(1)
+    log = Log(FILE, options.resume)
+    for seed in range(options.seeds):
+        for name in names:
+            for lever in LEVERS[name]:
+                measure(TASKS_BY_NAME[name], lever, seed, log)
+    print("Rows for docs/controls.md: python benchmarks/controls.py --report --write")
+
+
+if __name__ == "__main__":
+    main()
