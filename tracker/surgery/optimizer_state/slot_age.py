@@ -24,6 +24,8 @@ MATURE_STEPS = 10_000  # age of slots of which nothing is corrected any more
 WARM_UP = 100
 NEGLIGIBLE = 0.01  # part of a step that is not worth a correction
 
+Slots = Tensor | range | None  # along a dimension; None: all
+
 
 def aged(
     optimizer: Optimizer, state: Mapping[str, Any], parameter: Tensor, slots: Mapping[int, SlotMap]
@@ -100,8 +102,9 @@ class _Young:
         self.age = state[AGE] = _placed(state[AGE], parameter).float()
         self._parameter = parameter
         self._table = _corrections(float(betas[0]), float(betas[1]))
+        self._warmed = self._table[1].to(self.age.device)
         self._steps = int(state.get("step", MATURE_STEPS))  # that the optimizer counts
-        self._parts: list[tuple[int, Tensor | None]] = []  # dimension, and slots along it
+        self._parts: list[tuple[int, Slots]] = []  # dimension, and slots along it
         self._ages: list[Tensor] = []  # of a part's slots, or of its elements where these differ
         self._values: list[Tensor] = []
         # What is mature now stays so, though the count by which it is goes on.
@@ -124,7 +127,7 @@ class _Young:
                 ages = self.age.index_select(dim, slots)
                 each = ages.movedim(dim, 0).reshape(len(slots), -1)[:, 0]
                 each = each.view([-1 if d == dim else 1 for d in range(young.ndim)])
-                self._parts.append((dim, slots))
+                self._parts.append((dim, _in_a_row(slots)))
                 self._ages.append(each if bool((ages == each).all()) else ages)
                 rest = rest.index_fill(dim, slots, False)
         if sharded or bool(rest.any()):
@@ -145,7 +148,9 @@ class _Young:
 
     def keep(self) -> None:
         """Before the step."""
-        self._values = [_part(self._parameter.detach(), *at).clone() for at in self._parts]
+        parts = [_part(self._parameter.detach(), *at) for at in self._parts]
+        pairs = zip(parts, self._parts, strict=True)
+        self._values = [p if isinstance(slots, Tensor) else p.clone() for p, (_, slots) in pairs]
 
     def correct(self) -> None:
         """After it. Where rows and columns cross, both are written with the same values."""
@@ -154,14 +159,10 @@ class _Young:
         self._ages = [age + 1 for age in self._ages]
         for at, old, age in zip(self._parts, self._values, self._ages, strict=True):
             factor, after = self._factors(age).to(parameter.dtype), _part(parameter, *at)
-            new.append(torch.where(factor == 1, after, old + (after - old) * factor))
-        for (dim, slots), age, values in zip(self._parts, self._ages, new, strict=True):
-            if slots is None:
-                parameter.copy_(values)
-                self.age.copy_(age)
-            else:
-                parameter.index_copy_(dim, slots, values)
-                self.age.index_copy_(dim, slots, age.expand_as(values))
+            new.append(_between(old, after, factor))
+        for at, age, values in zip(self._parts, self._ages, new, strict=True):
+            _put(parameter, *at, values)
+            _put(self.age, *at, age.expand_as(values))
         self._values = []
 
     def _whole(self) -> float:
@@ -174,21 +175,47 @@ class _Young:
         return int(left.nonzero().max()) + 1
 
     def _factors(self, age: Tensor) -> Tensor:
-        table = (self._table[1] / self._whole()).to(age.device)
-        table[MATURE_STEPS] = 1.0
         if not hasattr(age, "placements"):
-            return table[age.clamp(max=MATURE_STEPS).long()]
+            return self._looked_up(age)
         from torch.distributed.tensor import DTensor
 
         whole: Any = age
-        own = table[whole.to_local().clamp(max=MATURE_STEPS).long()]
+        own = self._looked_up(whole.to_local())
         return DTensor.from_local(
             own, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
         )
 
+    def _looked_up(self, age: Tensor) -> Tensor:
+        at = age.clamp(max=MATURE_STEPS).long()
+        found = self._warmed.to(age.device)[at] / self._whole()
+        return found.masked_fill_(at == MATURE_STEPS, 1.0)
 
-def _part(tensor: Tensor, dim: int, slots: Tensor | None) -> Tensor:
-    return tensor if slots is None else tensor.index_select(dim, slots)
+
+def _in_a_row(slots: Tensor) -> Slots:
+    """As a range where they are one: it is read and written without an index."""
+    first, last = int(slots[0]), int(slots[-1])
+    return range(first, last + 1) if last + 1 - first == len(slots) else slots
+
+
+def _part(tensor: Tensor, dim: int, slots: Slots) -> Tensor:
+    """A copy where slots are a tensor, else a view."""
+    if isinstance(slots, Tensor):
+        return tensor.index_select(dim, slots)
+    return tensor if slots is None else tensor.narrow(dim, slots.start, len(slots))
+
+
+def _put(tensor: Tensor, dim: int, slots: Slots, values: Tensor) -> None:
+    if isinstance(slots, Tensor):
+        tensor.index_copy_(dim, slots, values)
+    else:
+        _part(tensor, dim, slots).copy_(values)
+
+
+def _between(old: Tensor, after: Tensor, factor: Tensor) -> Tensor:
+    """The value at so much of a step; at 1 exactly that after it."""
+    if hasattr(old, "placements"):
+        return torch.where(factor == 1, after, old + (after - old) * factor)
+    return torch.lerp(old, after, factor)
 
 
 def _placed(age: Tensor, parameter: Any) -> Tensor:
