@@ -258,7 +258,7 @@ def page(log: Log) -> str:
             ]
             tried = levers.section(task, results, Log(levers.FILE, resume=True))
             if tried and asked == task.steps:
-                parts += ["Levers:", tried]
+                parts.append(tried)
     missing = [n for n in TASKS_BY_NAME if n not in told]
     if missing:
         parts += ["## Not measured yet", ", ".join(f"`{n}`" for n in missing) + "."]

@@ -94,7 +94,19 @@ def section(task: Task, own: Sequence[Result], log: Log) -> str:
         f"| what is otherwise | seeds | {held} on held-back data | its control | difference | difference on test data "
         "| training FLOPs |\n|---|---|---|---|---|---|---|"
     )
-    return "\n".join([head, *told])
+    return "\n".join([_chance(own), "", head, *told])
+
+
+def _chance(own: Sequence[Result]) -> str:
+    """How far single seeds lie apart."""
+    pairs = [(a, b) for a in own for b in own if a.run == SELF and b.run == FINAL]
+    found = [100 * (a.value - b.value) for a, b in pairs if a.seed == b.seed]
+    if len(found) < 2:
+        return "Levers:"
+    return (
+        f"Levers. From seed to seed the difference on test data has a standard deviation of "
+        f"{statistics.stdev(found):.2f} points: that of one seed tells little."
+    )
 
 
 def _row(title: str, results: Sequence[Result], run: str, control: str) -> str:
