@@ -265,36 +265,42 @@ def page(log: Log) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _pairs(
+    task: Task, results: Sequence[Result], run: str, control: str
+) -> list[tuple[Result, Result]]:
+    """Of a task that is not shortened: both runs of each seed that has both."""
+    mine = [r for r in results if r.task == task_name(task) and r.steps_asked == task.steps]
+    return [
+        (a, b) for a in mine for b in mine if a.run == run and b.run == control and a.seed == b.seed
+    ]
+
+
+def _compared(task: Task, how: str, pairs: Sequence[tuple[Result, Result]]) -> str:
+    """A row of the summary."""
+    data = data_of(task)
+    percent, unit = data.greater_is_better, ", %" if data.greater_is_better else ""
+    values = [a.value for a, _ in pairs], [b.value for _, b in pairs]
+    cells = [_told(v, percent) for v in (*values, [a.value - b.value for a, b in pairs])]
+    last = statistics.mean(a.changes[-1][0] / a.steps for a, _ in pairs)
+    return (
+        f"| {task.title}{how} | {len(pairs)} | {data.name}{unit} | {' | '.join(cells)} "
+        f"| after {last:.0%} of the steps |"
+    )
+
+
 def summary(log: Log) -> str:
     """For the page of self-modification: each task beside its final architecture."""
     lines = [
         "| task | seeds | value | self-modified | its final architecture, same FLOPs | difference | last change |",
         "|---|---|---|---|---|---|---|",
     ]
+    tried = Log(levers.FILE, resume=True).results
     for name, task in TASKS_BY_NAME.items():
-        results = [r for r in log.results if r.task == name and r.steps_asked == task.steps]
-        pairs = [
-            (r, other)
-            for r in results
-            for other in results
-            if r.run == SELF and other.run == FINAL and r.seed == other.seed
-        ]
-        if not pairs:
-            continue
-        data = data_of(task)
-        told = [
-            _told(values, data.greater_is_better)
-            for values in (
-                [a.value for a, _ in pairs],
-                [b.value for _, b in pairs],
-                [a.value - b.value for a, b in pairs],
-            )
-        ]
-        last = statistics.mean(a.changes[-1][0] / a.steps for a, _ in pairs)
-        unit = ", %" if data.greater_is_better else ""
-        lines.append(
-            f"| {task.title} | {len(pairs)} | {data.name}{unit} | {' | '.join(told)} | after {last:.0%} of the steps |"
-        )
+        for lever in ("", *(n for n, how in levers.LEVERS.get(name, {}).items() if how.rate)):
+            runs = [f"{lever}: {run}" if lever else run for run in (SELF, FINAL)]
+            pairs = _pairs(task, tried if lever else log.results, *runs)
+            if pairs:
+                lines.append(_compared(task, f", {lever} for both" if lever else "", pairs))
     return (
         "What the final architecture gives that is trained from the start, for the same FLOPs: the means of seeds, "
         "with half of the 95% interval. More controls, and what was tried: [controls.md](controls.md). Changes belong "
