@@ -179,10 +179,8 @@ def table(rows: list[Row]) -> str:
 
 def verdicts(rows: list[Row]) -> str:
     """Goals, and who is first."""
-    lines = [
-        "| parameters asked | goal, × dense | `compress` | | first | × dense |",
-        "|---" * 6 + "|",
-    ]
+    head = ["parameters asked", "goal, × dense", "`compress`", "", "first", "× dense", "of methods"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for keep, goal in GOALS.items():
         mine = [r for r in rows if r["keep"] == keep]
         of_ours = next((r for r in mine if r["method"] == OURS), None)
@@ -191,7 +189,8 @@ def verdicts(rows: list[Row]) -> str:
         first = min(mine, key=lambda r: r["perplexity"])
         ratio = of_ours["perplexity"] / of_ours["dense"]
         cells = [f"{keep:.0%}", f"{goal:.2f}", f"{ratio:.3f}", "met" if ratio <= goal else "missed"]
-        cells += [first["method"], f"{first['perplexity'] / first['dense']:.3f}"]
+        ratio = first["perplexity"] / first["dense"]
+        cells += [first["method"], f"{ratio:.3f}", f"{len(mine)}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -213,14 +212,17 @@ def tried(rows: list[Row]) -> str:
 
 
 def section(rows: list[Row]) -> str:
+    """The text of the page: of each share and method the last row."""
+    rows = in_order(rows)
     dense = rows[0]["dense"]
     text = EXPLANATION.format(dense=dense, block=rows[0]["block"])
     parts = [text, table(rows), "Goals, and the first of each share:", verdicts(rows)]
     if any(r.get("candidates") for r in rows):
         told = "What `compress` tried on copies, the loss on the windows that it held back; it took the best:"
         parts += [told, tried(rows)]
-    missing = [f"{m} at {k:.0%}" for k in GOALS for m in METHODS]
-    missing = [m for m in missing if m not in {f"{r['method']} at {r['keep']:.0%}" for r in rows}]
-    if missing:
-        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    there = {(r["keep"], r["method"]) for r in rows}
+    missing = {m: [f"{k:.0%}" for k in GOALS if (k, m) not in there] for m in METHODS}
+    if any(missing.values()):
+        told = [f"{m} at {', '.join(shares)}" for m, shares in missing.items() if shares]
+        parts.append(f"Not measured yet: {'; '.join(told)}.")
     return "\n\n".join(parts)
