@@ -244,7 +244,8 @@ def test_a_run_keeps_to_its_model_and_stops_when_told() -> None:
         model(x)
         assert engine.step(1.0) is None
     assert [p.shape for p in model.parameters()] == before
-    assert engine.life == life
+    # The first loss is not known, and nan is unequal to itself.
+    assert list(map(str, engine.life)) == list(map(str, life))
 
 
 @pytest.mark.slow
