@@ -16,14 +16,12 @@ class GrowWhenTheTaskChanges:
 
     def decide(self, candidates, now, losses, blocked, *, step):
         """What is to be done at a look; None for nothing."""
+        if len(losses) > 1 and losses[-1] > 1.5 * losses[-2] and now.parameters < 2_000:
+            self.jumps.append(step)
+            steepest = max(candidates, key=lambda c: c.gradient)
+            return Requests(f"the loss jumped to {losses[-1]:.3f}", expand={steepest.name: 8})
         dead = {c.name: c.dead for c in candidates if c.dead and not blocked.get(c.name)}
-        if dead:
-            return Requests("neurons that say nothing get a new start", recycle=dead)
-        if len(losses) < 2 or losses[-1] < 1.5 * losses[-2] or now.parameters > 2_000:
-            return None
-        self.jumps.append(step)
-        steepest = max(candidates, key=lambda c: c.gradient)
-        return Requests(f"the loss jumped to {losses[-1]:.3f}", expand={steepest.name: 8})
+        return Requests("neurons that say nothing get a new start", recycle=dead) if dead else None
 
 
 torch.manual_seed(0)
