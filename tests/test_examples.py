@@ -20,6 +20,7 @@ import pytest
 
 import tracker
 import tracker.export
+import tracker.export.command  # it registers the exporters
 import tracker.integrations
 from tracker import NeuronEngine
 from tracker.compensation import criteria
