@@ -176,6 +176,18 @@ def test_rounds_tell_the_loss_before_the_first_and_after_the_last(given: bool) -
     assert receipt.loss_after == pytest.approx(after, rel=1e-4)
 
 
+def test_what_was_held_back_counts_once_and_is_called_so_until_it_counts() -> None:
+    model, _, engine, x = prepared("mlp")
+    batches = list(x.chunk(8))
+    receipt = engine.compress(0.7, batches=batches, rounds=2, progress=False)
+    assert any("batches held back from the calibration data" in n for n in receipt.notes)  # of each
+    assert "measured on 2 batches of the calibration data" in receipt.notes  # of the whole
+    engine.compress(0.8, progress=False)
+    counts = {int(r.covariance.count.max()) for r in engine.tracker.current.reads.values()}
+    assert counts == {len(x)}
+    assert bool(model(x).isfinite().all())
+
+
 def test_recommendations_carried_out_tell_the_loss_of_all_of_them() -> None:
     model, _, engine, x = prepared("mlp")
     batch = (x, torch.randn(len(x), 4))

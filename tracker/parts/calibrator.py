@@ -208,11 +208,13 @@ class Calibrator:
         What it gives returns nothing measured where there are no batches to measure on.
         """
         session = self._sessions.current
+        if session.ranks is not None:  # nothing is measured on several
+            return lambda: (LossForecast(), [])
         with session.entry.observer.paused():
             before = copy_sharing_storage(session.entry.model())
 
         def measure() -> tuple[LossForecast, list[str]]:
-            calibration = session.calibration if session.ranks is None else None
+            calibration = session.calibration
             if calibration is None or not calibration.batches:
                 return LossForecast(), []
             model = session.entry.model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -156,6 +157,7 @@ class Compressor:
                     entry.reads = with_all(
                         entry.model(), entry.reads, calibration, self._calibrator.consumers()
                     )
+                session.calibration = replace(calibration, unseen=False)  # from now on, they are
 
         return plan_compression(
             self._tracker, share, of, limits, calibration=calibration, chosen=use_all, **options
