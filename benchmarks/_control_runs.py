@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import math
 import statistics
@@ -46,6 +47,7 @@ class Result:
         flops, seconds: Spent on training, looks and changes; of CPU time.
         curve: (FLOPs, seconds, value).
         changes: "pruned", "expanded", ... by step.
+        made: The day.
     """
 
     task: str
@@ -61,6 +63,7 @@ class Result:
     steps: int
     curve: list[tuple[float, float, float]] = field(default_factory=list)
     changes: list[tuple[int, str, int]] = field(default_factory=list)
+    made: str = field(default_factory=lambda: str(datetime.date.today()))
 
     @property
     def key(self) -> tuple[str, str, int, int, float]:

@@ -1,7 +1,7 @@
 """A network that changes itself, beside those that a referee asks for; mean and 95% interval over seeds.
 
     python benchmarks/controls.py --tasks mlp-shrink,mlp-grow --seeds 3   # all tasks, 5 seeds: days on one core
-    python benchmarks/controls.py --resume                                # what is missing in outputs/controls.jsonl
+    python benchmarks/controls.py --resume                # what is missing in benchmarks/results/controls.jsonl
     python benchmarks/controls.py --report --write    # docs/controls.md, and its part of docs/self_modification.md
 
 The network that changes itself takes a given number of steps; what they cost, in FLOPs and in CPU seconds (looks and
@@ -16,7 +16,6 @@ thing otherwise, each beside a control of its own: the final architecture that c
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import statistics
 import sys
@@ -49,7 +48,7 @@ from torch import nn
 
 PAGE, PICTURES = ROOT / "docs" / "controls.md", ROOT / "docs" / "images"
 LEADING = ROOT / "docs" / "self_modification.md"
-FILE = OUTPUTS / "controls.jsonl"
+FILE = ROOT / "benchmarks" / "results" / "controls.jsonl"
 TUNING = 1000  # the seed by which learning rates are tuned
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -66,7 +65,7 @@ class Part(IntEnum):
 def measure(task: Task, seed: int, log: Log, asked: int, part: Part) -> None:
     """The runs of one part and one seed that are not there yet."""
     name, rate = task_name(task), task.rates[0]
-    built: Path = log.path.with_name(f"{name}_{asked}_{seed}.pt")
+    built = OUTPUTS / f"controls_{name}_{asked}_{seed}.pt"
 
     def once(
         run: str, make: Callable[[], nn.Module], limit: Limit, at: float = rate, number: int = seed
@@ -77,18 +76,20 @@ def measure(task: Task, seed: int, log: Log, asked: int, part: Part) -> None:
             known = log.add(train(task, run, make(), limit, number, at, asked)[1])
         return known
 
-    mine = log.find(name, SELF, seed, asked, rate)
-    if mine is None or not built.exists():
+    def modified() -> Result:
         torch.manual_seed(seed)
-        model, mine = train(
+        model, result = train(
             task, SELF, task.start(), Limit(steps=asked), seed, rate, asked, modifies=True
         )
         torch.save(anew(model, seed), built)
-        log.results = [r for r in log.results if r.key != mine.key]
-        log.add(mine)
+        return result
+
+    mine = log.find(name, SELF, seed, asked, rate) or log.add(modified())
     flops = Limit(flops=mine.flops)
 
     def final() -> nn.Module:
+        if not built.exists():  # the row is of another machine
+            modified()
         found: nn.Module = torch.load(built, weights_only=False)  # written above
         return anew(found, seed)
 
@@ -228,13 +229,19 @@ def picture(task: Task, results: Sequence[Result], path: Path) -> None:
     plt.close(fig)
 
 
+def _days(results: Sequence[Result]) -> str:
+    """The first and the last of them."""
+    return " to ".join(sorted({f(r.made for r in results) for f in (min, max)})) if results else ""
+
+
 def page(log: Log) -> str:
     """All that was measured, task by task."""
     parts = [
         "# Controls",
         "Is a network that changes itself better than one that knew its final architecture from the start? Written by "
-        f"`benchmarks/controls.py` on {datetime.date.today()}: torch {torch.__version__}, one thread; ± is half of the "
-        "95% interval of the mean (Student's t), differences are of the same seeds.",
+        f"`benchmarks/controls.py` from what was measured on {_days(log.results)}: torch {torch.__version__}, one "
+        "thread; ± is half of the 95% interval of the mean (Student's t), differences are of the same seeds. The "
+        "rows are in `benchmarks/results/`.",
         (__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[2].strip(),
     ]
     told = set[str]()
@@ -305,7 +312,7 @@ def summary(log: Log) -> str:
         "What the final architecture gives that is trained from the start, for the same FLOPs: the means of seeds, "
         "with half of the 95% interval. More controls, and what was tried: [controls.md](controls.md). Changes belong "
         "early in a run: a large network pays for many steps of a small one, and what is new must learn while the "
-        f"learning rate is high.\n\n{datetime.date.today()}, torch {torch.__version__}. `benchmarks/controls.py`.\n\n"
+        f"learning rate is high.\n\n{_days(log.results)}, torch {torch.__version__}. `benchmarks/controls.py`.\n\n"
         + "\n".join(lines)
     )
 

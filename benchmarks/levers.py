@@ -1,6 +1,6 @@
 """What makes a network that changes itself better or worse than its final architecture: one setting at a time.
 
-    python benchmarks/levers.py --tasks mlp-shrink --seeds 2 --resume   # rows in outputs/levers.jsonl
+    python benchmarks/levers.py --tasks mlp-shrink --seeds 2 --resume   # rows in benchmarks/results/levers.jsonl
     python benchmarks/controls.py --report --write                      # docs/controls.md, with these rows
 
 A lever is a task of `controls.py` with one thing otherwise. Its control is the final architecture that came of it, from
@@ -20,13 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demos")]
 
 import torch
-from _common import OUTPUTS
 from _control_runs import FINAL, SELF, Limit, Log, Result, anew, task_name, train
 from _control_tasks import EARLY, TASKS_BY_NAME, Task, data_of, growth, shrinking
 
 from tracker import Policy
 
-FILE = OUTPUTS / "levers.jsonl"
+FILE = ROOT / "benchmarks" / "results" / "levers.jsonl"
 AS_IT_IS = "the task as it is"
 
 

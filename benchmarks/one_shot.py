@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 PAGE = ROOT / "docs" / "one_shot.md"
-FILE = ROOT / "outputs" / "reports" / "one_shot.jsonl"  # rows of smollm-all: each takes minutes
+FILE = ROOT / "benchmarks" / "results" / "one_shot.jsonl"  # rows of smollm-all: each takes minutes
 Row = dict[str, Any]
 
 
