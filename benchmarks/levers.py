@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demos")]
 
 import torch
 from _control_runs import FINAL, SELF, Limit, Log, Result, anew, task_name, train
-from _control_tasks import EARLY, TASKS_BY_NAME, Task, data_of, growth, shrinking
+from _control_tasks import EARLY, GPT_GROWTH, TASKS_BY_NAME, Task, data_of, growth, shrinking
 
 from tracker import Policy
 
@@ -54,6 +54,13 @@ LEVERS: dict[str, dict[str, Lever]] = {
         "new units in random directions": Lever(growth(150_000, EARLY, gradients=False)),
         "learning rate 3e-3": Lever(rate=3e-3),
     },
+    "gpt-6e12": {
+        "changes over the whole run": Lever(growth(875_520, **GPT_GROWTH)),
+        "changes within half of it": Lever(growth(875_520, 0.5, **GPT_GROWTH)),
+        "changes within a quarter of it": Lever(growth(875_520, 0.25, **GPT_GROWTH)),
+        "new units by gradients": Lever(growth(875_520, 0.5, insert=2)),
+        "learning rate 1.5e-3": Lever(rate=1.5e-3),
+    },
 }
 
 
@@ -81,34 +88,38 @@ def section(task: Task, own: Sequence[Result], log: Log) -> str:
     own: The results of the task as it is.
     """
     name = task_name(task)
-    rows = [_row(AS_IT_IS, own, SELF, FINAL)]
+    percent = data_of(task).greater_is_better
+    rows = [_row(AS_IT_IS, own, SELF, FINAL, percent=percent)]
     for lever in LEVERS.get(name, {}):
         mine = [r for r in log.results if r.task == name and r.run.startswith(f"{lever}: ")]
-        rows.append(_row(lever, mine, f"{lever}: {SELF}", f"{lever}: {FINAL}"))
+        names = f"{lever}: {SELF}", f"{lever}: {FINAL}"
+        rows.append(_row(lever, mine, *names, percent=percent))
     told = [row for row in rows if row]
     if len(told) < 2:
         return ""
-    held = "accuracy" if data_of(task).greater_is_better else "loss"
+    held = "accuracy" if percent else "loss"
     head = (
         f"| what is otherwise | seeds | {held} on held-back data | its control | difference | difference on test data "
         "| training FLOPs |\n|---|---|---|---|---|---|---|"
     )
-    return "\n".join([_chance(own), "", head, *told])
+    return "\n".join([_chance(own, percent=percent), "", head, *told])
 
 
-def _chance(own: Sequence[Result]) -> str:
+def _chance(own: Sequence[Result], *, percent: bool) -> str:
     """How far single seeds lie apart."""
     pairs = [(a, b) for a in own for b in own if a.run == SELF and b.run == FINAL]
-    found = [100 * (a.value - b.value) for a, b in pairs if a.seed == b.seed]
+    found = [a.value - b.value for a, b in pairs if a.seed == b.seed]
     if len(found) < 2:
         return "Levers:"
+    spread = statistics.stdev(found)
+    told = f"{100 * spread:.2f} points" if percent else f"{spread:.3f}"
     return (
-        f"Levers. From seed to seed the difference on test data has a standard deviation of "
-        f"{statistics.stdev(found):.2f} points: that of one seed tells little."
+        f"Levers. From seed to seed the difference on test data has a standard deviation of {told}: that of one seed "
+        "tells little."
     )
 
 
-def _row(title: str, results: Sequence[Result], run: str, control: str) -> str:
+def _row(title: str, results: Sequence[Result], run: str, control: str, *, percent: bool) -> str:
     own = {r.seed: r for r in results if r.run == run}
     others = {r.seed: r for r in results if r.run == control and r.seed in own}
     pairs = [(own[seed], other) for seed, other in sorted(others.items())]
@@ -118,13 +129,12 @@ def _row(title: str, results: Sequence[Result], run: str, control: str) -> str:
     def mean(of: Callable[[Result, Result], float]) -> float:
         return statistics.mean(of(a, b) for a, b in pairs)
 
-    cells = (
-        f"{100 * mean(lambda a, b: a.chosen_by):.2f}",
-        f"{100 * mean(lambda a, b: b.chosen_by):.2f}",
-        f"{100 * mean(lambda a, b: a.chosen_by - b.chosen_by):+.2f}",
-        f"{100 * mean(lambda a, b: a.value - b.value):+.2f}",
-        f"{mean(lambda a, b: a.flops):.3g}",
-    )
+    scale, digits = (100, 2) if percent else (1, 3)
+    values = (lambda a, b: a.chosen_by), (lambda a, b: b.chosen_by)
+    gains = (lambda a, b: a.chosen_by - b.chosen_by), (lambda a, b: a.value - b.value)
+    cells = [f"{scale * mean(of):.{digits}f}" for of in values]
+    cells += [f"{scale * mean(of):+.{digits}f}" for of in gains]
+    cells.append(f"{mean(lambda a, b: a.flops):.3g}")
     return f"| {title} | {len(pairs)} | " + " | ".join(cells) + " |"
 
 
