@@ -73,6 +73,8 @@ TITLES = {
     "mlp": "MLP 784-512-256-10, Fashion-MNIST, accuracy",
     "conv": "Convolutions 32-48-64 with batch norms, Fashion-MNIST, accuracy",
     "gpt": "GPT of bytes, 4 blocks of width 128, the standard library's source, perplexity per byte",
+    "resnet20": "ResNet-20 to half of its FLOPs, Fashion-MNIST, accuracy",
+    "vit": "A small ViT to half of its FLOPs, Fashion-MNIST, accuracy",
     "smollm": "SmolLM2-135M-Instruct as published, the standard library's source, perplexity per token",
     "smollm-all": "SmolLM2-135M-Instruct to a share of all its parameters, perplexity per token",
 }

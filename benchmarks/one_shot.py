@@ -6,6 +6,7 @@
     python benchmarks/one_shot.py --only smollm        # a pretrained language model (extra .[smollm]); half an hour
     python benchmarks/one_shot.py --only smollm-all --resume --write  # the same, to a budget of all parameters, beside
                                                        # FLAP, ShortGPT and SliceGPT; what was not measured yet
+    python benchmarks/one_shot.py --only resnet20,vit --seeds 1 --write  # to half of the FLOPs; what was not measured
 
 mlp: 784-512-256-10 on Fashion-MNIST, 5 epochs of Adam. conv: 32-48-64 with batch norms, 3 epochs. gpt: 4 blocks of
 width 128 on the bytes of the standard library's source, 1,100 steps. Each method removes the same share of every layer
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demos"), str(ROOT / "benchmarks")]
 
 import _one_shot_budget
+import _one_shot_flops
 import torch
 from _one_shot_cases import PARTS, TITLES, Case, image_case, smollm_case, text_case
 from _one_shot_methods import METHODS, PATCHES
@@ -39,7 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 PAGE = ROOT / "docs" / "one_shot.md"
-FILE = ROOT / "benchmarks" / "results" / "one_shot.jsonl"  # rows of smollm-all: each takes minutes
+RESULTS = ROOT / "benchmarks" / "results"  # rows that take minutes each
+FILE = RESULTS / "one_shot.jsonl"  # of smollm-all
 Row = dict[str, Any]
 
 
@@ -176,6 +179,12 @@ def main() -> None:
             known = options.report and _one_shot_budget.known(FILE)
             rows = known or _one_shot_budget.measure(options.quick, file, options.resume)
             content = _one_shot_budget.section(rows)
+        elif name in _one_shot_flops.NETWORKS:
+            file = RESULTS / "one_shot_flops.jsonl"
+            if not options.report:
+                _one_shot_flops.measure(name, seeds, file, reestimated)
+            known = [r for r in _one_shot_flops.known(file) if r["network"] == name]
+            seeds, content = 1 + max(r["seed"] for r in known), _one_shot_flops.section(name, known)
         else:
             content = table(
                 [r for seed in range(seeds) for r in measure(name, seed, options.quick)]
