@@ -188,6 +188,21 @@ def test_what_was_held_back_counts_once_and_is_called_so_until_it_counts() -> No
     assert bool(model(x).isfinite().all())
 
 
+def test_units_are_chosen_by_what_was_held_back_as_well() -> None:
+    """How many of each group go is settled by then; a unit that is silent until the fourth batch is not among them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    with torch.no_grad():
+        model[0].weight[5], model[0].bias[5] = torch.tensor([20.0, 0, 0, 0, 0, 0]), -20.0
+        model[2].weight[:, 5] = 3.0
+    x = torch.randn(4, 256, 6).clamp(max=0.9)
+    x[3, :, 0] = 3.0  # the one that is held back
+    engine = engine_of(model, x[3])
+    receipt = engine.compress(0.75, "neurons", batches=list(x), progress=False)
+    assert len(receipt.units["0"]) == 3
+    assert 5 not in receipt.units["0"]
+
+
 def test_recommendations_carried_out_tell_the_loss_of_all_of_them() -> None:
     model, _, engine, x = prepared("mlp")
     batch = (x, torch.randn(len(x), 4))

@@ -151,13 +151,15 @@ class Compressor:
         entry = session.entry
         calibration = session.calibration if session.ranks is None else None
 
-        def use_all() -> None:
-            if calibration is not None and calibration.unseen:
-                with entry.observer.paused():
-                    entry.reads = with_all(
-                        entry.model(), entry.reads, calibration, self._calibrator.consumers()
-                    )
-                session.calibration = replace(calibration, unseen=False)  # from now on, they are
+        def use_all() -> bool:
+            if calibration is None or not calibration.unseen:
+                return False
+            with entry.observer.paused():
+                entry.reads = with_all(
+                    entry.model(), entry.reads, calibration, self._calibrator.consumers()
+                )
+            session.calibration = replace(calibration, unseen=False)  # from now on, they are
+            return True
 
         return plan_compression(
             self._tracker, share, of, limits, calibration=calibration, chosen=use_all, **options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,7 +107,7 @@ def plan_compression(
     compensate: bool = True,
     strict: bool = False,
     calibration: Calibration | None = None,
-    chosen: Callable[[], None] = lambda: None,
+    chosen: Callable[[], bool] = lambda: False,
     progress: bool | None = False,
     asked: KeepRequest | None = None,
 ) -> tuple[Plan, list[str]]:
@@ -120,7 +120,7 @@ def plan_compression(
     criterion: In which order units go; how many of each group, their prices always say.
     strict: Refuse a budget that cannot be met to within 2%, rather than take the nearest below.
     calibration: What the loss is, and what it is measured on.
-    chosen: Called when that has been, before the plan is drawn.
+    chosen: Called when that has been, before the plan is drawn; tells whether it changed what is known of the data.
     asked: What the user asked for, if `keep` is a part of it: for messages.
 
     Raises:
@@ -144,9 +144,11 @@ def plan_compression(
     name, outlook = _best(
         tracker, market, usable, measured, compensate=compensate, progress=progress
     )
-    units = market.units(usable[name])
-    chosen()
-    plan, more = plan_pruning(tracker, units, compensate)
+    if chosen():  # which units of a group go, all batches say
+        _, problems, _ = problems_of(tracker, limits)
+        weighed = _weighed(tracker, groups, problems, criterion, progress=progress)
+        market = replace(market, problems=problems, found=[s for _, s in weighed])
+    plan, more = plan_pruning(tracker, market.units(usable[name]), compensate)
     if plan.outlook is not None:
         outlook = replace(outlook, predicted_loss_change=plan.outlook.predicted_loss_change)
     plan = replace(plan, operation="compress", outlook=outlook)
@@ -164,22 +166,15 @@ def _market(
     progress: bool | None,
 ) -> _Market:
     model = tracker.current.model()
-    held, chosen = tensors(model), criterion != RECONSTRUCTION
-    weighed = bar(problems, "Weighing units", "group", progress)
     found: list[Selection] = []
     prices: list[list[float]] = []
-    relative: list[list[float]] = []
-    priced = problems.priced
-    for i, (group, problem) in enumerate(zip(groups, weighed, strict=True)):
-        if chosen:
-            weight = problems.plain(i).weight
-            selection = ordered(held, group, problem, criterion, weight)
-        else:
-            selection = problem.backward()
+    weighed = _weighed(tracker, groups, problems, criterion, progress=progress)
+    for group, (problem, selection) in zip(groups, weighed, strict=True):
         most = min(len(selection.order), group.size - max(limits.of(group), 1))
+        relative = selection.errors / max(selection.total, 1e-300)
+        price = _rising(problem, selection) if problems.priced else relative
         found.append(selection)
-        relative.append((selection.errors[:most] / max(selection.total, 1e-300)).tolist())
-        prices.append(_rising(problem, selection)[:most].tolist() if priced else relative[-1])
+        prices.append(price[:most].tolist())
     paths = [
         ErrorCurve(g.size, e, round_to=math.lcm(limits.round_to, g.multiple_of), floor=limits.of(g))
         for g, e in zip(groups, prices, strict=True)
@@ -187,7 +182,27 @@ def _market(
     inputs = Arguments(*tracker.current.observer.inputs)  # type: ignore[misc]
     cost = cost_of(model, groups, of, inputs)
     whole = cost([0] * len(groups))
+    chosen = criterion != RECONSTRUCTION
     return _Market(tracker, groups, problems, found, paths, cost, whole, of, inputs, chosen)
+
+
+def _weighed(
+    tracker: ActivationTracker,
+    groups: Sequence[UnitGroup],
+    problems: Problems,
+    criterion: str | Criterion,
+    *,
+    progress: bool | None,
+) -> Iterator[tuple[Problem, Selection]]:
+    """Group by group, the order in which its units go."""
+    held = tensors(tracker.current.model())
+    weighed = bar(problems, "Weighing units", "group", progress)
+    for i, (group, problem) in enumerate(zip(groups, weighed, strict=True)):
+        if criterion == RECONSTRUCTION:
+            yield problem, problem.backward()
+        else:
+            weight = problems.plain(i).weight
+            yield problem, ordered(held, group, problem, criterion, weight)
 
 
 def _rising(problem: Problem, selection: Selection) -> torch.Tensor:
