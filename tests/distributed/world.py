@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# A server that imports all once and has no threads is forked for each rank; where there are none, each imports anew.
+START = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+
 
 def _enter(
     rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
@@ -34,7 +37,9 @@ def _enter(
 
 def run(size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(rank, size, *args)` returns on each rank: plain data and tensors."""
-    context = mp.get_context("spawn")
+    context: Any = mp.get_context(START)
+    if START == "forkserver":
+        context.set_forkserver_preload(["torch", "tracker", function.__module__])
     processes = [
         context.Process(target=_enter, args=(rank, size, str(folder), function, args))
         for rank in range(size)
