@@ -6,8 +6,7 @@ import copy
 import gc
 import operator
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FrameType
@@ -24,8 +23,10 @@ from tracker.inputs.repeatable import (
     certain,
     open_modules,
     random_states_kept,
+    unheard,
     writes_put_back,
 )
+from tracker.utils.empty_tables import empty_tables
 
 
 def forward_once(
@@ -52,16 +53,17 @@ def forward_once(
     args, kwargs = arguments(call)
     method = call.method if isinstance(call, Call) else "forward"
     training = isinstance(call, Call) and call.training is True
+    modules = list(model.modules())
     with (
-        _unchanged(model),
-        _plain(model),
+        _unchanged(modules),
+        _plain(modules),
         torch.no_grad(),
         nullcontext() if heard else _internal_pass(),
     ):
-        for module in model.modules():  # model.train is the user's: it may merge weights, say
+        for module in modules:  # model.train is the user's: it may merge weights, say
             module.training = training
         try:
-            with within or nullcontext(), _left_alone(model, training, watch_writes or within):
+            with within or nullcontext(), _left_alone(modules, training, watch_writes or within):
                 return (model if method == "forward" else getattr(model, method))(*args, **kwargs)
         except Exception as error:
             raise StructureError(
@@ -109,10 +111,8 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     memo = {} if memo is None else memo  # the caller's: it is filled
     for key, tensor in computed_tensors(model).items():
         memo.setdefault(key, tensor)
-    for module in model.modules():  # most of its tables are empty: quicker made than copied
-        for table in vars(module).values():
-            if type(table) in _TABLES and not table:
-                memo.setdefault(id(table), type(table)())
+    for key, table in empty_tables(model.modules()).items():
+        memo.setdefault(key, table)
     known = dict(memo)
     try:
         try:
@@ -172,16 +172,16 @@ def _is_of_the_model(hook: object) -> bool:
 
 
 @contextmanager
-def tables_kept(model: nn.Module) -> Iterator[None]:
+def tables_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Whatever is set in the modules' own tables inside is put back: attributes, parameters, buffers, hooks.
 
     So is what lists and dicts among the attributes hold.
     """
     saved = [
-        (table, _entries(table)) for module in open_modules(model) for table in _tables(module)
+        (table, _copied(table)) for module in open_modules(modules) for table in _tables(module)
     ]
     try:
-        with hooks_kept(model):
+        with hooks_kept(modules):
             yield
     finally:
         for table, before in saved:
@@ -196,26 +196,25 @@ def _tables(module: nn.Module) -> Iterator[Table]:
 def _containers(module: nn.Module) -> Iterator[Table]:
     """Lists and dicts among a module's attributes that are not part of each module."""
     for name, value in vars(module).items():
-        if isinstance(value, dict | list) and name not in _OF_EACH_MODULE:
+        if name not in _OF_EACH_MODULE and isinstance(value, (dict, list)):
             yield value
 
 
-def _entries(table: Table) -> list[Any]:
-    return list(dict.items(table) if isinstance(table, dict) else table)
+def _copied(table: Table) -> Table:
+    return dict.copy(table) if isinstance(table, dict) else list(table)
 
 
-def _put_back_entries(table: Table, before: list[Any]) -> None:
+def _put_back_entries(table: Table, before: Table) -> None:
     if isinstance(table, list):
         if len(table) != len(before) or any(map(operator.is_not, table, before)):
             table[:] = before
         return
-    if list(dict.keys(table)) != [key for key, _ in before]:
+    if list(dict.keys(table)) != list(before):
         dict.clear(table)
     dict.update(table, before)
 
 
 Table = dict[Any, Any] | list[Any]
-_TABLES = (dict, OrderedDict, list, set)
 _OF_EACH_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -243,21 +242,22 @@ def _internal_pass() -> Iterator[None]:
         _probes.reset(token)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` (FSDP2) spread it: its parameters come and go in each pass."""
-    return any(k.__name__ == "FSDPModule" for m in model.modules() for k in type(m).__mro__)
+def is_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Whether `fully_shard` (FSDP2) spread any of them: their parameters come and go in each pass."""
+    kinds = set(map(type, modules))
+    return any(base.__name__ == "FSDPModule" for kind in kinds for base in kind.__mro__)
 
 
 @contextmanager
-def _left_alone(model: nn.Module, training: bool, watched: object) -> Iterator[None]:
+def _left_alone(modules: Sequence[nn.Module], training: bool, watched: object) -> Iterator[None]:
     """A pass inside leaves nothing in the model, unless it makes what a lazy one lacks, or a sharded one gathers."""
-    parameters = (p for m in open_modules(model) for p in dict.values(m._parameters))
+    parameters = (p for m in open_modules(modules) for p in dict.values(m._parameters))
     lazy = any(p is not None and is_lazy(p) for p in parameters)
-    if lazy or is_sharded(model):
+    if lazy or is_sharded(modules):
         yield
         return
-    writes = writes_put_back(model) if watched else nullcontext()
-    with tables_kept(model), certain(model) if training else writes:
+    writes = writes_put_back(modules) if watched else nullcontext()
+    with tables_kept(modules), certain(modules) if training else writes:
         yield
 
 
@@ -270,14 +270,25 @@ def _the_pass(call: object) -> str:
 
 
 @contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
+def _plain(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Whatever the caller is in: no inference mode, and no autocast, whose cached casts would hide the parameters."""
-    kinds = {"cpu"} | {p.device.type for p in model.parameters() if p.device.type != "meta"}
+    kinds = {"cpu"} | {device.type for device in _devices(modules)} - {"meta"}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in sorted(kinds):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _devices(modules: Sequence[nn.Module]) -> set[torch.device]:
+    with unheard():
+        return {p.device for m in modules for p in _values(m._parameters)}
+
+
+def _values(table: Any) -> list[Tensor]:
+    """The tensors of a table of a module, which is not Python's where that was scripted; nothing is lent for it."""
+    values = dict.values(table) if isinstance(table, dict) else table.values()
+    return [value for value in values if value is not None]
 
 
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
@@ -286,11 +297,13 @@ def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    flags = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    counted = tuple(b for b, _ in buffers if not b.is_inference())
+def _unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
+    flags = [(m, m.training) for m in modules]
+    with unheard():
+        held = {id(b): b for m in modules for b in _values(m._buffers)}
+        buffers = [(b, b.detach().clone()) for b in held.values()]
+        counted = tuple(b for b, _ in buffers if not b.is_inference())
+    devices = sorted({device.index or 0 for device in _devices(modules) if device.type == "cuda"})
     # What was written is as before: a backward pass that is still to come need not know.
     kept = torch.autograd._unsafe_preserve_version_counter(counted)  # type: ignore[attr-defined]
     with kept, torch.random.fork_rng(devices=devices), random_states_kept():

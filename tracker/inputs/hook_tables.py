@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,20 +24,24 @@ class _Saved(NamedTuple):
 
     module: nn.Module
     name: str
-    hooks: dict[int, Any]
-    options: dict[str, dict[int, Any]]
+    hooks: Mapping[int, Any]
+    options: Mapping[str, Mapping[int, Any]]
+
+
+_NONE: Mapping[Any, Any] = {}
 
 
 @contextmanager
-def hooks_kept(model: nn.Module) -> Iterator[None]:
+def hooks_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Hooks of others that are registered inside are gone afterwards, and those that were taken away are back.
 
     Code that prepares itself in its first pass notes that it did, in an attribute; this is put back, so that it would
     register its hooks once more. Hooks of this library come and go as they do.
     """
     saved = [
-        _Saved(m, name, dict(vars(m)[name]), {o: dict(vars(m)[o]) for o in options})
-        for m in open_modules(model)
+        _saved(m, own, name, options)
+        for m in open_modules(modules)
+        for own in (vars(m),)
         for name, options in _TABLES.items()
     ]
     try:
@@ -48,6 +52,12 @@ def hooks_kept(model: nn.Module) -> Iterator[None]:
                 _put_back(one)
 
 
+def _saved(module: nn.Module, own: Mapping[str, Any], name: str, options: Sequence[str]) -> _Saved:
+    if not own[name]:  # most of them
+        return _Saved(module, name, _NONE, _NONE)
+    return _Saved(module, name, dict(own[name]), {o: dict(own[o]) for o in options})
+
+
 def _put_back(saved: _Saved) -> None:
     table = vars(saved.module)[saved.name]
     now = dict(table)
@@ -55,8 +65,9 @@ def _put_back(saved: _Saved) -> None:
     kept |= {k: hook for k, hook in now.items() if k in kept or _is_ours(hook)}
     table.clear()
     table.update(kept)
-    for name, before in saved.options.items():
+    for name in _TABLES[saved.name]:
         option = vars(saved.module)[name]
+        before = saved.options.get(name, _NONE)
         wanted = {k: v for k, v in {**before, **option}.items() if k in kept}
         option.clear()
         option.update(wanted)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ _ATEN = torch.ops.aten
 
 
 @contextmanager
-def certain(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's passes draw no random numbers: each draw gives the same constant everywhere.
+def certain(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, passes of a model of these modules draw no random numbers: each draw gives the same constant everywhere.
 
     What is drawn depends on the sizes of tensors, so a model without some of its units would draw other masks for its
     dropout. Parameters that the model's code writes into have their values back afterwards. A batch norm that sees one
     value for each channel, which has no variance, runs as in eval mode.
     """
-    mode = _Constant(model)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    mode = _Constant(modules)
+    norms = [m for m in modules if isinstance(m, _BatchNorm)]
     handles = [norm.register_forward_pre_hook(_without_variance) for norm in norms]
     try:
         with mode:
@@ -57,9 +57,9 @@ def random_states_kept() -> Iterator[None]:
 
 
 @contextmanager
-def writes_put_back(model: nn.Module) -> Iterator[None]:
+def writes_put_back(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Parameters and other tensors of modules that are written into inside have their values back afterwards."""
-    mode = _Writes(model)
+    mode = _Writes(modules)
     try:
         with mode:
             yield
@@ -67,22 +67,28 @@ def writes_put_back(model: nn.Module) -> Iterator[None]:
         mode.put_back()
 
 
-def open_modules(model: nn.Module) -> list[nn.Module]:
-    """All modules but those that were scripted or traced, whose tables are not Python's."""
-    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+def open_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """All but those that were scripted or traced, whose tables are not Python's."""
+    return [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+
+
+def unheard() -> AbstractContextManager[None]:
+    """Inside, no mode of torch functions hears what is asked of tensors: it is none of the model's code."""
+    return torch._C.DisableTorchFunction()
 
 
 class _Writes(TorchDispatchMode):
     """Tensors that modules hold are noted before they are written into."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._held: dict[int, list[Tensor]] = {}  # by where their values lie
-        for module in open_modules(model):
-            for held in (*dict.values(module._parameters), *vars(module).values()):
-                if isinstance(held, Tensor) and held.layout is torch.strided and held.numel():
-                    self._held.setdefault(_storage(held), []).append(held)
+        with unheard():
+            for module in open_modules(modules):
+                for held in (*dict.values(module._parameters), *vars(module).values()):
+                    if isinstance(held, Tensor) and held.layout is torch.strided and held.numel():
+                        self._held.setdefault(_storage(held), []).append(held)
 
     def put_back(self) -> None:
         """Give tensors that were written into their values back."""

@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from tracker.errors import StructureError
+from tracker.utils.empty_tables import empty_tables
 
 # A layer's neurons and their axis in its output; negative where that holds with and without a batch.
 Width = tuple[int, int]
@@ -190,7 +191,7 @@ def shape_of(module: nn.Module, name: str) -> torch.Size | None:
         tensor = stored(module, name)
         return None if tensor is None else tensor.shape
     parts: Any = module.parametrizations[name]  # type: ignore[index]
-    empty: dict[int, Any] = {}
+    empty = empty_tables(parts.modules())
     for t in (*parts.parameters(), *parts.buffers()):
         blank = torch.empty(
             t.shape, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype
@@ -231,8 +232,10 @@ def _set(*attributes: tuple[str, str, int]) -> Callable[[Any], None]:
     """Sets attributes to sizes: (attribute, parameter, dimension)."""
 
     def refit(module: Any) -> None:
+        names = dict.fromkeys(parameter for _, parameter, _ in attributes)
+        shapes = {name: shape_of(module, name) for name in names}
         for attribute, parameter, dim in attributes:
-            if (shape := shape_of(module, parameter)) is not None:
+            if (shape := shapes[parameter]) is not None:
                 setattr(module, attribute, shape[dim])
 
     return refit

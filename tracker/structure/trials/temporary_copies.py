@@ -7,7 +7,7 @@ time and not of copies of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tracker.errors import StructureError
 from tracker.inputs.calls import Arguments, Call, arguments
 from tracker.inputs.forward_pass import copy_of, forward_once, tables_kept
+from tracker.inputs.repeatable import unheard
 from tracker.structure.code_sizes.attributes import sync_attributes, tensors
 from tracker.structure.code_sizes.size_equations import Choice
 from tracker.structure.code_sizes.traced_int import Attribute
@@ -27,6 +28,7 @@ from tracker.utils.nested import tensors_in
 
 # Zero in the units' place: where weights read them, their columns; where other activations do (queries and keys), what
 # makes them.
+_PLAIN = (nn.Parameter, Tensor)  # a class of its own may say what its functions are
 EVERY_ROLE = ("reads", "produces", "carries")
 
 _lending: ContextVar[bool] = ContextVar("lending", default=False)
@@ -253,11 +255,12 @@ class InFloat64:
             return tensor
         token = _lending.set(True)
         try:
-            value = self._edited(tensor) if self._awake else self._outline(tensor)
-            lent = nn.Parameter(value, requires_grad=False)  # some code asks for the type
-            if self._awake and self._masking is not None:
-                self._masking.lent(id(tensor), lent)
-            return lent
+            with unheard() if type(tensor) in _PLAIN else nullcontext():
+                value = self._edited(tensor) if self._awake else self._outline(tensor)
+                lent = nn.Parameter(value, requires_grad=False)  # some code asks for the type
+                if self._awake and self._masking is not None:
+                    self._masking.lent(id(tensor), lent)
+                return lent
         finally:
             _lending.reset(token)
 
@@ -322,7 +325,7 @@ class InFloat64:
     @contextmanager
     def _kept(self) -> Iterator[None]:
         """Whatever is changed in the modules' own tables inside is put back."""
-        with tables_kept(self.model):
+        with tables_kept(list(self.model.modules())):
             try:
                 yield
             finally:
