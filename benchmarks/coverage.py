@@ -189,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # imported once, not once for each model
         packages = sorted({FAMILIES[f].package for f, _ in todo} - {"torch"})
-        context.set_forkserver_preload(["_measure", *packages, *["_rival"] * options.rival])
+        context.set_forkserver_preload(
+            ["_measure", "torch._dynamo", *packages, *["_rival"] * options.rival]
+        )
     print(*missing, sep="\n", end="\n" if missing else "")
     print(
         "model, status, share of parameters prunable, difference, trace + prune, Torch-Pruning, note"

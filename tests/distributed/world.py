@@ -39,7 +39,9 @@ def run(size: int, folder: Path, function: Callable[..., Any], *args: Any) -> li
     """What `function(rank, size, *args)` returns on each rank: plain data and tensors."""
     context: Any = mp.get_context(START)
     if START == "forkserver":
-        context.set_forkserver_preload(["torch", "tracker", function.__module__])
+        context.set_forkserver_preload(
+            ["torch._dynamo", "torch.distributed.fsdp", "tracker", function.__module__]
+        )
     processes = [
         context.Process(target=_enter, args=(rank, size, str(folder), function, args))
         for rank in range(size)
