@@ -272,6 +272,17 @@ def test_ids_and_statistics_move_along() -> None:
     assert engine.get_neuron_stats(5)["batches"] == before[5]["batches"] + 1
 
 
+def test_each_of_many_neurons_tells_in_few_words_why_it_left() -> None:
+    """A checkpoint keeps it of each: with the names of all groups, 58,000 neurons of a language model took 66 MB."""
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)])
+    engine = NeuronEngine()
+    ids = engine.track_model(model, "deep", torch.randn(4, 6))
+    engine.prune_neurons({str(n): [1] for n in range(39)}, compensate=False)
+    with pytest.raises(UnknownNeuronError, match=r"\(group 0 and 38 others\)") as told:
+        engine.get_neuron_info(ids["7"][1])
+    assert len(str(told.value)) < 120
+
+
 def test_dry_run_touches_nothing_and_undo_is_bit_for_bit() -> None:
     model, optimizer, engine = trained()
     model(X).sum().backward()

@@ -19,6 +19,7 @@ from tracker.journal.replay import (
     places,
 )
 from tracker.journal.run_length import Runs
+from tracker.observation.neuron_ids import reason_to_leave
 from tracker.structure.code_sizes.traced_int import Attribute
 from tracker.surgery.plan import Plan
 from tracker.surgery.receipt import Receipt
@@ -219,9 +220,7 @@ class Entry:
     @property
     def reason(self) -> str:
         """Why neurons left with it."""
-        return f"removed by {self.operation}" + (
-            f" (group {', '.join(self.units)})" if self.units else ""
-        )
+        return reason_to_leave(self.operation, list(self.units))
 
     def _inserted(self) -> list[str]:
         return [name for name, spec in self.modules.items() if spec["kind"] != "Bypass"]

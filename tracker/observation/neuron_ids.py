@@ -17,6 +17,14 @@ from tracker.utils.slotmap import SlotMap
 MOST = 2**53  # ids, which JSON holds exactly
 
 
+def reason_to_leave(operation: str, groups: Sequence[str]) -> str:
+    """What is told of a neuron that left. Each of many neurons keeps it: of many groups it names the first."""
+    if not groups:
+        return f"removed by {operation}"
+    more = f" and {len(groups) - 1} others" if len(groups) > 1 else ""
+    return f"removed by {operation} (group {groups[0]}{more})"
+
+
 class NeuronId(int):
     """The id of a neuron: an int that says so, wherever it is filtered, sorted or sliced to.
 

@@ -12,6 +12,7 @@ from torch import nn
 from tracker.errors import StructureError, SurgeryError, VerificationError
 from tracker.inputs.calls import Call
 from tracker.inputs.forward_pass import forward_once, gc_paused, is_running
+from tracker.observation.neuron_ids import reason_to_leave
 from tracker.structure import Structure
 from tracker.structure.adapters.registry import adapt
 from tracker.structure.trace import Passes, plain_kernels
@@ -118,8 +119,7 @@ def execute(
         log = UndoLog() if log is None else log
         try:
             _, lost = apply(plan, [model, *copies], unwrapped(optimizers), keep=True, log=log)
-            why = f"removed by {plan.operation}"
-            why += f" (group {', '.join(plan.units)})" if plan.units else ""
+            why = reason_to_leave(plan.operation, list(plan.units))
             receipt.added_ids.extend(tracker.remap(plan.layers, plan.tensors, why, log.add))
             if plan.modules:
                 log.add_last(tracker.rehook())
