@@ -253,14 +253,11 @@ def test_first_steps_of_new_slots_are_no_larger_than_the_rate(name: str) -> None
 
 @pytest.mark.parametrize("steps", [20, 1500])
 def test_new_slots_step_as_adam_does_at_their_age(steps: int) -> None:
-    """Whatever the optimizer's own count is: the steps are those of Adam on the new slots alone, warmed up."""
+    """Where they are read: whatever the optimizer's own count is, as Adam on the new slots alone would, warmed up."""
     model, lr = mlp(), 1e-3
     optimizer, engine = trained(model, X, steps=steps, lr=lr)
     engine.expand_layer("0", 4)
-    engine.expand_layer("2", 2)  # slots of two dimensions, which cross
     weight, draw = model[2].weight, torch.Generator().manual_seed(0)
-    young = torch.ones(weight.shape, dtype=torch.bool)
-    young[:-2, :-4] = False
     alone = nn.Parameter(weight.detach().clone())
     twin = torch.optim.Adam([alone], lr=lr)
     for step in range(130):
@@ -272,7 +269,67 @@ def test_new_slots_step_as_adam_does_at_their_age(steps: int) -> None:
         twin.step()
         expected = (alone.detach() - before) * min((step + 1) / 100, 1.0)
         moved = weight.detach() - old
-        assert torch.allclose(moved[young], expected[young], rtol=1e-2, atol=1e-6), step
+        assert torch.allclose(moved[:, -4:], expected[:, -4:], rtol=1e-2, atol=1e-6), step
+
+
+@pytest.mark.parametrize("steps", [20, 1500])
+@pytest.mark.parametrize("grown", [(), ("0",)])  # before it: columns of the same weight
+def test_what_makes_a_new_unit_steps_as_after_a_few_typical_gradients(
+    steps: int, grown: tuple[str, ...]
+) -> None:
+    """As Adam would that had seen 30 gradients of the size of the others', or as many as it has counted."""
+    model, lr = mlp(), 1e-3
+    optimizer, engine = trained(model, X, steps=steps, lr=lr)
+    for layer in grown:
+        engine.expand_layer(layer, 3)
+    weight, draw = model[2].weight, torch.Generator().manual_seed(0)
+    others = optimizer.state[weight]["exp_avg_sq"].mean(0) / (1 - 0.999**steps)
+    engine.expand_layer("2", 2)
+    age, mature = min(steps, 30), weight.shape[1] - 3 * len(grown)
+    alone = nn.Parameter(weight.detach().clone())
+    twin = torch.optim.Adam([alone], lr=lr)
+    twin.state[alone] = {
+        "step": torch.tensor(float(age)),
+        "exp_avg": torch.zeros_like(alone),
+        "exp_avg_sq": (others * (1 - 0.999**age)).expand_as(alone).clone(),
+    }
+    for step in range(130):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=draw)
+        alone.grad, old, before = weight.grad.clone(), weight.detach().clone(), alone.detach()
+        before = before.clone()
+        optimizer.step()
+        twin.step()
+        expected = (alone.detach() - before) * min((age + step + 1) / 100, 1.0)
+        moved = (weight.detach() - old)[-2:]
+        assert torch.allclose(moved[:, :mature], expected[-2:, :mature], rtol=2e-2, atol=1e-6), step
+        assert (moved[:, mature:].abs() <= 1.5 * lr).all(), step  # where both are new
+
+
+def test_growth_at_a_high_rate_does_not_silence_what_is_new() -> None:
+    """While they are hardly read, gradients are small: Adam must not step along them as far as along the others'."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3))
+    model = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 20, generator=draw)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", x[:4])
+    engine.attach_optimizer(optimizer)
+    y = teacher(x).detach()
+    moves = []
+    for step in range(160):
+        if step == 100:
+            engine.expand_layer("0", 30)
+        old = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        if step > 100:
+            moves.append((model[0].weight.detach() - old).abs().mean(1))
+    moved = torch.stack(moves).mean(0)
+    assert moved[6:].mean() <= moved[:6].mean()
 
 
 def test_corrections_end_where_they_are_negligible() -> None:
@@ -322,7 +379,8 @@ def test_ages_are_saved_and_loaded_and_go_on(tmp_path: Any) -> None:
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     age = optimizer.state[model[0].weight][AGE]
     assert age.shape == model[0].weight.shape
-    assert float(age.min()) == 5
+    assert float(age.min()) == 30 + 5  # it makes the new units
+    assert float(optimizer.state[model[2].weight][AGE].min()) == 5  # it reads them
     assert torch.equal(resumed.state[twin[0].weight][AGE], age)
     for _ in range(5):
         train(model, X, optimizer)
@@ -339,7 +397,7 @@ def test_ages_count_on_in_half_precision() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for _ in range(300):
         train(model, X.bfloat16(), optimizer)
-    assert float(optimizer.state[model[0].weight][AGE].min()) == 301
+    assert float(optimizer.state[model[2].weight][AGE].min()) == 301
 
 
 def test_an_optimizer_that_began_later_needs_no_ages() -> None:

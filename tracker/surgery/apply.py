@@ -135,7 +135,8 @@ def _swaps(
             continue
         gradient = None if tensor.grad is None else moved(tensor.grad, slots)
         swaps.append(partial(rewrite, tensor, new.to(tensor.dtype), gradient))
-        change = StateChange(slots, plan.gains.get(name, {}), name in plan.rewritten)
+        made = plan.made.get(name, frozenset())
+        change = StateChange(slots, plan.gains.get(name, {}), name in plan.rewritten, made)
         for optimizer in optimizers:
             swaps += _state_swaps(optimizer, tensor, change, notes)
     return swaps

@@ -62,6 +62,8 @@ class Plan:
     mixes: tuple[WeightUpdate, ...] = ()
     # Content of fresh slots: tensors of the new shape, zero elsewhere.
     fresh: Mapping[str, Tensor] = field(default_factory=dict)
+    # Dimensions of tensors along which fresh slots are made, and not read: for the optimizer's moments.
+    made: Mapping[str, frozenset[int]] = field(default_factory=dict)
     # How much stronger a tensor's slots along a dimension act from now on: for the optimizer's moments.
     gains: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     attributes: Mapping[Attribute, int] = field(default_factory=dict)  # integers of its code

@@ -91,7 +91,7 @@ def plan_expansion(
     fresh = fresh_values(
         model, group, slots, seed, {f"{layer}.{_weight_key(model, layer)}": directions}
     )
-    return with_measured_norms(tracker, replace(plan, fresh=fresh))
+    return with_measured_norms(tracker, replace(plan, fresh=fresh, made=_made(group)))
 
 
 def plan_recycling(
@@ -178,6 +178,15 @@ def fresh_values(
             at = [i for i, s in enumerate(slots[name][dim].source) if s is None]
             values[name].movedim(dim, 0)[at] = 0
     return values
+
+
+def _made(group: UnitGroup) -> dict[str, frozenset[int]]:
+    """Dimensions of tensors along which units are made or pass, and not read."""
+    found: dict[str, frozenset[int]] = {}
+    for (name, dim), role in group.roles.items():
+        if role != "reads":
+            found[name] = found.get(name, frozenset()) | {dim}
+    return found
 
 
 def with_measured_norms(tracker: ActivationTracker, plan: Plan) -> Plan:

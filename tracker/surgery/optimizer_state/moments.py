@@ -6,6 +6,7 @@ is either moved or reset, and a reset is told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from tracker.surgery.optimizer_state.slot_age import aged
+from tracker.surgery.optimizer_state.slot_age import AGE, aged, head_start
 from tracker.utils.slotmap import SlotMap
 
 Slots = Mapping[int, SlotMap]
@@ -28,11 +29,13 @@ class StateChange(NamedTuple):
 
     gains: dimension → (old slots,) factors by which the gradients of these slots grow from now on.
     rewritten: Its kept values change: the direction in which they moved means nothing any more.
+    made: Dimensions along which fresh slots are made, and not read.
     """
 
     slots: Slots
     gains: Mapping[int, Tensor] = {}
     rewritten: bool = False
+    made: frozenset[int] = frozenset()
 
 
 def moved(tensor: Tensor, slots: Slots) -> Tensor:
@@ -63,6 +66,10 @@ def moved_state(
     State of the parameter's own shape moves with it, element by element. A factored second moment (Adafactor: sizes
     of 1 elsewhere) moves in the dimensions that it has. Numbers and steps stay. Where gradients will be r times as
     large, so are their moments (r² of the squares).
+
+    The weights that make a fresh unit begin with the mean second moment of those that make the others, as far as it
+    would have grown in a few steps. While a unit is hardly read, its gradients are small, and an optimizer that divides
+    by their size alone would move it along noise as fast as the others along theirs, until it fires no more.
     """
     state = optimizer.state.get(parameter)
     if not state:
@@ -80,7 +87,33 @@ def moved_state(
         else:
             return {}, f"{type(optimizer).__name__} state {key!r} of shape {tuple(value.shape)}"
     fresh.update(aged(optimizer, state, parameter, change.slots))
+    second = [key for key in SECOND if isinstance(fresh.get(key), Tensor) and fresh[key].ndim]
+    if any(bool(fresh[key].any()) for key in second):
+        age, part = head_start(optimizer, parameter)
+        for key in second:
+            _inherit(fresh[key], change, part=part)
+        if AGE in fresh:
+            _inherit(fresh[AGE], change, most=age)
     return fresh, ""
+
+
+def _inherit(
+    value: Tensor, change: StateChange, *, part: float = 1.0, most: float = math.inf
+) -> None:
+    """Give fresh slots that are made this part of the mean of what the others have, `most` at most."""
+    for dim in change.made & set(change.slots):
+        source = change.slots[dim].source
+        old, new = (
+            torch.tensor(
+                [i for i, s in enumerate(source) if (s is None) == fresh], device=value.device
+            )
+            for fresh in (False, True)
+        )
+        if len(old) and len(new) and value.shape[dim] == len(source):
+            mean = value.index_select(dim, old).double().mean(dim, keepdim=True)
+            mean = (part * mean).clamp(max=most).to(value.dtype)
+            shape = [len(new) if d == dim else n for d, n in enumerate(value.shape)]
+            value.index_copy_(dim, new, mean.expand(shape).contiguous())
 
 
 def _scaled(key: str, value: Tensor, change: StateChange) -> Tensor:

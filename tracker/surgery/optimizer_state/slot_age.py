@@ -10,6 +10,7 @@ t, so that c(k) / c(t) is left, warmed up over the first steps.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from tracker.utils.slotmap import SlotMap
 AGE = "slot_age"
 MATURE_STEPS = 10_000  # age of slots of which nothing is corrected any more
 WARM_UP = 100
+HEAD_START = 30  # steps; 100 and 300 let what is new learn too slowly at a rate of 1e-3, none kills it at 3e-3
 NEGLIGIBLE = 0.01  # part of a step that is not worth a correction
 
 Slots = Tensor | range | None  # along a dimension; None: all
@@ -42,6 +44,20 @@ def aged(
         young = [i for i, s in enumerate(change.source) if s is None]
         age.index_fill_(dim, torch.tensor(young, device=age.device), 0.0)
     return {AGE: age}
+
+
+def head_start(optimizer: Optimizer, parameter: Tensor) -> tuple[float, float]:
+    """The age at which slots begin that inherit the others' second moments, and which part of these they then have.
+
+    After k steps a second moment that began at zero holds the part 1 − β₂ᵏ of what it tends to.
+    """
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if "betas" not in group:
+        return math.inf, 1.0
+    beta2 = float(group["betas"][1])
+    count = float(optimizer.state[parameter].get("step", MATURE_STEPS))
+    age = min(float(HEAD_START), count)
+    return age, (1 - beta2**age) / (1 - beta2 ** max(count, 1.0))
 
 
 def watch(optimizer: Optimizer) -> None:
