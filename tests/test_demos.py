@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,52 @@ WRITES = {
 SETTINGS = {"TRACKER_DEMO_SAMPLES": "300", "FASHION_MNIST_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+class Scripts:
+    """Demos, run in processes that are forked from one which has imported torch."""
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, "-W", "error", str(ROOT / "tests" / "script_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+
+    def run(self, script: str, outputs: Path) -> str:
+        printed = outputs.with_suffix(".printed")
+        job = {
+            "script": str((DEMOS / f"{script}.py").relative_to(ROOT)),
+            "folder": str(ROOT),
+            "settings": {**SETTINGS, "TRACKER_OUTPUTS": str(outputs)},
+            "printed": str(printed),
+            "seconds": 120,
+        }
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        code = self.server.stdout.readline().strip()
+        said = printed.read_text(encoding="utf-8")
+        assert code == "0", said
+        return said
+
+
+class Alone:
+    """Demos, each run by a Python of its own, where processes cannot be forked."""
+
+    def run(self, script: str, outputs: Path) -> str:
+        return run(script, ROOT, outputs)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Scripts | Alone]:
+    if not hasattr(os, "fork"):
+        yield Alone()
+        return
+    found = Scripts()
+    with found.server:  # closes its input, at which it ends
+        yield found
+
+
 def run(script: str, folder: Path, outputs: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", os.path.relpath(DEMOS / f"{script}.py", folder)],
@@ -98,8 +145,8 @@ def test_every_script_is_run_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", WRITES)
-def test_demos_run_from_the_root(script: str, tmp_path: Path) -> None:
-    printed = run(script, ROOT, tmp_path)
+def test_demos_run_from_the_root(script: str, scripts: Scripts | Alone, tmp_path: Path) -> None:
+    printed = scripts.run(script, tmp_path)
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
     assert set(WRITES[script]) <= written
     assert all(path.stat().st_size > 8 for path in tmp_path.rglob("*.*"))
