@@ -60,6 +60,11 @@ def step_flops(model: nn.Module, batch) -> int:
     return 3 * counter.get_total_flops()
 
 
+def held_out(batches: int) -> int:
+    """How many batches to look at, or fewer where TRACKER_DEMO_SAMPLES says so."""
+    return max(1, quick(100 * batches) // 100)
+
+
 def rate(done: float) -> float:
     """Share of the peak learning rate once the share `done` of the budget is spent."""
     return done / 0.1 if done < 0.1 else 0.02 + 0.49 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
@@ -98,11 +103,11 @@ def train(
                 each = 0
             bar.update(min(100, int(100 * spent / budget)) - bar.n)
             if spent >= budget * (len(curve) + 1) / points or spent >= budget:
-                curve.append((spent, math.log(perplexity(model, source, 8))))
+                curve.append((spent, math.log(perplexity(model, source, held_out(8)))))
             if spent >= budget:
                 break
     parameters = sum(p.numel() for p in model.parameters())
-    final = math.log(perplexity(model, source, 40))
+    final = math.log(perplexity(model, source, held_out(40)))
     return model, engine, Result(name, seed, final, parameters, spent, steps, curve)
 
 
