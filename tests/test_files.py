@@ -90,10 +90,12 @@ def engine() -> NeuronEngine:
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the parts of a picture lie takes longest to find out, and is nothing that is asked here."""
+    """Where the parts of a picture lie, and its many points, take longest, and are nothing that is asked here."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "set_layout_engine", lambda self, *args, **kwargs: None)
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
 
 
 def texts(folder: Path) -> Iterator[tuple[str, str]]:
