@@ -238,13 +238,14 @@ def attributes_of(model: nn.Module) -> list[Any]:
 
 
 def prune_each(build: Any, x: Tensor) -> dict[str, int]:
-    """Remove a third of each group of a fresh model, and compare with the oracle; kinds and sizes of the groups."""
+    """Remove a third of each group, and compare with the oracle; kinds and sizes of the groups.
+
+    Of one model: what an undo left would show at the next group.
+    """
     found = {}
-    first = build()
-    for group in groups_of(engine_of(first, x)):
-        model = build()
-        engine = engine_of(model, x)
-        group = engine.structure[group.name]
+    model = build()
+    engine = engine_of(model, x)
+    for group in groups_of(engine):
         count = max(1, group.size // 3 // group.multiple_of) * group.multiple_of
         units = list(range(group.size))[1::2][:count] if group.multiple_of == 1 else range(count)
         before, plain = attributes_of(model), copy.deepcopy(model)
