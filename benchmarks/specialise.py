@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -39,6 +40,8 @@ from tracker.surgery.prices.removal_problem import Limits, chosen_units, problem
 from tracker.utils.files import write_whole
 
 PAGE = ROOT / "docs" / "slm.md"
+RESULTS = ROOT / "benchmarks" / "results" / "slm"
+MEASURED = ("settings.json", "dense.json", "result.json", "speed.json")
 CALIBRATION = 16  # windows
 IDLE = Policy(warm_up=10**9)
 Row = dict[str, Any]
@@ -202,9 +205,19 @@ def result(name: str, settings: Settings) -> Row:
     return dict(row)
 
 
+def keep() -> None:
+    """Put what was measured beside the code: other machines go on from there."""
+    for path in (OUTPUTS / "slm").glob("*/result.json"):
+        folder = RESULTS / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in MEASURED:
+            if (path.parent / name).exists():
+                shutil.copy(path.parent / name, folder / name)
+
+
 def page() -> str:
-    """docs/slm.md, of all that outputs/ holds."""
-    found = sorted((OUTPUTS / "slm").glob("*/result.json"))
+    """docs/slm.md, of all that was measured."""
+    found = sorted(RESULTS.glob("*/result.json"))
     runs = {p.parent: read(p) for p in found}
     demos = {f: r for f, r in runs.items() if (f / "speed.json").exists()}
     parts = [INTRODUCTION.format(machine=machine()).strip()]
@@ -221,8 +234,8 @@ def page() -> str:
 
 INTRODUCTION = """# A small language model, made smaller for a text
 
-Written by `python benchmarks/specialise.py --write` from what its runs and those of `demos/specialise_demo.py` left in
-`outputs/slm/`: {machine}.
+Written by `python benchmarks/specialise.py --write` from what its runs and those of `demos/specialise_demo.py`
+measured (`benchmarks/results/slm/`): {machine}.
 
 SmolLM2-135M-Instruct, as published, and the source of Python's standard library. *Perplexity* is per token, on eight
 windows of 512 tokens of files that were not trained on, the same as in [one_shot.md](one_shot.md). Each exported model
@@ -319,6 +332,7 @@ def main() -> None:
             flush=True,
         )
     if write:
+        keep()
         write_whole(PAGE, page().encode())
 
 
