@@ -303,7 +303,14 @@ def summary(log: Log) -> str:
     ]
     tried = Log(levers.FILE, resume=True).results
     for name, task in TASKS_BY_NAME.items():
-        for lever in ("", *(n for n, how in levers.LEVERS.get(name, {}).items() if how.rate)):
+        for lever in (
+            "",
+            *(
+                n
+                for n, how in levers.LEVERS.get(name, {}).items()
+                if how.rate and how.head_start is None
+            ),
+        ):
             runs = [f"{lever}: {run}" if lever else run for run in (SELF, FINAL)]
             pairs = _pairs(task, tried if lever else log.results, *runs)
             if pairs:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demos")]
@@ -24,6 +25,7 @@ from _control_runs import FINAL, SELF, Limit, Log, Result, anew, task_name, trai
 from _control_tasks import EARLY, GPT_GROWTH, TASKS_BY_NAME, Task, data_of, growth, shrinking
 
 from tracker import Policy
+from tracker.surgery.optimizer_state import slot_age
 
 FILE = ROOT / "benchmarks" / "results" / "levers.jsonl"
 AS_IT_IS = "the task as it is"
@@ -31,10 +33,11 @@ AS_IT_IS = "the task as it is"
 
 @dataclass(frozen=True)
 class Lever:
-    """What is otherwise. policy: None: as the task has it. rate: None: likewise."""
+    """What is otherwise. policy, rate, head_start: None: as it is. head_start: steps, see `slot_age`; 0: none."""
 
     policy: Callable[[int], Policy] | None = None
     rate: float | None = None
+    head_start: int | None = None
 
 
 LEVERS: dict[str, dict[str, Lever]] = {
@@ -52,7 +55,11 @@ LEVERS: dict[str, dict[str, Lever]] = {
         "changes within a quarter of it": Lever(growth(150_000, 0.25)),
         "changes within a twentieth": Lever(growth(150_000, EARLY / 2)),
         "new units in random directions": Lever(growth(150_000, EARLY, gradients=False)),
+        "new units with second moments of their own": Lever(head_start=0),
         "learning rate 3e-3": Lever(rate=3e-3),
+        "learning rate 3e-3, new units with second moments of their own": Lever(
+            rate=3e-3, head_start=0
+        ),
     },
     "gpt-6e12": {
         "changes over the whole run": Lever(growth(875_520, **GPT_GROWTH)),
@@ -72,9 +79,11 @@ def measure(task: Task, lever: str, seed: int, log: Log) -> None:
     if all(log.find(name, run, seed, asked, rate) for run in runs):
         return
     torch.manual_seed(seed)
-    model, mine = train(
-        task, runs[0], task.start(), Limit(steps=asked), seed, rate, asked, modifies=True
-    )
+    head_start = slot_age.HEAD_START if how.head_start is None else how.head_start
+    with patch.object(slot_age, "HEAD_START", head_start):
+        model, mine = train(
+            task, runs[0], task.start(), Limit(steps=asked), seed, rate, asked, modifies=True
+        )
     limit = Limit(flops=mine.flops)
     _, control = train(task, runs[1], anew(model, seed), limit, seed, rate, asked)
     log.results = [r for r in log.results if r.key not in (mine.key, control.key)]
