@@ -205,11 +205,11 @@ TASKS_BY_NAME: dict[str, Task] = {
     ),
     "gpt-6e12": Task(
         "Byte GPT, about 6e12 FLOPs, growing from an eighth of the MLP neurons to 875,520 parameters",
-        Bytes, _gpt(64)[1], 660, growth(875_520, EARLY, **GPT_GROWTH), GPTS, GPT_RATES, decay=0.1,
+        Bytes, _gpt(64)[1], 660, growth(875_520, 0.5, **GPT_GROWTH), GPTS, GPT_RATES, decay=0.1,
     ),
     "gpt-6e13": Task(
         "Byte GPT, about 6e13 FLOPs, growing from an eighth of the MLP neurons to 875,520 parameters",
-        Bytes, _gpt(64)[1], 6600, growth(875_520, EARLY, **GPT_GROWTH), {}, GPT_RATES, decay=0.1,
+        Bytes, _gpt(64)[1], 6600, growth(875_520, 0.5, **GPT_GROWTH), {}, GPT_RATES, decay=0.1,
     ),
     "recycling": Task(
         "12 permuted tasks, 784-128-128-10, recycling",

@@ -63,8 +63,7 @@ LEVERS: dict[str, dict[str, Lever]] = {
     },
     "gpt-6e12": {
         "changes over the whole run": Lever(growth(875_520, **GPT_GROWTH)),
-        "changes within half of it": Lever(growth(875_520, 0.5, **GPT_GROWTH)),
-        "changes within a quarter of it": Lever(growth(875_520, 0.25, **GPT_GROWTH)),
+        "changes within a tenth of it": Lever(growth(875_520, EARLY, **GPT_GROWTH)),
         "new units by gradients": Lever(growth(875_520, 0.5, insert=2)),
         "learning rate 1.5e-3": Lever(rate=1.5e-3),
     },

@@ -244,7 +244,8 @@ class _OutputHook(GraphHook):
         self._watcher.begin()
         if y is not None:
             inputs = Arguments(args, dict(kwargs))
-            y.register_hook(lambda gradient: self._watcher.at_output(inputs, y, gradient))
+            values = y.detach()  # the hook is part of y: y itself would hold itself, for ever
+            y.register_hook(lambda gradient: self._watcher.at_output(inputs, values, gradient))
 
 
 class _ConsumerHook(GraphHook):
