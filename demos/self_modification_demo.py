@@ -4,7 +4,7 @@
     python demos/self_modification_demo.py --grow     # starts narrow (784-16-10) and grows
     python demos/self_modification_demo.py --seeds 3 --write    # and its table in docs/self_modification.md
 
-The policy is told how long the run is, and spreads its changes over it: the last quarter is left in peace. Beside it,
+The policy is to have made its changes within the first third of the run; what is left then learns in peace. Beside it,
 for the same FLOPs, the fixed network and the control that a sceptic asks for: the network that came of it, trained from
 the start; the learning rate of each falls by a cosine over what it may spend. Prints what was decided, and accuracy,
 parameters and training FLOPs of all. Leaves the picture of the network's life, an HTML page and a checkpoint in
@@ -170,7 +170,7 @@ def main() -> None:
         f"{plan.title}. Data: {data.source}; {data.num_samples:,} to train, {test.num_samples:,} to test"
     )
     steps = max(EPOCHS * len(data), STEPS)
-    policy, results = Policy.over(steps, **plan.settings), []
+    policy, results = Policy.over(steps // 3, **plan.settings), []
     fixed = "-".join(map(str, [784, *plan.fixed, 10]))
     for seed in range(options.seeds):
         model, engine, mine = train(

@@ -75,8 +75,8 @@ class Compressor:
         One budget over all groups, and then one change, in which the consumers take over what goes. Units are priced by
         what the loss is predicted to rise by. Before anything is touched, that allocation, even shares, and one half
         way between are tried on copies, and the best on calibration data that were held back is taken: each fourth
-        batch of `batches` (after `calibrate`, they are of those that it saw). The receipt says what was measured. How many
-        units of each group go is settled by then; which, and what the others take over, all batches say.
+        batch of `batches` (after `calibrate`, they are of those that it saw). The receipt says what was measured.
+        How many units of each group go is settled by then; which, and what the others take over, all batches say.
 
         Args:
             keep: The share that stays, met to within 2% of the whole, or by the nearest below.
