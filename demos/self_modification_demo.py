@@ -29,6 +29,7 @@ from tracker import NeuronEngine, Policy
 
 EPOCHS = 8  # of the network that changes itself, or as many as come to
 STEPS = quick(8000) // 8  # steps: the embedded sample is small
+LEAST = 24  # steps, within which changes fit
 POINTS = 16  # at which accuracy is measured
 
 
@@ -170,7 +171,7 @@ def main() -> None:
         f"{plan.title}. Data: {data.source}; {data.num_samples:,} to train, {test.num_samples:,} to test"
     )
     steps = max(EPOCHS * len(data), STEPS)
-    policy, results = Policy.over(steps // 3, **plan.settings), []
+    policy, results = Policy.over(max(steps // 3, LEAST), **plan.settings), []
     fixed = "-".join(map(str, [784, *plan.fixed, 10]))
     for seed in range(options.seeds):
         model, engine, mine = train(

@@ -259,8 +259,9 @@ class Recorder:
         layers = {name: runs.slots() for name, runs in entry.layers.items()}
         born = tracker.registry.free([i for i in entry.added_ids if i < MOST_IDS])
         tracker.remap(layers, {}, entry.reason, log.add, born)
-        reads, tracker.current.reads = tracker.current.reads, {}
+        reads = tracker.current.reads
         log.add(lambda: setattr(tracker.current, "reads", reads))
+        tracker.current.reads = {}
         if entry.modules:
 
             def ids_of(layer: str, neurons: int) -> list[int] | None:

@@ -146,8 +146,9 @@ class Session:
 
     def know(self, log: UndoLog) -> None:
         """Know the model's shapes as they are now, and those of before once `log` is undone."""
-        before, self.shapes = self.shapes, self._found()
-        log.add(lambda: setattr(self, "shapes", before))
+        before, now = self.shapes, self._found()
+        log.add(lambda: setattr(self, "shapes", before))  # first: an interrupt may come in between
+        self.shapes = now
 
     def _found(self) -> dict[str, torch.Size]:
         return {
