@@ -308,8 +308,8 @@ def missing(demos: list[Settings], controls: list[Row]) -> str:
         [
             *lines,
             "- More than one seed, distillation, widths rounded to what kernels like.",
-            "- Memory of training since looks keep no outputs of the model any more: 100 MB for each of 16 steps "
-            "before each change were kept in the runs with 99,840 tokens. The one at 50% was killed by it and went on.",
+            "- Memory of training at 60% and 50% since looks keep no outputs of the model any more: 100 MB for each of "
+            "16 steps before each change were kept then. The run at 50% was killed by it and went on.",
         ]
     )
 
