@@ -251,25 +251,34 @@ def test_first_steps_of_new_slots_are_no_larger_than_the_rate(name: str) -> None
     assert float(optimizer.state[model[2].weight]["step"]) == 1560
 
 
+def both_step(
+    model: nn.Module, optimizer: Any, weight: Tensor, twin: Any, alone: Tensor, draw: Any
+) -> tuple[Tensor, Tensor]:
+    """How far a weight of the model, and one that is alone, go along the same random gradients."""
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=draw)
+    assert weight.grad is not None
+    alone.grad = weight.grad.clone()
+    before = weight.detach().clone(), alone.detach().clone()
+    optimizer.step()
+    twin.step()
+    return weight.detach() - before[0], alone.detach() - before[1]
+
+
 @pytest.mark.parametrize("steps", [20, 1500])
 def test_new_slots_step_as_adam_does_at_their_age(steps: int) -> None:
     """Where they are read: whatever the optimizer's own count is, as Adam on the new slots alone would, warmed up."""
     model, lr = mlp(), 1e-3
     optimizer, engine = trained(model, X, steps=steps, lr=lr)
     engine.expand_layer("0", 4)
+    engine.expand_layer("2", 2)  # slots of two dimensions, which cross
     weight, draw = model[2].weight, torch.Generator().manual_seed(0)
     alone = nn.Parameter(weight.detach().clone())
     twin = torch.optim.Adam([alone], lr=lr)
     for step in range(130):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=draw)
-        alone.grad, old, before = weight.grad.clone(), weight.detach().clone(), alone.detach()
-        before = before.clone()
-        optimizer.step()
-        twin.step()
-        expected = (alone.detach() - before) * min((step + 1) / 100, 1.0)
-        moved = weight.detach() - old
-        assert torch.allclose(moved[:, -4:], expected[:, -4:], rtol=1e-2, atol=1e-6), step
+        moved, expected = both_step(model, optimizer, weight, twin, alone, draw)
+        expected *= min((step + 1) / 100, 1.0)
+        assert torch.allclose(moved[:-2, -4:], expected[:-2, -4:], rtol=1e-2, atol=1e-6), step
 
 
 @pytest.mark.parametrize("steps", [20, 1500])
@@ -294,16 +303,32 @@ def test_what_makes_a_new_unit_steps_as_after_a_few_typical_gradients(
         "exp_avg_sq": (others * (1 - 0.999**age)).expand_as(alone).clone(),
     }
     for step in range(130):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=draw)
-        alone.grad, old, before = weight.grad.clone(), weight.detach().clone(), alone.detach()
-        before = before.clone()
-        optimizer.step()
-        twin.step()
-        expected = (alone.detach() - before) * min((age + step + 1) / 100, 1.0)
-        moved = (weight.detach() - old)[-2:]
+        moved, expected = both_step(model, optimizer, weight, twin, alone, draw)
+        moved, expected = moved[-2:], expected * min((age + step + 1) / 100, 1.0)
         assert torch.allclose(moved[:, :mature], expected[-2:, :mature], rtol=2e-2, atol=1e-6), step
         assert (moved[:, mature:].abs() <= 1.5 * lr).all(), step  # where both are new
+
+
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam", "Adadelta"])
+def test_what_makes_a_new_unit_steps_no_further_than_the_others(kind: str) -> None:
+    """Of optimizers that correct no bias, or another one: second moments of zero would let it leap."""
+    model = mlp()
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
+    engine = NeuronEngine()
+    engine.track_model(model, "m", X)
+    engine.attach_optimizer(optimizer)
+    for _ in range(200):
+        train(model, X, optimizer)
+    engine.expand_layer("0", 3)
+    weight, draw = model[0].weight, torch.Generator().manual_seed(0)
+    scale = float((optimizer.state[weight].get("square_avg", torch.ones(1))).mean()) ** 0.5
+    for step in range(20):
+        for p in model.parameters():
+            p.grad = scale * torch.randn(p.shape, generator=draw)
+        old = weight.detach().clone()
+        optimizer.step()
+        moved = (weight.detach() - old).abs().mean(1)
+        assert moved[-3:].max() <= 2.5 * moved[:-3].mean(), step
 
 
 def test_growth_at_a_high_rate_does_not_silence_what_is_new() -> None:

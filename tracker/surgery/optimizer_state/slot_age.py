@@ -23,7 +23,7 @@ from tracker.utils.slotmap import SlotMap
 AGE = "slot_age"
 MATURE_STEPS = 10_000  # age of slots of which nothing is corrected any more
 WARM_UP = 100
-HEAD_START = 30  # steps; 100 and 300 let what is new learn too slowly at a rate of 1e-3, none kills it at 3e-3
+HEAD_START = 30  # steps; with 0 new units fall silent at a rate of 3e-3, with 100 they learn too slowly at 1e-3
 NEGLIGIBLE = 0.01  # part of a step that is not worth a correction
 
 Slots = Tensor | range | None  # along a dimension; None: all
