@@ -44,6 +44,7 @@ def run(rank: int, ranks: int, store: str) -> None:
     if rank == 0:
         print(f"both ranks have {int(widths)} of 64 neurons; {len(engine.journal)} changes")
         print(engine.journal)
+    dist.barrier()  # DistributedDataParallel keeps gloo's threads; at exit none may hold a tensor of Python's
     dist.destroy_process_group()
 
 
