@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -94,33 +95,43 @@ def known(file: Path) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
+def seed_of(row: Row) -> int:
+    """Which calibration windows; rows of before there were several have the first."""
+    return int(row.get("seed", 0))
+
+
 def in_order(rows: Iterable[Row]) -> list[Row]:
-    by_key = {(r["keep"], r["method"]): r for r in rows}
-    return [by_key[k, m] for k in GOALS for m in METHODS if (k, m) in by_key]
+    """Of each share, method and seed the last row."""
+    by_key = {(r["keep"], r["method"], seed_of(r)): r for r in rows}
+    seeds = sorted({seed_of(r) for r in by_key.values()})
+    keys = [(k, m, s) for k in GOALS for m in METHODS for s in seeds]
+    return [by_key[key] for key in keys if key in by_key]
 
 
-def measure(quick: bool, file: Path | None, resume: bool) -> list[Row]:
-    """A row for each share and method.
+def measure(quick: bool, file: Path | None, resume: bool, seeds: int = 1) -> list[Row]:
+    """A row for each share, method and draw of calibration windows.
 
     Args:
         quick: Few windows, one share: a smoke test.
         file: Where rows are kept, one a line, each as soon as it is there; None: nowhere.
         resume: Leave out what the file has already, rather than begin it again.
+        seeds: How many draws of calibration windows; the windows of the test stay.
     """
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
             file.unlink(missing_ok=True)
     rows = [] if file is None else known(file)
-    done = {(r["keep"], r["method"]) for r in rows}
+    done = {(r["keep"], r["method"], seed_of(r)) for r in rows}
     shares = list(GOALS)[-1:] if quick else list(GOALS)
-    todo = [(k, m) for k in shares for m in METHODS if (k, m) not in done]
-    if not todo:
-        return in_order(rows)
-    case = smollm_case(0, quick)
-    dense = case.score(case.dense)
-    for keep, method in tqdm(todo, "smollm-all", leave=False, disable=None):
-        rows.append(row(case, dense, keep, method))
+    every = [(s, k, m) for s in range(seeds) for k in shares for m in METHODS]
+    todo = [(s, k, m) for s, k, m in every if (k, m, s) not in done]
+    cases: dict[int, tuple[Case, float]] = {}
+    for seed, keep, method in tqdm(todo, "smollm-all", leave=False, disable=None):
+        if seed not in cases:
+            case = smollm_case(seed, quick)
+            cases = {seed: (case, case.score(case.dense))}
+        rows.append({"seed": seed, **row(*cases[seed], keep, method)})
         if file is not None:
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(rows[-1]) + "\n")
@@ -147,7 +158,8 @@ def row(case: Case, dense: float, keep: float, method: str) -> Row:
 
 EXPLANATION = """The share asked is of all parameters that are stored: embeddings, new biases and rotations count.
 Calibration data are 16 windows of 512 tokens of the training files; perplexity is that of 8 windows of other
-files, dense {dense:.3f}. One method ran after the other; all leave real, narrower weights, none is a mask. Seconds
+files, dense {dense:.3f}. Where several draws of calibration windows were measured, "each" has one ratio for each, and
+the other columns are means. One method ran after the other; all leave real, narrower weights, none is a mask. Seconds
 are those of the whole removal, on a processor that other work shared.
 
 - `compress`: `engine.compress(keep, of="parameters", batches=windows, loss=loss)`, all other arguments at their
@@ -162,35 +174,65 @@ are those of the whole removal, on a processor that other work shared.
   between."""
 
 
+def by_method(rows: list[Row], keep: float) -> dict[str, list[Row]]:
+    """Rows of a share, one for each draw of calibration windows."""
+    mine = [r for r in rows if r["keep"] == keep]
+    return {
+        m: [r for r in mine if r["method"] == m] for m in dict.fromkeys(r["method"] for r in mine)
+    }
+
+
+def ratios(rows: list[Row]) -> list[float]:
+    return [r["perplexity"] / r["dense"] for r in rows]
+
+
 def table(rows: list[Row]) -> str:
-    head = ["parameters asked", "method", "parameters kept", "perplexity", "× dense", "seconds"]
+    """Means over draws of calibration windows, and each draw's own ratio."""
+    head = [
+        "parameters asked",
+        "method",
+        "parameters kept",
+        "perplexity",
+        "× dense",
+        "each",
+        "seconds",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for r in rows:
-        cells = [
-            f"{r['keep']:.0%}",
-            r["method"],
-            f"{r['parameters']:.1%}",
-            f"{r['perplexity']:.3f}",
-        ]
-        cells += [f"{r['perplexity'] / r['dense']:.3f}", f"{r['seconds']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+    for keep in GOALS:
+        for method, mine in by_method(rows, keep).items():
+            cells = [
+                f"{keep:.0%}",
+                method,
+                f"{fmean(r['parameters'] for r in mine):.1%}",
+                f"{fmean(r['perplexity'] for r in mine):.3f}",
+                f"{fmean(ratios(mine)):.3f}",
+                ", ".join(f"{ratio:.3f}" for ratio in ratios(mine)) if len(mine) > 1 else "",
+                f"{fmean(r['seconds'] for r in mine):.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def verdicts(rows: list[Row]) -> str:
-    """Goals, and who is first."""
+    """Goals, and who is first, over the draws that `compress` and the other both have."""
     head = ["parameters asked", "goal, × dense", "`compress`", "", "first", "× dense", "of methods"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for keep, goal in GOALS.items():
-        mine = [r for r in rows if r["keep"] == keep]
-        of_ours = next((r for r in mine if r["method"] == OURS), None)
-        if of_ours is None:
+        found = {m: {seed_of(r): r for r in mine} for m, mine in by_method(rows, keep).items()}
+        if OURS not in found:
             continue
-        first = min(mine, key=lambda r: r["perplexity"])
-        ratio = of_ours["perplexity"] / of_ours["dense"]
-        cells = [f"{keep:.0%}", f"{goal:.2f}", f"{ratio:.3f}", "met" if ratio <= goal else "missed"]
-        ratio = first["perplexity"] / first["dense"]
-        cells += [first["method"], f"{ratio:.3f}", f"{len(mine)}"]
+        mean = {m: fmean(ratios(list(mine.values()))) for m, mine in found.items()}
+        ahead = {OURS: 0.0}  # by how much a method is ahead of ours, draw by draw
+        for method, mine in found.items():
+            both = sorted(mine.keys() & found[OURS].keys())
+            if both:
+                ahead[method] = fmean(
+                    ratios([found[OURS][s]])[0] - ratios([mine[s]])[0] for s in both
+                )
+        first = max(ahead, key=lambda m: ahead[m])
+        cells = [f"{keep:.0%}", f"{goal:.2f}", f"{mean[OURS]:.3f}"]
+        cells += ["met" if mean[OURS] <= goal else "missed", first]
+        cells += [f"{mean[OURS] - ahead[first]:.3f}", f"{len(found)}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -199,7 +241,8 @@ def tried(rows: list[Row]) -> str:
     """The losses on held-back windows between which `compress` chose."""
     mine = [r for r in rows if r.get("candidates")]
     names = list(dict.fromkeys(n for r in mine for n in r["candidates"]))
-    lines = [f"| parameters asked | dense | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    head = f"| parameters asked | draw | dense | {' | '.join(names)} |"
+    lines = [head, "|---" * (len(names) + 3) + "|"]
     for r in mine:
         best = min(r["candidates"].values())
         cells = []
@@ -207,7 +250,9 @@ def tried(rows: list[Row]) -> str:
             loss = r["candidates"].get(name)
             text = "" if loss is None else f"{loss:.4f}"
             cells.append(f"**{text}**" if loss == best else text)
-        lines.append(f"| {r['keep']:.0%} | {r['before']:.4f} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {r['keep']:.0%} | {seed_of(r)} | {r['before']:.4f} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

@@ -144,11 +144,15 @@ calibration, selection, change. "Patches": each place of a convolution's kernel 
 
 
 def write(name: str, content: str, seeds: int) -> None:
-    """Put the section of one network into the page; the others stay."""
+    """Put the section of one network into the page; the others stay.
+
+    seeds: Of which all numbers are means; 0: the section itself says of how many.
+    """
+    means = f", mean of {seeds} seed{'s' * (seeds > 1)}" if seeds else ""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torch-pruning"))
     section = (
         f"## {TITLES[name]}\n\n{datetime.date.today()}: {versions}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores ({platform.machine()}), mean of {seeds} seed{'s' * (seeds > 1)}.\n\n{content}\n"
+        f"{os.cpu_count()} cores ({platform.machine()}){means}.\n\n{content}\n"
     )
     old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     parts = {s.partition("\n")[0]: s for s in re.findall(r"^## [^\0]*?(?=^## |\Z)", old, re.M)}
@@ -172,13 +176,13 @@ def main() -> None:
         parser.error("--quick is no measurement to write down")
     torch.set_num_threads(1)
     for name in options.only.split(","):
-        one_seed = options.quick or name.startswith("smollm")
+        one_seed = options.quick or name == "smollm"
         seeds = 1 if one_seed else options.seeds
         if name == "smollm-all":
             file = None if options.quick else FILE
             known = options.report and _one_shot_budget.known(FILE)
-            rows = known or _one_shot_budget.measure(options.quick, file, options.resume)
-            content = _one_shot_budget.section(rows)
+            rows = known or _one_shot_budget.measure(options.quick, file, options.resume, seeds)
+            seeds, content = 0, _one_shot_budget.section(rows)
         elif name in _one_shot_flops.NETWORKS:
             file = RESULTS / "one_shot_flops.jsonl"
             if not options.report:
