@@ -108,7 +108,9 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
     return [by_key[key] for key in keys if key in by_key]
 
 
-def measure(quick: bool, file: Path | None, resume: bool, seeds: int = 1) -> list[Row]:
+def measure(
+    quick: bool, file: Path | None, resume: bool, seeds: int = 1, methods: str = ""
+) -> list[Row]:
     """A row for each share, method and draw of calibration windows.
 
     Args:
@@ -116,6 +118,7 @@ def measure(quick: bool, file: Path | None, resume: bool, seeds: int = 1) -> lis
         file: Where rows are kept, one a line, each as soon as it is there; None: nowhere.
         resume: Leave out what the file has already, rather than begin it again.
         seeds: How many draws of calibration windows; the windows of the test stay.
+        methods: Only those whose names begin so.
     """
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +127,9 @@ def measure(quick: bool, file: Path | None, resume: bool, seeds: int = 1) -> lis
     rows = [] if file is None else known(file)
     done = {(r["keep"], r["method"], seed_of(r)) for r in rows}
     shares = list(GOALS)[-1:] if quick else list(GOALS)
-    every = [(s, k, m) for s in range(seeds) for k in shares for m in METHODS]
+    every = [
+        (s, k, m) for s in range(seeds) for k in shares for m in METHODS if m.startswith(methods)
+    ]
     todo = [(s, k, m) for s, k, m in every if (k, m, s) not in done]
     cases: dict[int, tuple[Case, float]] = {}
     for seed, keep, method in tqdm(todo, "smollm-all", leave=False, disable=None):

@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one seed, little training: a smoke test"
     )
+    parser.add_argument("--methods", default="", help="of smollm-all: those whose names begin so")
     parser.add_argument("--resume", action="store_true", help="keep the rows of smollm-all")
     parser.add_argument("--report", action="store_true", help="only those, and measure no more")
     parser.add_argument("--write", action="store_true", help="write sections of docs/one_shot.md")
