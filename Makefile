@@ -24,11 +24,12 @@ FRAMEWORK_TESTS := tests/integrations tests/export tests/journal/test_state_dict
   tests/surgery/test_batches.py tests/test_docs.py tests/test_examples.py tests/test_journeys.py \
   tests/test_specialise_demo.py tests/test_peers.py
 
-.PHONY: help demo test frameworks slm long kills asan gguf check lint api bench coverage clean
+.PHONY: help demo test quick frameworks slm long kills asan gguf check lint api bench coverage clean
 
 help:
 	@echo "make demo    networks on Fashion-MNIST: watched, changed, and changing themselves"
 	@echo "make test    all tests: pytest (with the demos and their validations), test_tracker.py"
+	@echo "make quick   those that are not slow; with another Python: make quick PYTHON=python3.13 VENV=.venv-3.13"
 	@echo "make frameworks  tests with transformers, Lightning, ONNX Runtime and GGUF, which it installs"
 	@echo "make slm     SmolLM2-135M, specialised on a text, made smaller, exported; SLM_OPTIONS='--text notes --keep 0.8'"
 	@echo "make long    10,000 removals, and a fault at every line of eight kinds of change; half an hour"
@@ -78,6 +79,10 @@ test: $(VENV)/installed-dev
 	@echo "Test: test_tracker.py"
 	@$(TEST_RUN) test_tracker.py || { echo "make test: test_tracker.py failed" >&2; exit 1; }
 	@echo "make test: all passed"
+
+quick: $(VENV)/installed-dev
+	@echo "Test: pytest, without what is slow, on $$($(RUN) --version)"
+	@$(PYTEST) -m "not slow"
 
 $(VENV)/installed-frameworks: pyproject.toml $(VENV)/installed-dev
 	@echo "Set-up: installing the frameworks (once)"

@@ -30,7 +30,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demos"), str(ROOT / "benchmarks")]
 import torch
 import transformers
 from _common import OUTPUTS
+from _one_shot_cases import PARTS, Case
+from _one_shot_methods import theirs
 from _run_export import peak_memory
+from _smollm import loss_of as loss
 from _smollm import perplexity
 from specialise_demo import Settings, Start, policy_for, shrinking, table, train
 from torch import Tensor, nn
@@ -104,6 +107,28 @@ def unit_parameters(engine: NeuronEngine, group: Any) -> int:
     )
 
 
+def taylor(engine: NeuronEngine, settings: Settings) -> Policy:
+    """All goes at once, the same share of every MLP, the neurons that Torch-Pruning's Taylor chooses."""
+    model, _ = settings.load()
+    whole = dict(model.named_modules())
+    part, size = PARTS["smollm"][0], sum(p.numel() for p in model.parameters())
+    mlps = sum(p.numel() for n, m in whole.items() if n.endswith(".mlp") for p in m.parameters())
+    weights = {n: whole[n].weight.detach().clone() for n in part.layers(model)}
+    windows = [b["input_ids"] for b in batches(engine, settings)]
+    case = Case(
+        model, [(x, x) for x in windows], loss, lambda m: 0.0, "", windows[0], windows[0][:, :16]
+    )
+    theirs(model, case, part, (1 - settings.keep) * size / mlps, taylor=True)
+    units = {}
+    for group in engine.structure.groups:
+        for name in weights.keys() & set(group.layers):
+            left = {tuple(row.tolist()) for row in model.get_submodule(name).weight[:, :8]}
+            rows = enumerate(weights[name][:, :8])
+            units[group.name] = [i for i, row in rows if tuple(row.tolist()) not in left]
+    engine.prune_units(units, compensate=False)
+    return IDLE
+
+
 def blocks(engine: NeuronEngine, settings: Settings) -> Policy:
     """Whole blocks go: those that turn the stream least (ShortGPT: Men et al., 2024); what is left is refitted."""
     model = engine.tracker.current.model()
@@ -155,6 +180,7 @@ WAYS: dict[str, tuple[str, Start]] = {
     "dense": ("dense, fine-tuned", dense),
     "once": ("compressed once, then fine-tuned", once),
     "even": ("even shares once, then fine-tuned", even),
+    "taylor": ("Torch-Pruning's Taylor once, then fine-tuned", taylor),
     "blocks": ("blocks removed, then fine-tuned", blocks),
     "scratch": ("its final shape, trained from scratch", scratch),
 }

@@ -86,9 +86,9 @@ class _Before:
                     mine = known.get(parameter)
                     if mine is None or mine.age is not state[AGE] or mine.grown_up:
                         mine = _Young(parameter, state, group["betas"])
-                    if mine.grown_up:
-                        del state[AGE]
-                        continue
+                        if mine.grown_up:
+                            del state[AGE]
+                            continue
                     self.young[parameter] = mine
                     # Whether it gets a gradient is known later, where the step runs a closure.
                     mine.keep()
@@ -117,11 +117,14 @@ class _Young:
         # Loading a state gives it the parameter's dtype, and bfloat16 cannot count beyond 256.
         self.age = state[AGE] = _placed(state[AGE], parameter).float()
         self._parameter = parameter
-        self._table = _corrections(float(betas[0]), float(betas[1]))
-        self._warmed = self._table[1].to(self.age.device)
+        self._table, self._plain, self._warmed = _corrections(float(betas[0]), float(betas[1]))
+        self._at_device = self._table.to(self.age.device)
         self._steps = int(state.get("step", MATURE_STEPS))  # that the optimizer counts
+        self._since = 0  # of them, how many this has seen
         self._parts: list[tuple[int, Slots]] = []  # dimension, and slots along it
-        self._ages: list[Tensor] = []  # of a part's slots, or of its elements where these differ
+        # The ages of a part's slots, or of its elements where these differ, when this was made.
+        self._ages: list[Tensor] = []
+        self._oldest: list[int] = []  # of a part
         self._values: list[Tensor] = []
         # What is mature now stays so, though the count by which it is goes on.
         mature = self._mature()
@@ -144,17 +147,19 @@ class _Young:
                 each = ages.movedim(dim, 0).reshape(len(slots), -1)[:, 0]
                 each = each.view([-1 if d == dim else 1 for d in range(young.ndim)])
                 self._parts.append((dim, _in_a_row(slots)))
-                self._ages.append(each if bool((ages == each).all()) else ages)
+                self._ages.append((each if bool((ages == each).all()) else ages).long())
+                self._oldest.append(int(ages.max()))
                 rest = rest.index_fill(dim, slots, False)
         if sharded or bool(rest.any()):
             # Not of whole slots, or not here alone.
-            self._parts, self._ages = [(0, None)], [self.age]
+            self._parts, self._oldest = [(0, None)], [MATURE_STEPS]
+            self._ages = [self.age.clone() if sharded else self.age.long()]
 
     @property
     def grown_up(self) -> bool:
         """Whether nothing is left to correct."""
-        at = min(self._youngest, MATURE_STEPS)
-        factor = float(self._table[1, at]) / self._whole()
+        at = min(self._youngest + self._since, MATURE_STEPS)
+        factor = self._warmed[at] / self._whole()
         return at >= MATURE_STEPS or (at >= WARM_UP and abs(factor - 1) <= NEGLIGIBLE)
 
     @property
@@ -170,40 +175,56 @@ class _Young:
 
     def correct(self) -> None:
         """After it. Where rows and columns cross, both are written with the same values."""
-        parameter, new = self._parameter.detach(), []
-        self._youngest, self._steps = self._youngest + 1, self._steps + 1
-        self._ages = [age + 1 for age in self._ages]
-        for at, old, age in zip(self._parts, self._values, self._ages, strict=True):
-            factor, after = self._factors(age).to(parameter.dtype), _part(parameter, *at)
-            new.append(_between(old, after, factor))
-        for at, age, values in zip(self._parts, self._ages, new, strict=True):
-            _put(parameter, *at, values)
-            _put(self.age, *at, age.expand_as(values))
+        parameter = self._parameter.detach()
+        self._since, self._steps = self._since + 1, self._steps + 1
+        factors = [self._factors(n).to(parameter.dtype) for n in range(len(self._parts))]
+        if len(self._parts) == 1 and not isinstance(self._parts[0][1], Tensor):
+            self._correct_in_place(parameter, factors[0])
+        else:
+            pairs = zip(self._values, self._parts, factors, strict=True)
+            new = [_between(old, _part(parameter, *at), factor) for old, at, factor in pairs]
+            for at, age, values in zip(self._parts, self._ages, new, strict=True):
+                _put(parameter, *at, values)
+                _put(self.age, *at, (age + self._since).to(self.age.dtype).expand_as(values))
         self._values = []
+
+    def _correct_in_place(self, parameter: Tensor, factor: Tensor) -> None:
+        """The same of a single part that is a view: most steps of most parameters are of this kind."""
+        (old,), after = self._values, _part(parameter, *self._parts[0])
+        if hasattr(old, "placements"):
+            after.copy_(_between(old, after, factor))
+        else:
+            torch.lerp(old, after, factor, out=after)
+        _part(self.age, *self._parts[0]).add_(1.0)
 
     def _whole(self) -> float:
         """The correction that the optimizer made of the step before, by its own count."""
-        return float(self._table[0, min(max(self._steps, 1), MATURE_STEPS)])
+        return self._plain[min(max(self._steps, 1), MATURE_STEPS)]
 
     def _mature(self) -> int:
         """The age from which on a correction is negligible."""
-        left = (self._table[1, : self._steps + 1] / self._whole() - 1).abs() > NEGLIGIBLE
+        left = (self._table[: self._steps + 1] / self._whole() - 1).abs() > NEGLIGIBLE
         return int(left.nonzero().max()) + 1
 
-    def _factors(self, age: Tensor) -> Tensor:
+    def _factors(self, part: int) -> Tensor:
+        """Of each of a part's slots, or elements: which share of the step is its own."""
+        age = self._ages[part]
+        if self._oldest[part] + self._since < MATURE_STEPS:
+            return self._at_device[self._since :][age] / self._whole()
         if not hasattr(age, "placements"):
-            return self._looked_up(age)
+            return self._clamped(age)
         from torch.distributed.tensor import DTensor
 
         whole: Any = age
-        own = self._looked_up(whole.to_local())
+        own = self._clamped(whole.to_local().long())
         return DTensor.from_local(
             own, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
         )
 
-    def _looked_up(self, age: Tensor) -> Tensor:
-        at = age.clamp(max=MATURE_STEPS).long()
-        found = self._warmed.to(age.device)[at] / self._whole()
+    def _clamped(self, age: Tensor) -> Tensor:
+        """The same where some are mature, or become so."""
+        at = (age + self._since).clamp(max=MATURE_STEPS)
+        found = self._at_device[at] / self._whole()
         return found.masked_fill_(at == MATURE_STEPS, 1.0)
 
 
@@ -245,8 +266,9 @@ def _placed(age: Tensor, parameter: Any) -> Tensor:
 
 
 @functools.cache
-def _corrections(beta1: float, beta2: float) -> Tensor:
-    """By age up to MATURE_STEPS, plain and warmed up: (2, MATURE_STEPS + 1) float32."""
+def _corrections(beta1: float, beta2: float) -> tuple[Tensor, tuple[float, ...], tuple[float, ...]]:
+    """By age up to MATURE_STEPS: warmed up, as a float32 tensor; the same as numbers, plain and warmed up."""
     age = torch.arange(MATURE_STEPS + 1, dtype=torch.float64).clamp(min=1)
     plain = (1 - beta2**age).sqrt() / (1 - beta1**age)
-    return torch.stack([plain, plain * (age / WARM_UP).clamp(max=1)]).float()
+    warmed = (plain * (age / WARM_UP).clamp(max=1)).float()
+    return warmed, tuple(plain.float().tolist()), tuple(warmed.tolist())
