@@ -48,12 +48,14 @@ LEVERS: dict[str, dict[str, Lever]] = {
         "most at the first looks: `ramp=8`, `at_most=0.9`": Lever(
             shrinking(80_000, EARLY, ramp=8.0, at_most=0.9)
         ),
+        "4 looks, not 12": Lever(shrinking(80_000, EARLY, every=65)),
         "learning rate 3e-3": Lever(rate=3e-3),
     },
     "mlp-grow": {
         "changes over the whole run": Lever(growth(150_000)),
         "changes within a quarter of it": Lever(growth(150_000, 0.25)),
         "changes within a twentieth": Lever(growth(150_000, EARLY / 2)),
+        "4 looks, not 12": Lever(growth(150_000, EARLY, every=65)),
         "new units in random directions": Lever(growth(150_000, EARLY, gradients=False)),
         "new units with second moments of their own": Lever(head_start=0),
         "learning rate 3e-3": Lever(rate=3e-3),
