@@ -43,6 +43,7 @@ class Lever:
 LEVERS: dict[str, dict[str, Lever]] = {
     "mlp-shrink": {
         "changes over the whole run": Lever(shrinking(80_000)),
+        "changes within half of it": Lever(shrinking(80_000, 0.5)),
         "changes within a quarter of it": Lever(shrinking(80_000, 0.25)),
         "changes within a twentieth": Lever(shrinking(80_000, EARLY / 2)),
         "most at the first looks: `ramp=8`, `at_most=0.9`": Lever(
@@ -53,6 +54,7 @@ LEVERS: dict[str, dict[str, Lever]] = {
     },
     "mlp-grow": {
         "changes over the whole run": Lever(growth(150_000)),
+        "changes within half of it": Lever(growth(150_000, 0.5)),
         "changes within a quarter of it": Lever(growth(150_000, 0.25)),
         "changes within a twentieth": Lever(growth(150_000, EARLY / 2)),
         "4 looks, not 12": Lever(growth(150_000, EARLY, every=65)),
