@@ -80,6 +80,7 @@ def even(engine: NeuronEngine, settings: Settings) -> Policy:
     engine.calibrate(batches(engine, settings), loss=loss_of)
     groups, problems, _ = problems_of(engine.tracker, Limits())
     able = {g.name for g in shrinking(engine)}
+    price = {g.name: unit_parameters(engine, g) for g in groups if g.name in able}
     low, high = 0.0, 1.0
     for _ in range(12):
         share = (low + high) / 2
@@ -88,23 +89,20 @@ def even(engine: NeuronEngine, settings: Settings) -> Policy:
             for i, g in enumerate(groups)
             if g.name in able
         }
-        left = engine.count_parameters() - sum(
-            n * unit_parameters(engine, groups[i]) for i, n in counts.items()
-        )
+        gone = sum(n * price[groups[i].name] for i, n in counts.items())
+        left = engine.count_parameters() - gone
         low, high = (share, high) if left > goal else (low, share)
     units = {
         groups[i].name: chosen_units(problems, i, groups[i], n) for i, n in counts.items() if n
     }
-    engine.prune_units(units)
+    engine.prune_units(units, compensate=True)
     return IDLE
 
 
 def unit_parameters(engine: NeuronEngine, group: Any) -> int:
     """Numbers that go with one unit, of a model in which no two groups share any."""
-    return int(
-        engine.prune_units({group.name: [0]}, dry_run=True, verify=False).parameters_before
-        - engine.prune_units({group.name: [0]}, dry_run=True, verify=False).parameters_after
-    )
+    told = engine.prune_units({group.name: [0]}, dry_run=True, verify=False)
+    return int(told.parameters_before - told.parameters_after)
 
 
 def taylor(engine: NeuronEngine, settings: Settings) -> Policy:
