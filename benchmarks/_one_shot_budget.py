@@ -109,7 +109,12 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
 
 
 def measure(
-    quick: bool, file: Path | None, resume: bool, seeds: int = 1, methods: str = ""
+    quick: bool,
+    file: Path | None,
+    resume: bool,
+    seeds: int = 1,
+    methods: str = "",
+    shares: Iterable[float] = (),
 ) -> list[Row]:
     """A row for each share, method and draw of calibration windows.
 
@@ -119,6 +124,7 @@ def measure(
         resume: Leave out what the file has already, rather than begin it again.
         seeds: How many draws of calibration windows; the windows of the test stay.
         methods: Only those whose names begin so.
+        shares: Only these; none: all.
     """
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +132,7 @@ def measure(
             file.unlink(missing_ok=True)
     rows = [] if file is None else known(file)
     done = {(r["keep"], r["method"], seed_of(r)) for r in rows}
-    shares = list(GOALS)[-1:] if quick else list(GOALS)
+    shares = list(GOALS)[-1:] if quick else list(shares) or list(GOALS)
     every = [
         (s, k, m) for s in range(seeds) for k in shares for m in METHODS if m.startswith(methods)
     ]

@@ -169,6 +169,9 @@ def main() -> None:
         "--quick", action="store_true", help="one seed, little training: a smoke test"
     )
     parser.add_argument("--methods", default="", help="of smollm-all: those whose names begin so")
+    parser.add_argument(
+        "--shares", type=float, nargs="*", default=(), help="of smollm-all: only these"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the rows of smollm-all")
     parser.add_argument("--report", action="store_true", help="only those, and measure no more")
     parser.add_argument("--write", action="store_true", help="write sections of docs/one_shot.md")
