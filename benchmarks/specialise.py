@@ -6,8 +6,8 @@
 
 All train on the same windows in the same order, with the same optimizer and learning rates, and are judged on the same
 windows of files that none trains on (those of one_shot.py). What is changed once is changed before the first step, by
-the first 16 windows. demos/specialise_demo.py is the first of them; where outputs/ has a run of it with the same
-settings, that is taken.
+the first 16 windows. demos/specialise_demo.py is the first of them, by turns the second; where outputs/ has a run of it
+with the same settings, that is taken.
 """
 
 from __future__ import annotations
@@ -35,7 +35,17 @@ from _one_shot_methods import theirs
 from _run_export import peak_memory
 from _smollm import loss_of as loss
 from _smollm import perplexity
-from specialise_demo import Settings, Start, policy_for, shrinking, table, train
+from specialise_demo import (
+    CALIBRATION,
+    Settings,
+    Start,
+    begin,
+    by_turns,
+    next_token_loss,
+    shrinking,
+    table,
+    train,
+)
 from torch import Tensor, nn
 
 from tracker import NeuronEngine, Policy
@@ -45,7 +55,6 @@ from tracker.utils.files import write_whole
 PAGE = ROOT / "docs" / "slm.md"
 RESULTS = ROOT / "benchmarks" / "results" / "slm"
 MEASURED = ("settings.json", "dense.json", "result.json", "speed.json")
-CALIBRATION = 16  # windows
 IDLE = Policy(warm_up=10**9)
 Row = dict[str, Any]
 
@@ -55,29 +64,19 @@ def batches(engine: NeuronEngine, settings: Settings) -> list[dict[str, Tensor]]
     return [{"input_ids": x, "labels": x} for x in settings.windows(tokenizer)[:CALIBRATION]]
 
 
-def loss_of(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(
-        output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-    )
+def turns(engine: NeuronEngine, settings: Settings) -> None:
+    """As the demo does it with `--turns 3`."""
+    engine.start_self_modification(by_turns(engine, settings))
 
 
-def dense(engine: NeuronEngine, settings: Settings) -> Policy:
+def dense(engine: NeuronEngine, settings: Settings) -> None:
     """Nothing goes."""
-    return IDLE
 
 
-def once(engine: NeuronEngine, settings: Settings) -> Policy:
-    """All goes at once, as `compress` allocates it."""
-    able = shrinking(engine)
-    spared = [g.name for g in engine.structure.groups if g not in able]
-    engine.compress(settings.keep, batches=batches(engine, settings), loss=loss_of, protect=spared)
-    return IDLE
-
-
-def even(engine: NeuronEngine, settings: Settings) -> Policy:
+def even(engine: NeuronEngine, settings: Settings) -> None:
     """All goes at once, the same share of each layer."""
     goal = settings.keep * engine.count_parameters()
-    engine.calibrate(batches(engine, settings), loss=loss_of)
+    engine.calibrate(batches(engine, settings), loss=next_token_loss)
     groups, problems, _ = problems_of(engine.tracker, Limits())
     able = {g.name for g in shrinking(engine)}
     price = {g.name: unit_parameters(engine, g) for g in groups if g.name in able}
@@ -96,7 +95,6 @@ def even(engine: NeuronEngine, settings: Settings) -> Policy:
         groups[i].name: chosen_units(problems, i, groups[i], n) for i, n in counts.items() if n
     }
     engine.prune_units(units, compensate=True)
-    return IDLE
 
 
 def unit_parameters(engine: NeuronEngine, group: Any) -> int:
@@ -105,7 +103,7 @@ def unit_parameters(engine: NeuronEngine, group: Any) -> int:
     return int(told.parameters_before - told.parameters_after)
 
 
-def taylor(engine: NeuronEngine, settings: Settings) -> Policy:
+def taylor(engine: NeuronEngine, settings: Settings) -> None:
     """All goes at once, the same share of every MLP, the neurons that Torch-Pruning's Taylor chooses."""
     model, _ = settings.load()
     whole = dict(model.named_modules())
@@ -124,10 +122,9 @@ def taylor(engine: NeuronEngine, settings: Settings) -> Policy:
             rows = enumerate(weights[name][:, :8])
             units[group.name] = [i for i, row in rows if tuple(row.tolist()) not in left]
     engine.prune_units(units, compensate=False)
-    return IDLE
 
 
-def blocks(engine: NeuronEngine, settings: Settings) -> Policy:
+def blocks(engine: NeuronEngine, settings: Settings) -> None:
     """Whole blocks go: those that turn the stream least (ShortGPT: Men et al., 2024); what is left is refitted."""
     model = engine.tracker.current.model()
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("DecoderLayer")]
@@ -153,10 +150,9 @@ def blocks(engine: NeuronEngine, settings: Settings) -> Policy:
         if engine.count_parameters() <= goal:
             break
         engine.remove_layer(name, batches=some[: CALIBRATION // 4], force=True)
-    return IDLE
 
 
-def scratch(engine: NeuronEngine, settings: Settings) -> Policy:
+def scratch(engine: NeuronEngine, settings: Settings) -> None:
     """The shape that the specialised model ends with, its weights drawn anew."""
     widths = result("specialised", settings)["widths"]
     now = {n: len(layer.ids) for n, layer in engine.tracker.current.layers.items()}
@@ -170,18 +166,20 @@ def scratch(engine: NeuronEngine, settings: Settings) -> Policy:
     torch.manual_seed(settings.seed)
     for parameter in engine.tracker.current.model().parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
-    return IDLE
 
 
 WAYS: dict[str, tuple[str, Start]] = {
-    "specialised": ("shrinks while it learns", policy_for),
+    "specialised": ("compressed once, then fine-tuned", begin),
+    "turns": ("by turns, in the first quarter", turns),
     "dense": ("dense, fine-tuned", dense),
-    "once": ("compressed once, then fine-tuned", once),
     "even": ("even shares once, then fine-tuned", even),
     "taylor": ("Torch-Pruning's Taylor once, then fine-tuned", taylor),
     "blocks": ("blocks removed, then fine-tuned", blocks),
     "scratch": ("its final shape, trained from scratch", scratch),
 }
+OLD = {
+    "slow": "by turns, in the first two thirds"
+}  # as the demo did it before it was seen to be worse
 
 
 def folder_of(name: str, settings: Settings) -> Path:
@@ -207,13 +205,14 @@ def result(name: str, settings: Settings) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     cut: dict[str, float] = {}
 
-    def start(engine: NeuronEngine, settings: Settings) -> Policy:
-        policy = WAYS[name][1](engine, settings)
-        _, tokenizer = settings.load()
+    def start(engine: NeuronEngine, settings: Settings) -> None:
+        WAYS[name][1](engine, settings)
+        if engine.trainer.run is None:
+            engine.start_self_modification(IDLE)
+        tokenizer = settings.load()[1]
         model = engine.tracker.current.model().eval()
         cut["perplexity before tuning"] = perplexity(model, settings.held_out(tokenizer))
         write_whole(folder / "before.json", json.dumps(cut).encode())
-        return policy
 
     begun = time.perf_counter()
     model, tokenizer, engine = train(settings, folder, 10, start)
@@ -249,9 +248,9 @@ def page() -> str:
         rows = [read(folder / "dense.json"), row]
         parts += [f"## {title(settings_of(folder))}", table(rows, read(folder / "speed.json"))]
         parts.append(cost(settings_of(folder), row))
-    controls = [r for r in runs.values() if "perplexity before tuning" in r]
+    controls = [r for f, r in runs.items() if f not in demos]
     if controls:
-        parts += ["## Controls", control_table(controls, demos)]
+        parts += ["## Controls", CONTROLS, control_table(controls, demos)]
     parts.append(f"## Not measured yet\n\n{missing([*map(settings_of, demos)], controls)}")
     return "\n\n".join(parts) + "\n"
 
@@ -268,6 +267,11 @@ tokens, *generation* the writing of 32 after them, both per second of the proces
 the median of three; *memory* is the most that the process held. By transformers the weights are float32. The machine is
 shared, so compare speeds within one table only.
 """
+
+
+CONTROLS = """Other ways to the same size, with the same windows in the same order and the same learning rate.
+`benchmarks/specialise.py` says how each is done. Minutes are those of a machine that other work shared; where a run was
+stopped, of its last part."""
 
 
 def machine() -> str:
@@ -308,15 +312,17 @@ def control_table(controls: list[Row], demos: dict[Path, Row]) -> str:
     rows = [(Settings(**r["settings"]), r) for r in controls]
     for folder, row in demos.items():
         s = settings_of(folder)
-        if any(s == other for other, _ in rows):
+        others = [r["name"] for other, r in rows if s == other]
+        if others and row["name"] not in others:
             rows.append((s, row))
     for s, r in sorted(
         rows, key=lambda pair: (-pair[0].keep, pair[0].tokens, pair[1]["perplexity"])
     ):
+        way = OLD.get(r["name"]) or WAYS[r["name"]][0]
         before = r.get("perplexity before tuning")
         first, minutes = "" if before is None else f"{before:.3f}", r["training"]["seconds"] / 60
         lines.append(
-            f"| {s.keep:.0%} | {s.steps * s.window:,} | {WAYS[r['name']][0]} | {r['parameters']:,} | "
+            f"| {s.keep:.0%} | {s.steps * s.window:,} | {way} | {r['parameters']:,} | "
             f"{first} | {r['perplexity']:.3f} | {minutes:.0f} |"
         )
     return "\n".join(lines)
@@ -332,8 +338,6 @@ def missing(demos: list[Settings], controls: list[Row]) -> str:
         [
             *lines,
             "- More than one seed, distillation, widths rounded to what kernels like.",
-            "- Memory of training at 60% and 50% since looks keep no outputs of the model any more: 100 MB for each of "
-            "16 steps before each change were kept then. The run at 50% was killed by it and went on.",
         ]
     )
 

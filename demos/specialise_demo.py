@@ -2,10 +2,12 @@
 
     python demos/specialise_demo.py                          # SmolLM2-135M, the standard library's source, 60%
     python demos/specialise_demo.py --text notes --keep 0.8 --tokens 100000
+    python demos/specialise_demo.py --turns 3                # gives up units while it learns
     python demos/specialise_demo.py --lora                   # less memory: adapters learn, the rest is frozen
 
-It trains, and at a few looks gives up MLP neurons and attention heads: those without which the loss is predicted to
-rise least, until the budget is met. The last third of the run is left in peace. Every tenth file is for testing only.
+It gives up MLP neurons and attention heads, those without which the loss is predicted to rise least, until the budget
+is met; the others take over what they can; then it trains. With `--turns 3` they go at three looks within the first
+quarter of the training, which was not better (docs/slm.md). Every tenth file is for testing only.
 Where it was stopped, it goes on when it is run again (--fresh: from the start). It leaves in its folder: the model for
 transformers and for llama.cpp, dense and specialised, each run once; the picture of its life; a checkpoint; what was
 measured, in dense.json and result.json. Needs the extra .[smollm].
@@ -36,7 +38,8 @@ from tracker.errors import ExportError, VerificationError
 from tracker.export import to_gguf, to_hugging_face
 from tracker.utils.files import write_whole
 
-LOOKS, LEAST = 4, 12  # at which it may change, at most; steps of the run for each, at least
+LEAST = 12  # steps of a run, and of each of its turns
+CALIBRATION = 16  # windows, of those that it trains on
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Settings:
         rate: Highest learning rate.
         train: Which parameters learn: "all", "blocks" (no embedding), "lora" (adapters of rank 16).
         distil: Learn from what the dense model says as well.
+        turns: 1: units go before the first step; more: at so many looks while it learns. Milliseconds take several.
         seed: Of the order of files, and of adapters.
     """
 
@@ -65,6 +69,7 @@ class Settings:
     rate: float = 1e-4
     train: str = "all"
     distil: bool = False
+    turns: int = 1
     seed: int = 0
 
     @property
@@ -104,27 +109,62 @@ def shrinking(engine: NeuronEngine) -> list[Any]:
     return [g for g in groups if g.kind != "head_dim" and "lora_" not in g.name]
 
 
-def policy_for(engine: NeuronEngine, settings: Settings) -> Policy:
-    """At a few looks, units go until the budget is met, most of them early; the last third is left in peace."""
-    looks = min(LOOKS, max(settings.steps // LEAST, 1))
-    every = settings.steps // (looks + 2)
-    able = shrinking(engine)
-    spared = [g.name for g in engine.structure.groups if g not in able]
+def begin(engine: NeuronEngine, settings: Settings) -> None:
+    """Units go at once, or will go by turns; from now on the picture of its life is drawn."""
+    if settings.turns > 1 or settings.of == "latency":
+        engine.start_self_modification(by_turns(engine, settings))
+        return
+    engine.start_self_modification(Policy(warm_up=10**9))  # it looks at nothing
+    compress(engine, settings)
+
+
+def by_turns(engine: NeuronEngine, settings: Settings) -> Policy:
+    """At a few looks in the first quarter of the run, units go until the budget is met, most of them at the first."""
+    turns = settings.turns if settings.turns > 1 else 3
+    looks = max(min(turns, settings.steps // LEAST), 1)
+    every = max(settings.steps // (4 * looks), 1)
     size = {
         "parameters": engine.count_parameters,
-        "flops": lambda: engine.prune_units({able[0].name: [0]}, dry_run=True).flops_before,
+        "flops": lambda: (
+            engine.prune_units({shrinking(engine)[0].name: [0]}, dry_run=True).flops_before
+        ),
         "latency": engine.measure_latency,
     }
     budget = settings.keep * size[settings.of]()
     budget = budget if settings.of == "latency" else int(budget)
     return Policy(
-        warm_up=every, every=every, look=min(max(every - 1, 1), 16), settle=1, until=looks * every,
-        ramp=2.0, floor=1, protect=spared, regret=math.inf,
+        warm_up=every, every=every, look=min(max(every - 1, 1), CALIBRATION), settle=1, until=looks * every,
+        ramp=2.0, floor=1, protect=spared(engine), regret=math.inf,
         **{f"max_{settings.of}": budget, f"min_{settings.of}": budget},
     )  # fmt: skip
 
 
-Start = Callable[[NeuronEngine, Settings], Policy]
+def spared(engine: NeuronEngine) -> list[str]:
+    """The groups that may not shrink."""
+    able = shrinking(engine)
+    return [g.name for g in engine.structure.groups if g not in able]
+
+
+def compress(engine: NeuronEngine, settings: Settings) -> None:
+    """To the budget, before the first step, by the first windows of those that it trains on."""
+    windows = settings.windows(settings.load()[1])[:CALIBRATION]
+    receipt = engine.compress(
+        settings.keep,
+        settings.of,
+        batches=[{"input_ids": x, "labels": x} for x in windows],
+        loss=next_token_loss,
+        protect=spared(engine),
+    )
+    tqdm.write(str(receipt))
+
+
+def next_token_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The mean cross-entropy of the next token, in nats."""
+    logits = output.logits[:, :-1].flatten(0, 1)
+    return nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+
+
+Start = Callable[[NeuronEngine, Settings], None]
 
 
 def rate(done: float) -> float:
@@ -149,12 +189,12 @@ def begun(settings: Settings, folder: Path, start: Start) -> tuple[Any, ...]:
     example = settings.windows(tokenizer)[0][:, :64]
     engine.track_model(model, "language model", example_inputs={"input_ids": example})
     engine.attach_optimizer(optimizer)
-    engine.start_self_modification(start(engine, settings))
+    start(engine, settings)
     return model, tokenizer, optimizer, engine
 
 
 def train(
-    settings: Settings, folder: Path, save_every: int, start: Start = policy_for
+    settings: Settings, folder: Path, save_every: int, start: Start = begin
 ) -> tuple[Any, ...]:
     """Train to the end, saved every so many steps; model, tokenizer and engine.
 
@@ -162,12 +202,14 @@ def train(
         settings: Of the run.
         folder: Of its checkpoint.
         save_every: Steps.
-        start: What is done before the first step; it tells the policy.
+        start: What is done before the first step; it starts the run of a policy.
     """
     model, tokenizer, optimizer, engine = begun(settings, folder, start)
     windows = settings.windows(tokenizer)
     teacher = load(settings.model and Path(settings.model))[0] if settings.distil else None
     first = engine.trainer.run.steps
+    if first == 0:  # what took minutes is not done again
+        engine.save_checkpoint(folder / "checkpoint")
     model.train()
     with tqdm(
         total=settings.steps, initial=first, desc="Training", unit="step", disable=None
@@ -331,6 +373,9 @@ def main() -> None:
         "--lora", dest="train", action="store_const", const="lora", help="needs peft"
     )
     parser.add_argument("--distil", action="store_true", help="learn from the dense model too")
+    parser.add_argument(
+        "--turns", type=int, default=1, help="in which units go, while it learns; 1: before"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=10, help="steps")
     parser.add_argument("--out", type=Path, help="folder for all that is left")

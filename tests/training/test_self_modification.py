@@ -355,7 +355,33 @@ def test_a_change_in_the_middle_of_a_look_begins_it_anew(undone: bool) -> None:
             if undone:
                 engine.undo()
     # What it saw since was enough to decide, and is of the network as it is.
-    assert [decision.step for decision in engine.life] == [0, 12]
+    assert [decision.step for decision in engine.life] == ([0, 12] if undone else [0, 7, 12])
     assert engine.tracker.current.reads["2.weight"].covariance.count.tolist() == [4 * 64] * (
         12 if undone else 10
     )
+
+
+def test_the_life_tells_what_was_changed_by_hand_and_keeps_it_in_checkpoints(
+    tmp_path: Path,
+) -> None:
+    model, opt, engine, x = prepared("mlp")
+    engine.start_self_modification(Policy(warm_up=1000))
+
+    def told() -> list[tuple[int, str, str, int]]:
+        return [(d.step, d.what, d.why, d.parameters) for d in engine.life[1:]]
+
+    sizes = [engine.count_parameters()]
+    engine.compress(0.8, batches=x.split(8), progress=False)
+    sizes.append(engine.count_parameters())
+    engine.save_checkpoint(tmp_path / "run")  # before any step
+    trained(model, opt, engine, x, 3)
+    assert told() == [(0, "compressed", "by hand", sizes[1])]
+    engine.undo()
+    trained(model, opt, engine, x, 1)
+    assert told()[1:] == [(3, "undone", "by hand", sizes[0])]
+    fresh, other, *_ = prepared("mlp")
+    again = NeuronEngine.load_checkpoint(tmp_path / "run", fresh, other)
+    assert [(d.step, d.what, d.parameters) for d in again.life[1:]] == [(0, "compressed", sizes[1])]
+    trained(fresh, other, again, x, 2)
+    assert len(again.life) == 2
+    assert again.plot_life() is not None

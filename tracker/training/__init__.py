@@ -2,7 +2,8 @@
 
 from tracker.training.choices import Bypass, Candidate, Requests, Size
 from tracker.training.custom_policies import OwnPolicy, as_policy
-from tracker.training.loop import Decision, SelfModification
+from tracker.training.decisions import Decision
+from tracker.training.loop import SelfModification
 from tracker.training.policy import Phases, Policy
 
 __all__ = [

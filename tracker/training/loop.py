@@ -6,7 +6,7 @@ import operator
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from tracker.training.candidates import CostModel, Wanted, bypasses, candidates
 from tracker.training.carry_out import Limits, carry_out
 from tracker.training.choices import Requests, Size
 from tracker.training.custom_policies import taken_by
+from tracker.training.decisions import DONE, Decision, decision_of
 from tracker.training.learning import falling
 from tracker.training.observation_phase import ObservationPhase
 from tracker.training.policy import Phases, Policy
@@ -41,42 +42,6 @@ if TYPE_CHECKING:
     from tracker.parts.surgeon import Surgeon
 
 POINTS = 8  # of the loss curve, from one look to the next
-DONE = {
-    "prune_units": "pruned",
-    "merge_neurons": "merged",
-    "expand_layer": "expanded",
-    "recycle_neurons": "recycled",
-    "insert_layer": "inserted",
-    "remove_layer": "dropped",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One entry of a network's life: what was decided at a step, and why.
-
-    Attributes:
-        step: Of the run, counted from 1; 0 is its beginning.
-        what: "pruned", "merged", "expanded", "recycled", "inserted", "dropped", "kept", "undone" or "refused".
-        why: For people.
-        loss: Mean since the last look.
-        parameters: Of the model afterwards.
-        widths: Neurons by layer, afterwards.
-
-    Examples:
-        >>> engine.start_self_modification()
-        >>> decision = engine.life[0]
-        >>> decision.step, decision.what, decision.parameters
-        (0, 'kept', 115)
-    """
-
-    step: int
-    # "pruned", "merged", "expanded", "recycled", "inserted", "dropped", "kept", "undone", "refused"
-    what: str
-    why: str
-    loss: float
-    parameters: int
-    widths: dict[str, int]
 
 
 class SelfModification:
@@ -113,6 +78,8 @@ class SelfModification:
         # Passes that it is judged on, and their losses before it.
         self._measured: tuple[tuple[RecordedPass, ...], Tensor | None] = (), None
         self._begun = len(session.journal)  # entries before this run
+        # Of which the life tells; None: of all that there are at the next step.
+        self._entries: int | None = self._begun
         self._counted: tuple[int, tuple[dict[str, float], float]] | None = None
         self._stopped = False
         # What `dump_state` gives once it is stopped in the middle of a look.
@@ -140,6 +107,7 @@ class SelfModification:
         if self._stopped:
             return None
         start, policy = self.policy.at(self.steps)
+        self._note_by_hand()
         self._recent.append(_number(loss))
         self.steps += 1
         since = self.steps - start - policy.warm_up
@@ -169,6 +137,7 @@ class SelfModification:
         """
         if self._parting is not None:
             return self._parting
+        self._note_by_hand()
         data = {
             "policy": self.policy.to_dict(),
             "steps": self.steps,
@@ -199,7 +168,7 @@ class SelfModification:
         Raises:
             KeyError, TypeError, ValueError: It is nothing that `dump_state` gave.
         """
-        life = [_decision(decision) for decision in data["life"]]
+        life = [decision_of(decision) for decision in data["life"]]
         self.steps = operator.index(data["steps"])
         self.losses = [(operator.index(step), float(loss)) for step, loss in data["losses"]]
         self.accuracies = [(operator.index(n), float(a)) for n, a in data["accuracies"]]
@@ -208,7 +177,7 @@ class SelfModification:
         self._blocked = {str(n): operator.index(looks) for n, looks in data["blocked"].items()}
         self._sizes = {str(n): operator.index(k) for n, k in data.get("sizes", {}).items()}
         self._begun = operator.index(data.get("begun", 0))
-        self.life[:] = life
+        self.life[:], self._entries = life, None
         no_inputs = not self._session.entry.observer.calls  # they were no plain data
         if data["observes"] and (no_inputs or data.get("interrupted", False)):
             self._interrupted = True
@@ -443,7 +412,17 @@ class SelfModification:
         losses = torch.stack(self._recent) if self._recent else torch.zeros(0)
         return falling(losses if ranks is None else ranks.means(losses), policy.every)
 
+    def _note_by_hand(self) -> None:
+        """What was changed since the last step, and not by the policy."""
+        journal = self._session.journal
+        known = self._entries = len(journal) if self._entries is None else self._entries
+        if len(journal) > known:
+            self._note(DONE.get(journal[-1].operation, "changed"), "by hand", float("nan"))
+        elif len(journal) < known:
+            self._note("undone", "by hand", float("nan"))
+
     def _note(self, what: str, why: str, loss: float) -> None:
+        self._entries = len(self._session.journal)
         layers = self._tracker.current.layers
         widths = {name: len(layer.ids) for name, layer in layers.items()}
         self.life.append(Decision(self.steps, what, why, loss, count(self.model), widths))
@@ -454,20 +433,6 @@ def _wanted(policy: Policy, now: Size) -> Wanted:
     if type(policy).decide is not Policy.decide or policy.over_budget(now):
         return Wanted.ALL
     return Wanted.TRADES if policy.trades else Wanted.TOLERATED
-
-
-def _decision(data: Mapping[str, Any]) -> Decision:
-    """A decision of plain data.
-
-    Raises:
-        TypeError, ValueError: It is none.
-    """
-    kinds = {"step": int, "what": str, "why": str, "loss": float, "parameters": int, "widths": dict}
-    if set(data) != set(kinds) or any(type(data[name]) is not kind for name, kind in kinds.items()):
-        raise ValueError(f"{str(data)[:80]} is no decision")
-    if any(type(width) is not int for width in data["widths"].values()):
-        raise ValueError("a width is a whole number")
-    return Decision(**data)
 
 
 def _number(loss: Tensor | float) -> Tensor:
