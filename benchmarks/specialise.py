@@ -247,6 +247,7 @@ def page() -> str:
     for folder, row in sorted(demos.items(), key=lambda pair: -pair[1]["parameters"]):
         rows = [read(folder / "dense.json"), row]
         parts += [f"## {title(settings_of(folder))}", table(rows, read(folder / "speed.json"))]
+        parts.append(faster(rows, read(folder / "speed.json")))
         parts.append(cost(settings_of(folder), row))
     controls = [r for f, r in runs.items() if f not in demos]
     if controls:
@@ -293,13 +294,24 @@ def title(s: Settings) -> str:
     return f"{s.keep:.0%} of the {s.of}, {s.steps * s.window:,} tokens"
 
 
+def faster(rows: list[Row], speeds: dict[str, Any]) -> str:
+    """How much faster it is, beside how much smaller."""
+    ideal = rows[0]["parameters"] / rows[1]["parameters"]
+    told = []
+    for by, measured in speeds.items():
+        gains = {what: measured[what][1] / measured[what][0] for what in ("prompt", "generation")}
+        each = [f"{what} {gain:.2f} ({gain / ideal:.2f})" for what, gain in gains.items()]
+        told.append(f"{by}: {', '.join(each)}")
+    return f"{ideal:.2f} times smaller. Times as fast, and in brackets the part of {ideal:.2f}: {'; '.join(told)}."
+
+
 def cost(s: Settings, row: Row) -> str:
     """What training took."""
     spent = row["training"]
     memory = f"{spent['memory']:,.0f} MB" if "memory" in spent else "unknown"
     return (
         f"{s.steps} steps of {s.window} tokens, highest learning rate {s.rate:g}, what learns: {s.train}. Training "
-        f"took {spent['seconds'] / 60:.0f} minutes with looks and changes, or its last part where it was stopped, "
+        f"took {spent['seconds'] / 60:.0f} minutes with all changes, or its last part where it was stopped, "
         f"and at most {memory} of memory."
     )
 
