@@ -185,7 +185,9 @@ def main() -> None:
         if name == "smollm-all":
             file = None if options.quick else FILE
             known = options.report and _one_shot_budget.known(FILE)
-            rows = known or _one_shot_budget.measure(options.quick, file, options.resume, seeds)
+            rows = known or _one_shot_budget.measure(
+                options.quick, file, options.resume, seeds, options.methods, options.shares
+            )
             seeds, content = 0, _one_shot_budget.section(rows)
         elif name in _one_shot_flops.NETWORKS:
             file = RESULTS / "one_shot_flops.jsonl"
